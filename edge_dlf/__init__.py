@@ -1,0 +1,64 @@
+"""Dynamic Logits Fusion for GGUF models: a large local model answers with the skill of small fine-tuned experts.
+
+Names are imported when they are first used, so that `import edge_dlf` loads neither numba nor llama.cpp.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CapacityError,
+    ContextOverflowError,
+    DecodeError,
+    EdgeDLFError,
+    FamilyError,
+    InvalidParameterError,
+    LoadError,
+    ModelFileError,
+    NonFiniteLogitsError,
+    OutOfMemoryError,
+    VocabMismatchError,
+)
+from .params import FusionParams, SamplingParams, Token
+
+if TYPE_CHECKING:
+    from .api import FusedLlama
+    from .fusion import fuse_logits, search_alpha
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CapacityError",
+    "ContextOverflowError",
+    "DecodeError",
+    "EdgeDLFError",
+    "FamilyError",
+    "FusedLlama",
+    "FusionParams",
+    "InvalidParameterError",
+    "LoadError",
+    "ModelFileError",
+    "NonFiniteLogitsError",
+    "OutOfMemoryError",
+    "SamplingParams",
+    "Token",
+    "VocabMismatchError",
+    "fuse_logits",
+    "search_alpha",
+]
+
+_LAZY = {"FusedLlama": ".api", "fuse_logits": ".fusion", "search_alpha": ".fusion"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

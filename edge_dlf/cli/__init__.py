@@ -1,0 +1,62 @@
+"""The command `edge-dlf`. Commands import the engine only once they run, so that `--help` stays fast."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+
+from .. import __version__
+from ..errors import CapacityError, EdgeDLFError
+from .chat import chat
+from .compare import compare
+from .generate import generate
+from .screen import one_line
+
+
+class _Group(click.Group):
+    """Turns what a command raises into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        try:
+            with _sigterm_as_exit():
+                return super().invoke(ctx)
+        except EdgeDLFError as error:
+            click.echo(f"edge-dlf: {one_line(error)}", err=True)
+            ctx.exit(error.exit_code)
+        except MemoryError:
+            click.echo("edge-dlf: not enough memory", err=True)
+            ctx.exit(CapacityError.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            ctx.exit(130)
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind the command, so that the terminal and open files are left in order."""
+
+    def leave(_signal: int, _frame: object) -> NoReturn:
+        raise SystemExit(143)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="edge-dlf")
+def main() -> None:
+    """Dynamic Logits Fusion for GGUF models: a large local model answers with the skill of small fine-tuned experts."""
+
+
+for _command in (chat, generate, compare):
+    main.add_command(_command)

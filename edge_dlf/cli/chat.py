@@ -1,0 +1,96 @@
+"""`edge-dlf chat`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import EdgeDLFError
+from ..params import METHODS
+from .opening import open_family
+from .options import EPILOG, Options, family_argument, method_option, shared_options
+from .screen import Screen
+
+if TYPE_CHECKING:
+    from .editor import Editor
+    from .session import Session
+
+
+@click.command(context_settings={"auto_envvar_prefix": "EDGE_DLF"}, epilog=EPILOG, short_help="Talk with a family.")
+@family_argument
+@method_option
+@shared_options
+@click.pass_context
+def chat(ctx: click.Context, /, **shared: Any) -> None:
+    """Talk with a family: the one named by FAMILY or by --family, or one made of files.
+
+    /help in the chat lists its commands. Where input or output is no terminal, each line of stdin is a message,
+    and only the answers go to stdout.
+    """
+    from .session import Session
+
+    options, screen = Options.of(ctx, shared), Screen()
+    with open_family(options, screen) as llm:
+        session = Session(llm, screen, settings=options.settings, defaults=options.spec.defaults, system=options.system)
+        if not screen.is_terminal:
+            ctx.exit(answer_lines(session))
+        from .editor import Editor
+
+        ctx.exit(converse(session, Editor((*METHODS, *llm.experts), screen.say)))
+
+
+def converse(session: Session, editor: Editor) -> int:
+    """Read and answer until the user leaves; returns the exit code."""
+    screen, llm = session.screen, session.llm
+    screen.say(f"{llm.name} · method {session.value('method')} · /help lists the commands")
+    n_interrupts = 0
+    while n_interrupts < 2:
+        try:
+            line = editor.read()
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            n_interrupts = n_interrupts + 1 if editor.was_empty else 0
+            if n_interrupts == 1:
+                screen.say("Ctrl-C again leaves, as Ctrl-D does")
+            continue
+        n_interrupts = 0
+        try:
+            if not handle(session, line):
+                return 0
+        except EdgeDLFError as error:
+            screen.complain(error)
+    return 130
+
+
+def answer_lines(session: Session) -> int:
+    """Answer each line of stdin; returns the exit code."""
+    exit_code = 0
+    for line in _stdin_lines():
+        try:
+            if not handle(session, line):
+                break
+        except EdgeDLFError as error:
+            session.screen.complain(error)
+            exit_code = EdgeDLFError.exit_code
+    return exit_code
+
+
+def _stdin_lines() -> Iterator[str]:
+    """Lines of stdin without their ends; bytes that are not UTF-8 survive."""
+    for line in sys.stdin.buffer:
+        yield line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
+
+
+def handle(session: Session, line: str) -> bool:
+    """Send a message or run a command; returns whether the chat goes on. Raises EdgeDLFError."""
+    from .commands import run
+
+    if line.startswith("/") and not line.startswith("//"):
+        return run(session, line.rstrip())
+    if line.strip():
+        session.ask(line.removeprefix("/"))
+    return True

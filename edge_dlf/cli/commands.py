@@ -1,0 +1,162 @@
+"""The commands of a chat: lines that begin with a slash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InvalidParameterError
+from ..params import METHODS
+from . import conversation
+from .screen import one_line
+from .session import Session
+from .settings import DEFAULTS, check, parse, parse_numbers, restore, show
+
+
+@dataclass(frozen=True)
+class Command:
+    """arguments: what may follow the name. about: one line of help. run: gets the session and the rest of the line."""
+
+    arguments: str
+    about: str
+    run: Callable[[Session, str], None]
+
+
+def run(session: Session, line: str) -> bool:
+    """Run the command in `line`; returns whether the chat goes on. Raises EdgeDLFError."""
+    name, argument = [*line[1:].split(maxsplit=1), "", ""][:2]
+    if name in LEAVE:
+        return False
+    if name not in COMMANDS:
+        session.screen.say(
+            f"unknown command /{one_line(name)[:40]}; /help lists them, and // sends a text that begins with /"
+        )
+    else:
+        COMMANDS[name].run(session, argument)
+    return True
+
+
+def _help(session: Session, _: str) -> None:
+    for name, command in COMMANDS.items():
+        session.screen.say(f"{f'/{name} {command.arguments}':<28} {command.about}")
+    session.screen.say(f"{'/exit':<28} leave, as /quit, /bye and Ctrl-D do")
+    session.screen.say(
+        'Alt-Enter, or a backslash before Enter, begins a new line; text between two """ may have many lines;'
+    )
+    session.screen.say("Ctrl-C stops an answer; // sends a text that begins with /")
+
+
+def _system(session: Session, text: str) -> None:
+    if text:
+        session.conversation.system = None if text == '""' else text
+    session.screen.say(f"system prompt: {session.conversation.system or 'none'}")
+
+
+def _clear(session: Session, _: str) -> None:
+    session.conversation.clear()
+    session.screen.say(f"cleared{'; the system prompt stays' if session.conversation.system else ''}")
+
+
+def _undo(session: Session, _: str) -> None:
+    message = session.conversation.undo()
+    session.screen.say("there is nothing to undo" if message is None else f"forgot: {one_line(message)[:60]}")
+
+
+def _retry(session: Session, _: str) -> None:
+    if session.conversation.retry():
+        session.answer()
+    else:
+        session.screen.say("there is nothing to retry")
+
+
+def _method(session: Session, name: str) -> None:
+    if name:
+        _choose(session, "method", name)
+    names = ", ".join((*METHODS, *session.llm.experts))
+    session.screen.say(f"method: {session.value('method')}" + ("" if name else f" (of {names})"))
+
+
+def _alpha(session: Session, text: str) -> None:
+    if text == "on":
+        paint = session.paint()
+        session.paints = paint is not None
+        session.screen.show(paint.legend() if paint else "this terminal shows no colours")
+    elif text == "off":
+        session.paints = False
+        session.screen.say("tokens are not coloured")
+    else:
+        if text:
+            alpha = parse_numbers(text, float)
+            check({"alpha": alpha}, session.llm.experts)
+            session.settings["alpha"] = alpha
+        unused = "" if session.value("method") == "static" else ", which /method static uses"
+        session.screen.say(
+            f"alpha: {show(session.value('alpha'))}{unused}; colours: {'on' if session.paints else 'off'}"
+        )
+
+
+def _set(session: Session, text: str) -> None:
+    name, _, value = text.partition(" ")
+    name, value = name.replace("-", "_"), value.strip()
+    if value == "default" and name in DEFAULTS:
+        session.settings.pop(name, None)
+    elif value:
+        _choose(session, name, value)
+    elif name and name not in DEFAULTS:
+        raise InvalidParameterError(f"there is no setting {name!r}; /set lists them")
+    for setting in [name] if name else DEFAULTS:
+        session.screen.say(f"{setting} {show(session.value(setting))}{' (set)' if setting in session.settings else ''}")
+
+
+def _choose(session: Session, name: str, text: str) -> None:
+    """Set one setting, if the family can use it."""
+    changed = {**session.settings, name: parse(name, text)}
+    check(changed, session.llm.experts)
+    session.settings = changed
+
+
+def _save(session: Session, file: str) -> None:
+    if not file:
+        raise InvalidParameterError("usage: /save FILE")
+    session.conversation.save(Path(file), session.llm.name, session.settings)
+    session.screen.say(f"saved {len(session.conversation.messages)} messages and the settings in {file}")
+
+
+def _load(session: Session, file: str) -> None:
+    if not file:
+        raise InvalidParameterError("usage: /load FILE")
+    loaded, saved = conversation.load(Path(file))
+    settings = restore(saved)
+    check(settings, session.llm.experts)
+    session.conversation, session.settings = loaded, settings
+    session.screen.say(f"loaded {len(loaded.messages)} messages and the settings from {file}")
+
+
+def _stats(session: Session, _: str) -> None:
+    say, last = session.screen.say, session.last
+    say(f"family {session.llm.name} · method {session.value('method')} · context {session.llm.n_ctx} tokens")
+    say(f"{session.n_answers} answers · {session.n_generated} tokens generated")
+    if last:
+        used = last.n_prompt + last.n_generated
+        say(
+            f"last answer: prompt {last.n_prompt} tokens, {last.n_prefilled} of them evaluated at "
+            f"{last.prompt_tps:.1f} tokens/s · {last.n_generated} tokens at {last.generation_tps:.1f} tokens/s · "
+            f"context {used / session.llm.n_ctx:.0%} used"
+        )
+
+
+COMMANDS = {
+    "help": Command("", "this list", _help),
+    "system": Command("[TEXT]", 'show or set the system prompt; "" removes it', _system),
+    "clear": Command("", "forget the conversation, not the system prompt", _clear),
+    "undo": Command("", "forget the last message and its answer", _undo),
+    "retry": Command("", "answer the last message again", _retry),
+    "method": Command("[NAME]", "show or choose the method, or one expert alone", _method),
+    "alpha": Command("[on|off|NUMBER|NAME=NUMBER,…]", "colour tokens by their α, or set α for method static", _alpha),
+    "set": Command("[NAME [VALUE]]", "show or change settings; the value 'default' takes a change back", _set),
+    "save": Command("FILE", "write the conversation and the settings", _save),
+    "load": Command("FILE", "read them back", _load),
+    "stats": Command("", "speed and use of the context", _stats),
+}
+LEAVE = ("exit", "quit", "bye")

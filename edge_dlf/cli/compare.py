@@ -1,0 +1,123 @@
+"""`edge-dlf compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from json import dumps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .interrupts import interruptible
+from .opening import open_family
+from .options import EPILOG, Options, shared_options
+from .prompts import Prompt, raw_option, read_prompt
+from .screen import Screen, printable, summary
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..api import FusedLlama
+    from ..stream import Report
+
+_LEAST_COLUMN = 28
+
+
+@click.command(
+    context_settings={"auto_envvar_prefix": "EDGE_DLF"}, epilog=EPILOG, short_help="Answer one prompt by every method."
+)
+@click.argument("prompt", metavar="PROMPT|-", required=False)
+@raw_option
+@click.option("--json", is_flag=True, help="Print one JSON object: the answer of each method.")
+@shared_options
+@click.pass_context
+def compare(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, **shared: Any) -> None:
+    """Answer one PROMPT, or the text on stdin, by every method in turn: large, each expert, static and dynamic.
+
+    Side by side on a terminal that is wide enough.
+    """
+    options, screen = Options.of(ctx, shared), Screen()
+    question = read_prompt(prompt, raw=raw, system=options.system)
+    with open_family(options, screen) as llm, interruptible(screen):
+        methods = ("large", *llm.experts, "static", "dynamic")
+        if json:
+            settings = {method: {**options.settings, "method": method} for method in methods}
+            screen.show(dumps({m: question.complete(llm, settings[m]) for m in methods}, ensure_ascii=False))
+            return
+        answers = [_Answer(method) for method in methods]
+        steps = _run(llm, question, options.settings, answers)
+        if _is_wide(screen, len(methods)):
+            _show_columns(answers, steps)
+        else:
+            _show_in_turn(screen, answers, steps)
+
+
+@dataclass
+class _Answer:
+    """What one method has answered so far; `report` is there once it began."""
+
+    method: str
+    text: str = ""
+    report: Report | None = None
+    is_done: bool = False
+
+
+def _run(
+    llm: FusedLlama, question: Prompt, settings: Mapping[str, Any], answers: list[_Answer]
+) -> Iterator[tuple[_Answer, str]]:
+    """Answer by one method after the other; yields whose turn it is and what text it adds."""
+    for answer in answers:
+        stream = llm.stream(question.tokens(llm), **{**settings, "method": answer.method})
+        answer.report = stream.report
+        for token in stream:
+            answer.text += token.text
+            yield answer, token.text
+        answer.is_done = True
+        yield answer, ""
+
+
+def _is_wide(screen: Screen, n_columns: int) -> bool:
+    from rich.console import Console
+
+    return screen.is_terminal and Console().width >= n_columns * _LEAST_COLUMN
+
+
+def _show_columns(answers: list[_Answer], steps: Iterator[tuple[_Answer, str]]) -> None:
+    """A table that grows while the answers come."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(highlight=False)
+    try:
+        with Live(console=console, get_renderable=lambda: _table(answers), transient=True, refresh_per_second=8):
+            for _ in steps:
+                pass
+    finally:
+        console.print(_table(answers))
+
+
+def _table(answers: list[_Answer]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, expand=True, show_footer=True, padding=(0, 1))
+    for answer in answers:
+        footer = summary(answer.report) if answer.report and answer.is_done else ""
+        table.add_column(answer.method, Text(footer, style="dim"), ratio=1, overflow="fold")
+    table.add_row(*(Text(printable(answer.text)) for answer in answers))
+    return table
+
+
+def _show_in_turn(screen: Screen, answers: list[_Answer], steps: Iterator[tuple[_Answer, str]]) -> None:
+    """One answer below the other, each under its method's name."""
+    shown: _Answer | None = None
+    for answer, text in steps:
+        if answer is not shown:
+            shown = answer
+            screen.write(f"== {answer.method}\n")
+        screen.write(text)
+        if answer.is_done:
+            assert answer.report
+            screen.write(f"\n[{summary(answer.report)}]\n" + ("" if answer is answers[-1] else "\n"))

@@ -1,0 +1,148 @@
+"""The state of a chat: what was said, what of it still fits into the context, and its file."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ContextOverflowError, EdgeDLFError
+
+_FORMAT = "edge-dlf chat 1"
+_MAX_FILE_BYTES = 64 << 20
+
+
+class ConversationFileError(EdgeDLFError):
+    """A conversation could not be written or read back."""
+
+
+@dataclass
+class Conversation:
+    """User messages and answers in turn; the last message may wait for its answer.
+
+    n_dropped: messages at the beginning that the context has no room for any more. They are kept for `save`.
+    """
+
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+    n_dropped: int = 0
+
+    @property
+    def is_unanswered(self) -> bool:
+        return bool(self.messages) and self.messages[-1]["role"] == "user"
+
+    def ask(self, text: str) -> None:
+        """Add the user's message, in place of one that was never answered."""
+        if self.is_unanswered:
+            self.messages.pop()
+        self.messages.append({"role": "user", "content": text})
+
+    def answer(self, text: str) -> None:
+        """Add the answer to the last message; nothing said is no answer."""
+        if text:
+            self.messages.append({"role": "assistant", "content": text})
+
+    def retry(self) -> bool:
+        """Forget the last answer; returns whether a message is left to be answered."""
+        if self.messages and not self.is_unanswered:
+            self.messages.pop()
+        return self.is_unanswered
+
+    def undo(self) -> str | None:
+        """Forget the last message and its answer; returns the message."""
+        if not self.retry():
+            return None
+        message = self.messages.pop()
+        self.n_dropped = min(self.n_dropped, len(self.messages))
+        return message["content"]
+
+    def clear(self) -> None:
+        """Forget everything but the system prompt."""
+        self.messages.clear()
+        self.n_dropped = 0
+
+    def visible(self, n_dropped: int) -> list[dict[str, str]]:
+        """What the model is shown: the system prompt, and the messages after the first `n_dropped`."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return system + self.messages[n_dropped:]
+
+    def fit(self, tokenize: Callable[[Sequence[Mapping[str, Any]]], list[int]], n_ctx: int, n_answer: int) -> list[int]:
+        """Prompt tokens that leave room for n_answer more. Where they would not, the oldest turns are dropped until a
+        quarter of the context is free, so that the next turns need not drop again.
+
+        Raises ContextOverflowError where the last message alone is too long.
+        """
+
+        def room(n_dropped: int) -> int:
+            return n_ctx - len(tokenize(self.visible(n_dropped)))
+
+        if room(self.n_dropped) < n_answer:
+            starts = range(self.n_dropped, len(self.messages), 2)
+            wanted = max(n_answer, n_ctx // 4)
+            k = bisect.bisect_left(starts, wanted, hi=len(starts) - 1, key=room)
+            if room(starts[k]) < n_answer:
+                raise ContextOverflowError(
+                    f"this message needs {n_ctx - room(starts[k])} tokens with the system prompt, and its answer up to "
+                    f"{n_answer}: more than the context of {n_ctx}"
+                )
+            self.n_dropped = starts[k]
+        return tokenize(self.visible(self.n_dropped))
+
+    def save(self, path: Path, family: str, settings: Mapping[str, Any]) -> None:
+        """Write the whole conversation as JSON, all or nothing. Raises ConversationFileError."""
+        content = {"format": _FORMAT, "family": family, "settings": dict(settings), "messages": self.visible(0)}
+        try:
+            target = path.expanduser().resolve()
+            with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=target.parent, delete=False) as file:
+                try:
+                    json.dump(content, file, indent=1)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    Path(file.name).replace(target)
+                except BaseException:
+                    Path(file.name).unlink()
+                    raise
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConversationFileError(f"{path}: cannot be written ({_reason(error)})") from error
+
+
+def load(path: Path) -> tuple[Conversation, dict[str, Any]]:
+    """The conversation and the settings in a file that `save` wrote. Raises ConversationFileError."""
+    try:
+        with path.expanduser().open("rb") as file:
+            content = file.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES:
+            raise ValueError("larger than 64 MiB")
+        saved = json.loads(content)
+        if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
+            raise ValueError("not a saved conversation")
+        if not isinstance(saved.get("settings"), dict):
+            raise ValueError("its settings are not an object")
+        return _conversation(saved.get("messages")), saved["settings"]
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConversationFileError(f"{path}: cannot be read ({_reason(error)})") from error
+
+
+def _conversation(messages: Any) -> Conversation:
+    """Raises ValueError unless `messages` are what `Conversation.visible` gives."""
+    if not isinstance(messages, list):
+        raise ValueError("its messages are not a list")
+    pairs = [(m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None) for m in messages]
+    if not all(isinstance(content, str) for _, content in pairs):
+        raise ValueError("a message has no text")
+    system = pairs.pop(0)[1] if pairs and pairs[0][0] == "system" else None
+    for k, (role, _) in enumerate(pairs):
+        if role != ("user", "assistant")[k % 2]:
+            raise ValueError(f"message {k + 1} is not the {('user', 'assistant')[k % 2]}'s")
+    return Conversation(system, [{"role": str(role), "content": str(content)} for role, content in pairs])
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
+        return "not valid JSON"
+    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)

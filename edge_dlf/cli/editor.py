@@ -1,0 +1,130 @@
+"""Where messages come from: a prompt with line editing and a history, or the lines of a pipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import platformdirs
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input import Input
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import Output
+
+from .commands import COMMANDS, LEAVE
+from .settings import DEFAULTS
+
+_QUOTES = '"""'
+
+
+class Editor:
+    """Reads messages from a terminal.
+
+    methods: names that complete after /method. note: gets one line where the history cannot be kept.
+    """
+
+    def __init__(
+        self,
+        methods: Iterable[str],
+        note: Callable[[str], None],
+        input: Input | None = None,
+        output: Output | None = None,
+    ) -> None:
+        self._session: PromptSession[str] = PromptSession(
+            ">>> ",
+            multiline=True,
+            prompt_continuation="... ",
+            history=_history(note),
+            key_bindings=_key_bindings(),
+            completer=_CommandCompleter(methods),
+            complete_while_typing=False,
+            enable_suspend=True,
+            input=input,
+            output=output,
+        )
+
+    def read(self) -> str:
+        """The next message or command. Raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C, both on any line."""
+        text = self._session.prompt()
+        block = text.strip()
+        if not block.startswith(_QUOTES):
+            return text
+        inside = block.removeprefix(_QUOTES).removesuffix(_QUOTES).strip("\n")
+        return f"/{inside}" if inside.startswith("/") else inside
+
+    @property
+    def was_empty(self) -> bool:
+        """Whether nothing was typed when `read` ended."""
+        return not self._session.default_buffer.text
+
+
+def _is_open_block(text: str) -> bool:
+    block = text.strip()
+    return block.startswith(_QUOTES) and (len(block) < 6 or not block.endswith(_QUOTES))
+
+
+def _key_bindings() -> KeyBindings:
+    """Enter sends, unless the text asks for another line; Alt-Enter always begins one."""
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        elif _is_open_block(buffer.text):
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return bindings
+
+
+class _CommandCompleter(Completer):
+    """Names of commands, methods, settings and files, on lines that begin with a slash."""
+
+    def __init__(self, methods: Iterable[str]) -> None:
+        self._arguments = {"method": [*methods], "alpha": ["on", "off"], "set": [*DEFAULTS]}
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        text = document.text_before_cursor
+        if not text.startswith("/") or "\n" in text:
+            return
+        name, space, argument = text[1:].partition(" ")
+        if space and name in ("save", "load"):
+            yield from self._paths.get_completions(Document(argument), complete_event)
+            return
+        words = self._arguments.get(name, []) if space else [*COMMANDS, *LEAVE]
+        typed = argument if space else name
+        yield from (Completion(word, -len(typed)) for word in words if word.startswith(typed))
+
+
+def _history(note: Callable[[str], None]) -> History:
+    """Earlier lines, in a file that only its owner can read."""
+    file = Path(platformdirs.user_state_dir("edge-dlf", appauthor=False)) / "chat_history"
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        note(f"note: the history cannot be kept in {file} ({(error.strerror or str(error)).lower()})")
+        return InMemoryHistory()
+    return _History(str(file))
+
+
+class _History(FileHistory):
+    """A history whose file may fail without ending the chat."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            super().store_string(string.encode("utf-8", "replace").decode())

@@ -1,0 +1,53 @@
+"""`edge-dlf generate`."""
+
+from __future__ import annotations
+
+from json import dumps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .interrupts import interruptible
+from .opening import open_family
+from .options import EPILOG, Options, method_option, shared_options
+from .prompts import Prompt, raw_option, read_prompt
+from .screen import Screen, cut_short
+
+if TYPE_CHECKING:
+    from ..api import FusedLlama
+
+
+@click.command(context_settings={"auto_envvar_prefix": "EDGE_DLF"}, epilog=EPILOG, short_help="Answer one prompt.")
+@click.argument("prompt", metavar="PROMPT|-", required=False)
+@raw_option
+@click.option("--json", is_flag=True, help="Print one JSON object in place of the text.")
+@method_option
+@shared_options
+@click.pass_context
+def generate(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, **shared: Any) -> None:
+    """Answer one PROMPT, or the text on stdin: the answer to stdout, all else to stderr."""
+    options, screen = Options.of(ctx, shared), Screen()
+    question = read_prompt(prompt, raw=raw, system=options.system)
+    with open_family(options, screen) as llm:
+        if json:
+            with interruptible(screen):
+                answer = question.complete(llm, options.settings)
+            screen.show(dumps(answer, ensure_ascii=False))
+        else:
+            _stream(llm, question, options.settings, screen)
+
+
+def _stream(llm: FusedLlama, question: Prompt, settings: dict[str, Any], screen: Screen) -> None:
+    """Write the answer as it comes; whatever ends it, what has come stands on lines of its own."""
+    stream = llm.stream(question.tokens(llm), **settings)
+    text = ""
+    try:
+        with interruptible(screen):
+            for token in stream:
+                text += token.text
+                screen.write(token.text)
+    finally:
+        if not text.endswith("\n"):
+            screen.end_line()
+    if note := cut_short(stream.report, llm.n_ctx):
+        screen.say(f"note: {note}")

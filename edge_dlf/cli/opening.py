@@ -1,0 +1,61 @@
+"""A family in memory for the time of a command, with what the user is told meanwhile."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .options import Options
+from .screen import Screen, one_line
+
+if TYPE_CHECKING:
+    from ..api import FusedLlama
+    from ..family import FamilySpec
+
+
+@contextmanager
+def open_family(options: Options, screen: Screen) -> Iterator[FusedLlama]:
+    """Load the family, saying so, and close it at the end; the library's notices become lines on stderr."""
+    logger, notices = logging.getLogger("edge_dlf"), _Notices(screen)
+    logger.addHandler(notices)
+    try:
+        screen.begin_wait(f"loading {options.spec.name}{_sizes(options.spec)} …")
+        try:
+            llm = options.load()
+        finally:
+            screen.end_wait()
+        with llm:
+            yield llm
+    finally:
+        logger.removeHandler(notices)
+
+
+def _sizes(spec: FamilySpec) -> str:
+    """Sizes of the family's files, those that there are."""
+    sources = [spec.large, spec.base]
+    for expert in spec.experts:
+        sources += [expert.source] if expert.source else [source for source, _ in expert.loras]
+    sizes = []
+    for path in {source.path: None for source in sources if source.path}:
+        try:
+            sizes.append(_size(path.stat().st_size))
+        except OSError:
+            continue
+    return f" ({' + '.join(sizes)})" if sizes else ""
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
+
+
+class _Notices(logging.Handler):
+    """Shows each warning of the library as one line."""
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__(logging.WARNING)
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._screen.say(f"note: {one_line(record.getMessage())}")

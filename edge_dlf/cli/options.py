@@ -1,0 +1,183 @@
+"""Options that the commands share: which family, how it is loaded, how it answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import click
+from click.core import ParameterSource
+
+from ..errors import InvalidParameterError
+from ..family import FamilySpec
+from ..params import SEARCHES
+from .settings import DEFAULTS, check, parse_numbers, show
+
+if TYPE_CHECKING:
+    from ..api import FusedLlama
+
+Decorator: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_HOW_TO_NAME = "name a family: --family NAME|PATH, or --large FILE --base FILE --expert NAME=FILE"
+_LOADING = {
+    "ctx_size": "n_ctx",
+    "gpu_layers": "n_gpu_layers",
+    "threads": "n_threads",
+    "cache_type_k": "type_k",
+    "cache_type_v": "type_v",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the shared options say.
+
+    spec: the family. family: its name or path, None where it is made of files. experts: those files by name.
+    loading: keyword arguments of FusedLlama from `n_ctx` on. settings: keyword arguments of its requests. Both hold
+    only what was given.
+    """
+
+    spec: FamilySpec
+    family: str | None
+    experts: dict[str, Path]
+    loading: dict[str, Any]
+    settings: dict[str, Any]
+    system: str | None
+
+    @classmethod
+    def of(cls, ctx: click.Context, values: Mapping[str, Any]) -> Options:
+        """From the values of the shared options. Raises InvalidParameterError or FamilyError."""
+        family, experts = _source(ctx, values), dict(values["expert"])
+        if len(experts) < len(values["expert"]):
+            raise InvalidParameterError("two experts have the same name")
+        spec = FamilySpec.load(family) if family else FamilySpec.from_files(values["large"], values["base"], experts)
+        given = {name: value for name, value in values.items() if value not in (None, ())}
+        settings = {name: given[name] for name in DEFAULTS if name in given}
+        check(settings, [expert.name for expert in spec.experts])
+        loading = {_LOADING[name]: value for name, value in given.items() if name in _LOADING}
+        return cls(spec, family, experts, loading, settings, given.get("system"))
+
+    def load(self) -> FusedLlama:
+        """The family, in memory."""
+        from ..api import FusedLlama
+
+        if self.family:
+            return FusedLlama.from_family(self.family, **self.loading)
+        return FusedLlama(self.spec.large.local_path(), self.spec.base.local_path(), self.experts, **self.loading)
+
+
+def _source(ctx: click.Context, values: Mapping[str, Any]) -> str | None:
+    """The family's name or path, None where it is made of files. What is typed goes before the environment."""
+    ways = {
+        "FAMILY": ["positional_family"],
+        "--family": ["family"],
+        "--large, --base and --expert": ["large", "base", "expert"],
+    }
+    given = {way: [name for name in names if values.get(name)] for way, names in ways.items()}
+    typed = {
+        way: [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        for way, names in given.items()
+    }
+    chosen = [way for way, names in (typed if any(typed.values()) else given).items() if names]
+    if not chosen:
+        raise InvalidParameterError(f"no family is named; {_HOW_TO_NAME}")
+    if len(chosen) > 1:
+        raise InvalidParameterError(f"the family is named both by {chosen[0]} and by {chosen[1]}; one is enough")
+    if chosen[0] in ("FAMILY", "--family"):
+        return str(values[ways[chosen[0]][0]])
+    if missing := [name for name in ways[chosen[0]] if not values[name]]:
+        raise InvalidParameterError(f"--{missing[0]} is missing; {_HOW_TO_NAME}")
+    return None
+
+
+class _Numbers(click.ParamType):  # type: ignore[type-arg]
+    """One number for all, or NAME=NUMBER,…"""
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self.name = "number|name=number"
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return parse_numbers(value, self._kind) if isinstance(value, str) else value
+        except InvalidParameterError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Expert(click.ParamType):  # type: ignore[type-arg]
+    """NAME=FILE; in the environment several of them, separated as in PATH."""
+
+    name = "NAME=FILE"
+    envvar_list_splitter = os.pathsep
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        name, _, file = value.partition("=")
+        if not (name and file):
+            self.fail(f"expected NAME=FILE, not {value!r}", param, ctx)
+        return name, Path(file).expanduser()
+
+
+class _StopString(click.ParamType):  # type: ignore[type-arg]
+    """A text; in the environment just one."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        return [rv]
+
+
+def _setting(flag: str, kind: Any, about: str) -> Decorator:
+    """Option of one setting; the help names the value that holds where the family has none of its own."""
+    default = DEFAULTS[flag.lstrip("-").replace("-", "_")]
+    return click.option(flag, type=kind, help=about if default is None else f"{about} [{show(default)}]")
+
+
+_FAMILY: Sequence[Decorator] = (
+    click.option("--family", "-f", metavar="NAME|PATH", help="Family: a name, a family.toml, or the folder of one."),
+    click.option("--large", type=click.Path(path_type=Path), help="GGUF of the large model, in place of a family."),
+    click.option("--base", type=click.Path(path_type=Path), help="GGUF of the base."),
+    click.option(
+        "--expert", type=_Expert(), multiple=True, help="An expert: a GGUF, or a LoRA over the base. Repeatable."
+    ),
+)
+_SETTINGS: Sequence[Decorator] = (
+    _setting("--search", click.Choice(SEARCHES), "How dynamic finds α."),
+    _setting("--alpha", _Numbers(float), "α for static: one for all, or NAME=NUMBER,…"),
+    _setting("--max-tokens", click.IntRange(min=1), "Longest answer [to the end of the context]."),
+    _setting("--temperature", float, "0 takes the most likely token."),
+    _setting("--top-k", int, "Likely tokens to draw from; 0 for all."),
+    _setting("--top-p", float, "Probability of the tokens to draw from."),
+    _setting("--min-p", float, "Least probability, relative to the likeliest token."),
+    _setting("--repeat-penalty", float, "Penalty on recent tokens; 1 for none."),
+    _setting("--seed", int, "Makes runs repeat [a new one each time]."),
+    click.option("--stop", type=_StopString(), multiple=True, help="Text that ends the answer. Repeatable."),
+    click.option("--system", help="System prompt."),
+)
+_LOADING_OPTIONS: Sequence[Decorator] = (
+    click.option("--ctx-size", type=click.IntRange(min=1), help="Tokens of the context."),
+    click.option(
+        "--gpu-layers", type=_Numbers(int), help="Layers on the GPU: one for all members, or large=20,base=-1."
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads [the physical cores]."),
+    click.option("--cache-type-k", help="Type of the KV cache's keys, such as q8_0 [f16]."),
+    click.option("--cache-type-v", help="Type of the KV cache's values [f16]."),
+)
+family_argument = click.argument("positional_family", metavar="[FAMILY]", required=False)
+EPILOG = (
+    "In brackets: what holds where neither you nor the family says otherwise. Every option can also be given as an "
+    "environment variable: EDGE_DLF_FAMILY, EDGE_DLF_TEMPERATURE, …"
+)
+method_option = _setting("--method", str, "dynamic, static, large, base, or the name of an expert.")
+
+
+def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that `Options.of` reads."""
+    for add in reversed((*_FAMILY, *_SETTINGS, *_LOADING_OPTIONS)):
+        command = add(command)
+    return command

@@ -1,0 +1,106 @@
+"""One chat with one family: sends messages, shows answers, keeps count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .conversation import Conversation
+from .interrupts import interruptible
+from .paint import AlphaPaint, color_system
+from .screen import Screen, cut_short, summary
+from .settings import DEFAULTS
+
+if TYPE_CHECKING:
+    from ..api import FusedLlama
+    from ..stream import Report
+
+_ROOM_FOR_ANSWER = 512
+
+
+class Session:
+    """What the commands of a chat act on.
+
+    settings: what the user chose, over the family's own `defaults`. paints: whether tokens are coloured by their α.
+    last: the report of the last answer. n_answers, n_generated: answers and their tokens since the start.
+    """
+
+    def __init__(
+        self,
+        llm: FusedLlama,
+        screen: Screen,
+        *,
+        settings: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        system: str | None = None,
+    ) -> None:
+        self.llm = llm
+        self.screen = screen
+        self.settings = dict(settings)
+        self.conversation = Conversation(system)
+        self.paints = False
+        self.last: Report | None = None
+        self.n_answers = self.n_generated = 0
+        self._defaults = defaults
+
+    def value(self, name: str) -> Any:
+        """What holds for the setting `name`: the user's choice, the family's, or the general default."""
+        return self.settings.get(name, self._defaults.get(name, DEFAULTS[name]))
+
+    def paint(self) -> AlphaPaint | None:
+        """Colours for this family's experts, where the terminal shows any."""
+        system = color_system()
+        return AlphaPaint(self.llm.experts, self.value("alpha_max"), system) if system else None
+
+    def ask(self, text: str) -> None:
+        """Send a message and show its answer; as `answer`."""
+        self.conversation.ask(text)
+        self.answer()
+
+    def answer(self) -> None:
+        """Show an answer to the last message. Raises EdgeDLFError; what has come by then is kept. On a terminal Ctrl-C
+        stops the answer; elsewhere KeyboardInterrupt goes on."""
+        stream = self.llm.stream(self._prompt(), **self.settings)
+        paint = self.paint() if self.paints else None
+        text, stopped = "", False
+        self.screen.begin_wait("…")
+        try:
+            with interruptible(self.screen), self.screen.keys_kept_back():
+                for token in stream:
+                    text += token.text
+                    self.screen.write(token.text, paint.brush(token.alpha, token.expert) if paint else None)
+        except KeyboardInterrupt:
+            stopped = True
+            if not self.screen.is_terminal:
+                raise
+        finally:
+            self.screen.end_wait()
+            self.conversation.answer(text)
+            if text:
+                self.screen.end_line()
+        self._conclude(stream.report, stopped, text)
+
+    def _prompt(self) -> list[int]:
+        """Prompt tokens of the conversation; says so where turns had to be dropped."""
+        n_before, n_ctx = self.conversation.n_dropped, self.llm.n_ctx
+        room = self.value("max_tokens") or min(_ROOM_FOR_ANSWER, n_ctx // 4)
+        prompt = self.conversation.fit(self.llm.apply_chat_template, n_ctx, room)
+        if n_turns := (self.conversation.n_dropped - n_before) // 2:
+            turns = "oldest turn" if n_turns == 1 else f"oldest {n_turns} turns"
+            self.screen.say(f"note: the context of {n_ctx} tokens is full: dropped the {turns}")
+        return prompt
+
+    def _conclude(self, report: Report, stopped: bool, text: str) -> None:
+        """Count the answer, and say in one line how it went."""
+        self.last = report
+        self.n_answers += bool(text)
+        self.n_generated += report.n_generated
+        notes = ["stopped"] if stopped else []
+        if not text:
+            notes = [f"{'stopped before an answer began' if stopped else 'an empty answer'}; /retry asks again"]
+        elif note := cut_short(report, self.llm.n_ctx):
+            notes = [note]
+        if self.screen.is_terminal:
+            self.screen.say(" · ".join(filter(None, [*notes, summary(report)])))
+        elif notes:
+            self.screen.say(f"note: {notes[0]}")

@@ -1,0 +1,94 @@
+"""Every error that edge-dlf raises on purpose, and the exit code each has in the terminal.
+
+EdgeDLFError                     1  the work failed
+├── InvalidParameterError        2  an argument has a value that cannot be used (a ValueError too)
+├── LoadError                    3  a model cannot be loaded
+│   ├── ModelFileError           3  a file is missing, truncated, or no usable GGUF
+│   └── FamilyError              3  the members do not make a family
+│       └── VocabMismatchError   3  two members do not share one tokenizer
+├── CapacityError                4  memory or context does not suffice
+│   ├── ContextOverflowError     4  prompt, or prompt and answer, exceed the context
+│   └── OutOfMemoryError         4  weights, KV cache or compute buffers could not be allocated
+└── DecodeError                  1  a member failed while it evaluated tokens
+    └── NonFiniteLogitsError     1  a member returned NaN, +inf, or no finite logit at all
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import ClassVar
+
+__all__ = [
+    "CapacityError",
+    "ContextOverflowError",
+    "DecodeError",
+    "EdgeDLFError",
+    "FamilyError",
+    "InvalidParameterError",
+    "LoadError",
+    "ModelFileError",
+    "NonFiniteLogitsError",
+    "OutOfMemoryError",
+    "VocabMismatchError",
+]
+
+
+class EdgeDLFError(Exception):
+    """Base of all errors; `str(error)` is one line for a person."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InvalidParameterError(EdgeDLFError, ValueError):
+    """An argument has a value that cannot be used."""
+
+    exit_code = 2
+
+
+class LoadError(EdgeDLFError):
+    """A model cannot be loaded."""
+
+    exit_code = 3
+
+
+class ModelFileError(LoadError):
+    """A model file is missing, truncated, or not a GGUF that can be used."""
+
+    def __init__(self, path: str | PathLike[str], reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class FamilyError(LoadError):
+    """The members, or the file that lists them, do not make a family."""
+
+
+class VocabMismatchError(FamilyError):
+    """Two members do not share one tokenizer."""
+
+
+class CapacityError(EdgeDLFError):
+    """Memory or context does not suffice for the request."""
+
+    exit_code = 4
+
+
+class ContextOverflowError(CapacityError):
+    """The prompt, or the prompt and the answer asked for, exceed the context."""
+
+
+class OutOfMemoryError(CapacityError):
+    """Weights, KV cache or compute buffers could not be allocated."""
+
+
+class DecodeError(EdgeDLFError):
+    """A member failed while it evaluated tokens."""
+
+
+class NonFiniteLogitsError(DecodeError):
+    """A member returned NaN, +inf, or a row with no finite logit."""
+
+    def __init__(self, member: str, what: str) -> None:
+        super().__init__(f"{member} returned {what} in its logits")
+        self.member = member

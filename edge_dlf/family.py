@@ -1,0 +1,283 @@
+"""`family.toml` → `FamilySpec`: which files make a family, by which names, with which defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import platformdirs
+
+from .errors import FamilyError, InvalidParameterError
+from .params import METHODS, RESERVED_NAMES, FusionParams, SamplingParams
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Table: TypeAlias = dict[str, Any]
+
+FILE_NAME = "family.toml"
+_MAX_FILE_BYTES = 1 << 20
+_NAME_RULE = "letters, digits, '.', '_' and '-', and begin with a letter or digit"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_FUSION = {field.name for field in dataclasses.fields(FusionParams)}
+_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
+_TEXTS = {"method", "search"}
+_INTEGERS = {"top_k", "repeat_last_n", "seed"}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a GGUF is: a `path` on this machine, or a `file` of a Hugging Face `repo`."""
+
+    path: Path | None = None
+    repo: str | None = None
+    file: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+
+    def local_path(self) -> Path:
+        """The file on this machine. Raises FamilyError where the family names a repository only."""
+        if self.path is None:
+            raise FamilyError(
+                f"{self.file} of {self.repo} is not on this machine, and this version cannot download it: "
+                f'put the file there yourself and write path = "…" in place of repo and file'
+            )
+        return self.path
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """One expert: a `source`, which may turn out to be a model or a LoRA over the base, or LoRAs with their scales."""
+
+    name: str
+    source: ModelSource | None = None
+    loras: tuple[tuple[ModelSource, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """One large model, one base and at least one expert.
+
+    defaults: fields of FusionParams and SamplingParams by name.
+    """
+
+    name: str
+    large: ModelSource
+    base: ModelSource
+    experts: tuple[ExpertSpec, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, family: str | Path) -> FamilySpec:
+        """Read the family in a `family.toml`, in the folder that holds one, or of that name in the models folder.
+
+        Relative paths count from the file's folder. Raises FamilyError, which names the file and the reason.
+        """
+        path = _find(family)
+        try:
+            return _parse(_read_toml(path), path.parent)
+        except InvalidParameterError as error:
+            raise FamilyError(f"{path}: {error}") from error
+        except OSError as error:
+            raise FamilyError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+
+    @classmethod
+    def from_files(
+        cls,
+        large: str | Path,
+        base: str | Path,
+        experts: Mapping[str, str | Path | Sequence[tuple[str | Path, float]]],
+    ) -> FamilySpec:
+        """Make a family of files: `experts` maps a name to a GGUF (a model or a LoRA) or to [(LoRA, scale), …].
+
+        Raises InvalidParameterError.
+        """
+        folder = Path()
+        specs = []
+        for name, files in experts.items():
+            if isinstance(files, str | os.PathLike):
+                specs.append(ExpertSpec(name, source=_local(files, folder, f"expert {name!r}")))
+            else:
+                pairs = _pairs(name, files)
+                specs.append(
+                    ExpertSpec(name, loras=tuple((_local(f, folder, f"expert {name!r}"), s) for f, s in pairs))
+                )
+        _check_names([spec.name for spec in specs])
+        return cls(Path(large).stem, _local(large, folder, "large"), _local(base, folder, "base"), tuple(specs))
+
+
+def models_dir() -> Path:
+    """Where families are looked up by name: $EDGE_DLF_MODELS, or `models` in the user's data folder."""
+    chosen = os.environ.get("EDGE_DLF_MODELS")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(platformdirs.user_data_dir("edge-dlf", appauthor=False)) / "models"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvalidParameterError(message)
+
+
+def _find(family: str | Path) -> Path:
+    """The `family.toml` that a path or a name stands for."""
+    path = Path(family).expanduser()
+    shipped = Path(__file__).parent / "models"
+    candidates = [path, path / FILE_NAME]
+    if isinstance(family, str) and _NAME.fullmatch(family):
+        candidates += [folder / family / FILE_NAME for folder in (models_dir(), shipped)]
+    try:
+        for candidate in candidates:
+            if candidate.is_file():
+                return candidate
+        exists = path.exists() and not path.is_dir()
+    except (OSError, ValueError) as error:
+        raise FamilyError(f"{family}: {error}") from error
+    if exists:
+        raise FamilyError(f"{family}: is not a regular file")
+    raise FamilyError(f"{family}: no such family; looked for {', '.join(map(str, candidates))}")
+
+
+def _read_toml(path: Path) -> Table:
+    with path.open("rb") as file:
+        content = file.read(_MAX_FILE_BYTES + 1)
+    _require(len(content) <= _MAX_FILE_BYTES, "is larger than 1 MiB, so it is no family.toml")
+    try:
+        table: Table = tomllib.loads(content.decode("utf-8"))
+        return table
+    except UnicodeDecodeError as error:
+        raise InvalidParameterError(f"is not UTF-8 text (byte {error.start})") from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InvalidParameterError(f"is not valid TOML: {error}") from error
+
+
+def _parse(table: Table, folder: Path) -> FamilySpec:
+    _known(table, {"name", "large", "base", "experts", "defaults"}, "the file")
+    name = table.get("name")
+    _require(isinstance(name, str) and bool(_NAME.fullmatch(name)), f"name must have {_NAME_RULE}, not {name!r}")
+    sources = {}
+    for role in ("large", "base"):
+        _require(isinstance(table.get(role), dict), f"needs a table [{role}]")
+        sources[role] = _source(table[role], folder, f"[{role}]")
+    experts = table.get("experts", [])
+    _require(
+        isinstance(experts, list) and all(isinstance(expert, dict) for expert in experts),
+        "experts must be tables, [[experts]]",
+    )
+    names = [expert.get("name") for expert in experts]
+    _check_names(names)
+    defaults = table.get("defaults", {})
+    _require(isinstance(defaults, dict), "defaults must be a table, [defaults]")
+    return FamilySpec(
+        name=str(name),
+        large=sources["large"],
+        base=sources["base"],
+        experts=tuple(_expert(expert, folder) for expert in experts),
+        defaults=_defaults(defaults, names),
+    )
+
+
+def _check_names(names: Sequence[Any]) -> None:
+    _require(bool(names), "has no expert; it needs at least one")
+    for name in names:
+        is_name = isinstance(name, str) and bool(_NAME.fullmatch(name))
+        _require(is_name, f"an expert's name must have {_NAME_RULE}, not {name!r}")
+        _require(name not in RESERVED_NAMES, f"an expert cannot be named {name!r}: that is a role or a method")
+        _require(names.count(name) == 1, f"two experts are named {name!r}")
+
+
+def _known(table: Table, keys: set[str], where: str) -> None:
+    unknown = sorted(table.keys() - keys)
+    _require(not unknown, f"{where} has the unknown key {', '.join(map(repr, unknown))}")
+
+
+def _text(value: Any, where: str) -> str:
+    _require(isinstance(value, str) and bool(value), f"{where} must be a non-empty string, not {value!r}")
+    return str(value)
+
+
+def _number(value: Any, where: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    _require(is_number and -1e38 < value < 1e38, f"{where} must be a finite number, not {value!r}")
+    return float(value)
+
+
+def _local(path: Any, folder: Path, where: str) -> ModelSource:
+    if isinstance(path, os.PathLike):
+        path = os.fspath(path)
+    return ModelSource(path=folder / Path(_text(path, f"the path of {where}")).expanduser())
+
+
+def _source(table: Table, folder: Path, where: str, also: frozenset[str] = frozenset()) -> ModelSource:
+    """A model given by `path`, or by `repo` and `file`."""
+    if "path" in table:
+        _known(table, {"path", *also}, f"{where}, which has a path,")
+        return _local(table["path"], folder, where)
+    _require("repo" in table and "file" in table, f"{where} needs a path, or a repo and a file")
+    _known(table, {"repo", "file", "revision", "sha256", *also}, where)
+    texts = {key: _text(value, f"{key} of {where}") for key, value in table.items() if key not in also}
+    sha256 = texts.get("sha256", "0" * 64)
+    _require(bool(re.fullmatch("[0-9a-fA-F]{64}", sha256)), f"sha256 of {where} must be 64 hexadecimal digits")
+    return ModelSource(None, texts["repo"], texts["file"], texts.get("revision"), texts.get("sha256"))
+
+
+def _expert(table: Table, folder: Path) -> ExpertSpec:
+    name = str(table["name"])
+    where = f"expert {name!r}"
+    if "lora" not in table:
+        return ExpertSpec(name, source=_source(table, folder, where, frozenset({"name"})))
+    _known(table, {"name", "lora", "scale"}, f"{where}, which has a lora,")
+    loras = table["lora"] if isinstance(table["lora"], list) else [table["lora"]]
+    scales = table.get("scale", [1.0] * len(loras))
+    scales = scales if isinstance(scales, list) else [scales]
+    _require(len(scales) == len(loras), f"{where} has {len(loras)} in lora and {len(scales)} in scale")
+    pairs = _pairs(name, list(zip(loras, scales, strict=True)))
+    return ExpertSpec(name, loras=tuple((_local(lora, folder, where), scale) for lora, scale in pairs))
+
+
+def _pairs(name: Any, files: Any) -> list[tuple[Any, float]]:
+    """[(LoRA, scale), …], checked."""
+    where = f"expert {name!r}"
+    _require(isinstance(files, Sequence) and len(files) > 0, f"{where} needs a file, or [(LoRA, scale), …]")
+    for pair in files:
+        _require(isinstance(pair, Sequence) and len(pair) == 2, f"{where} needs pairs (LoRA, scale), not {pair!r}")
+    return [(lora, _number(scale, f"a scale of {where}")) for lora, scale in files]
+
+
+def _defaults(table: Table, experts: Sequence[str]) -> Table:
+    """The table, its values of the right types and accepted by FusionParams and SamplingParams."""
+    _known(table, _FUSION | _SAMPLING, "[defaults]")
+    defaults = {key: _default(key, value, experts) for key, value in table.items()}
+    method = defaults.get("method", METHODS[0])
+    _require(method in (*METHODS, *experts), f"method must be one of {', '.join((*METHODS, *experts))}, not {method!r}")
+    FusionParams(**{key: value for key, value in defaults.items() if key in _FUSION})
+    SamplingParams(**{key: value for key, value in defaults.items() if key in _SAMPLING})
+    return defaults
+
+
+def _default(key: str, value: Any, experts: Sequence[str]) -> Any:
+    if key in _TEXTS:
+        return _text(value, key)
+    if key in _INTEGERS:
+        _require(isinstance(value, int) and not isinstance(value, bool), f"{key} must be an integer, not {value!r}")
+        return value
+    if key == "alpha" and isinstance(value, dict):
+        _known(value, set(experts), "alpha")
+        return {expert: _number(alpha, f"alpha of {expert}") for expert, alpha in value.items()}
+    if key == "logit_bias":
+        is_table = isinstance(value, dict) and all(token.isascii() and token.isdigit() for token in value)
+        _require(is_table, f"logit_bias must be a table from token ids to numbers, not {value!r}")
+        biases = {int(token): bias for token, bias in value.items()}
+        return {
+            t: -math.inf if bias == -math.inf else _number(bias, f"logit_bias of {t}") for t, bias in biases.items()
+        }
+    return _number(value, key)

@@ -1,0 +1,411 @@
+"""The checked face of the kernels: the search for α, the fused row, and the choice of a token from it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import kernels
+from .errors import InvalidParameterError, NonFiniteLogitsError
+from .params import AlphaChoice, FusionParams, SamplingParams
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int32]
+Member = tuple[str, Floats]
+
+_WHAT = {kernels.HAS_NAN: "NaN", kernels.HAS_INF: "+inf", kernels.NONE_FINITE: "no finite value"}
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
+_NEWTON_STEPS = 20
+
+
+class _Team:
+    """Helper threads that run a kernel beside the caller. The kernel shares out its work by counters in `sync`, so a
+    helper that wakes late finds less to do, and nobody waits for it."""
+
+    def __init__(self, n_helpers: int) -> None:
+        self._sync = np.zeros(8, np.int64)
+        self._mailboxes: list[tuple[list[Any], threading.Lock, threading.Lock]] = []
+        for _ in range(n_helpers):
+            mailbox: tuple[list[Any], threading.Lock, threading.Lock] = ([], threading.Lock(), threading.Lock())
+            mailbox[1].acquire()
+            self._mailboxes.append(mailbox)
+            threading.Thread(target=_help, args=mailbox, name="edge-dlf-kernels", daemon=True).start()
+
+    def run(self, kernel: Callable[..., None], *args: Any) -> npt.NDArray[np.int64]:
+        """Run `kernel(*args, sync)` on every thread; returns `sync` as the kernel left it."""
+        for _, _, idle in self._mailboxes:
+            idle.acquire()
+        self._sync[:] = 0
+        for job, wake, _ in self._mailboxes:
+            job[:] = (kernel, *args, self._sync)
+            wake.release()
+        kernel(*args, self._sync)
+        return self._sync
+
+    def __del__(self) -> None:
+        for _, wake, idle in self._mailboxes:
+            idle.acquire()
+            wake.release()
+
+
+def _help(job: list[Any], wake: threading.Lock, idle: threading.Lock) -> None:
+    while True:
+        wake.acquire()
+        if not job:
+            return
+        job[0](*job[1:])
+        job.clear()
+        idle.release()
+
+
+class Fuser:
+    """Search, fusion and selection for rows of `n_vocab` logits, with all scratch held from step to step.
+
+    Rows are read in place and may be wider than `n_vocab`; what lies beyond is ignored. Not for concurrent use.
+    fused: the last fused row (V,), unnormalised, before penalties.
+    """
+
+    def __init__(self, n_vocab: int, n_threads: int = 1) -> None:
+        n_groups = -(-n_vocab // kernels.GROUP)
+        self.n_vocab = n_vocab
+        self.fused: Floats = np.empty(n_vocab, np.float32)
+        self._maxima: Floats = np.empty(n_groups, np.float32)
+        self._masses: Floats = np.empty(n_groups, np.float32)
+        self._ids: Ids = np.empty(n_vocab, np.int32)
+        # 16 floats more than a block: rows a multiple of 4096 bytes apart would make stores and loads collide
+        self._blocks: Floats = np.empty((n_threads, 3, kernels.BLOCK + 16), np.float32)
+        self._team = _Team(n_threads - 1)
+        self._wide: Doubles | None = None
+        self._scratch: tuple[npt.NDArray[Any], ...] = ()
+
+    def search(
+        self, large: Floats, base: Floats, experts: Sequence[Floats], params: FusionParams, names: Sequence[str]
+    ) -> list[AlphaChoice]:
+        """The α search for each of K rows; arrays (K, width ≥ V), float32 and C-contiguous; names: large, base, experts.
+
+        Raises NonFiniteLogitsError where a row holds NaN, +inf or no finite value.
+        """
+        alphas = np.round(np.arange(params.n_grid) * params.alpha_step, 12)
+        members = list(zip(names[2:], experts, strict=True))
+        curves, targets = self._curves((names[0], large), (names[1], base), members, alphas)
+        choices = []
+        for k in range(large.shape[0]):
+            rows = large[k : k + 1], base[k : k + 1], [expert[k : k + 1] for expert in experts]
+            curve, target = curves[k], targets[k]
+            expert, grid, doubt = kernels.choose(curve, target, alphas)
+            if doubt == 1 and params.search == "grid":
+                pair = np.empty((2, 3))
+                self._careful(rows[0], rows[1], rows[2][expert], alphas[[0, grid]], pair, target[expert])
+                curve[expert, [0, grid]] = pair
+            elif doubt:
+                for t, row in enumerate(rows[2]):
+                    self._careful(rows[0], rows[1], row, alphas, curve[t], target[t])
+                expert, grid, _ = kernels.choose(curve, target, alphas)
+            choices.append(_choice(int(expert), float(alphas[grid]), curve[expert, grid], curve[expert, 0, 1], target))
+            if params.search == "exact":
+                choices[-1] = self._refine(choices[-1], rows, curve, target, alphas, params.alpha_max, names)
+        return choices
+
+    def _curves(
+        self, large: Member, base: Member, experts: Sequence[Member], alphas: Doubles
+    ) -> tuple[Doubles, Doubles]:
+        """Λ, Λ', Λ'' (K, T, G, 3) at the grid values, and the targets a, b (K, T, 2)."""
+        n_rows, n_grid = large[1].shape[0], len(alphas)
+        n_chunks = -(-self.n_vocab // kernels.CHUNK)
+        if not self._scratch or self._scratch[3].shape != (n_rows, n_chunks, n_grid + 3, 3):
+            self._scratch = (
+                np.empty((n_rows, 3, n_chunks, 2), np.int32),
+                np.empty((n_rows, 7)),
+                np.empty((n_rows, 3), np.int32),
+                np.empty((n_rows, n_chunks, n_grid + 3, 3)),
+            )
+        codes = self._scratch[2]
+        curves, targets = np.empty((len(experts), n_rows, n_grid, 3)), np.empty((len(experts), n_rows, 2))
+        usable = np.empty(n_rows, np.bool_)
+        for t, expert in enumerate(experts):
+            rows = large[1], base[1], expert[1]
+            self._team.run(
+                kernels.search_rows, *rows, self.n_vocab, alphas,
+                *self._scratch, curves[t], targets[t], usable, self._blocks,
+            )  # fmt: skip
+            if codes.max() > kernels.HAS_NEG_INF:
+                member = int(codes.max(axis=0).argmax())
+                raise NonFiniteLogitsError((large, base, expert)[member][0], _WHAT[int(codes[:, member].max())])
+            for k in np.flatnonzero(~usable):
+                self._careful(*(row[k : k + 1] for row in rows), alphas, curves[t, k], targets[t, k])
+        return curves.swapaxes(0, 1).copy(), targets.swapaxes(0, 1).copy()
+
+    def _careful(
+        self, large: Floats, base: Floats, expert: Floats, alphas: Doubles, curve: Doubles, target: Doubles
+    ) -> None:
+        n = self.n_vocab
+        if self._wide is None:
+            self._wide = np.empty((3, n))
+        kernels.careful_curve(large[0, :n], base[0, :n], expert[0, :n], alphas, curve, target, self._wide)
+
+    def _refine(
+        self,
+        grid_choice: AlphaChoice,
+        rows: tuple[Floats, Floats, list[Floats]],
+        curves: Doubles,
+        targets: Doubles,
+        alphas: Doubles,
+        alpha_max: float,
+        names: Sequence[str],
+    ) -> AlphaChoice:
+        """The best of the grid's choice and the minimum of J inside each cell around a local minimum of the grid."""
+        best = grid_choice
+        for t, expert in enumerate(rows[2]):
+            members = (names[0], rows[0]), (names[1], rows[1]), [(names[2 + t], expert)]
+            grid = [_choice(t, float(a), curves[t, k], curves[t, 0, 1], targets) for k, a in enumerate(alphas)]
+            j = [math.inf, *(choice.objective for choice in grid), math.inf]
+            for k, alpha in enumerate(alphas):
+                if j[k] < j[k + 1] or j[k + 2] < j[k + 1]:
+                    continue
+                low = float(alphas[max(k - 1, 0)])
+                high = float(alphas[k + 1]) if k + 1 < len(alphas) else alpha_max
+                alpha = float(alpha)
+                for _ in range(_NEWTON_STEPS):
+                    if not alpha:
+                        alpha = 0.5 * (low + high)
+                    curve, _targets = self._curves(*members, np.array([0.0, alpha]))
+                    here = _choice(t, alpha, curve[0, 0, 1], curve[0, 0, 0, 1], targets)
+                    if here.objective < best.objective:
+                        best = here
+                    slope, curvature = _slope(here, curve[0, 0, 1], curve[0, 0, 0, 1])
+                    low, high = (low, alpha) if slope > 0 else (alpha, high)
+                    following = alpha - slope / curvature if curvature > 0 else math.inf
+                    if not low < following < high:
+                        following = 0.5 * (low + high)
+                    if abs(following - alpha) < 1e-6:
+                        break
+                    alpha = following
+        return best
+
+    def fuse(
+        self,
+        large_row: Floats,
+        base_row: Floats | None,
+        expert_rows: Sequence[Floats],
+        alphas: Sequence[float],
+        names: Sequence[str],
+    ) -> None:
+        """Write `large + Σ α (expert − base)` into `fused`; rows (width ≥ V,). No expert, or α = 0: the large row itself.
+
+        Raises NonFiniteLogitsError where a row that takes part holds NaN, +inf or no finite value.
+        """
+        parts = [(row, alpha) for row, alpha in zip(expert_rows, alphas, strict=True) if alpha]
+        source, unusual = large_row, False
+        for row, alpha in parts or [(large_row, 0.0)]:
+            base = large_row if base_row is None else base_row
+            sync = self._team.run(
+                kernels.fuse_row, source, base, row, float(alpha), self.fused, self._maxima, self._masses
+            )
+            unusual = unusual or bool(sync[2])
+            source = self.fused
+        if unusual:
+            self._fuse_unusual(large_row, base_row, expert_rows, alphas, names)
+
+    def _fuse_unusual(
+        self,
+        large_row: Floats,
+        base_row: Floats | None,
+        expert_rows: Sequence[Floats],
+        alphas: Sequence[float],
+        names: Sequence[str],
+    ) -> None:
+        """As `fuse`, for rows with −inf or differences beyond float32: d = 0 where base or expert is −inf."""
+        n = self.n_vocab
+        large = _checked(large_row[:n], names[0])
+        fused = large.astype(np.float64)
+        if base_row is not None:
+            base = _checked(base_row[:n], names[1]).astype(np.float64)
+            for row, alpha, name in zip(expert_rows, alphas, names[2:], strict=True):
+                expert = _checked(row[:n], name).astype(np.float64)
+                both = np.isfinite(base) & np.isfinite(expert)
+                shift = np.zeros(n)
+                if both.any() and alpha:
+                    shift[:] = np.logaddexp.reduce(expert[both]) - np.logaddexp.reduce(base[both])
+                    shift[both] = expert[both] - base[both]
+                fused += alpha * shift
+        finite = np.isfinite(large)
+        self.fused[:] = -np.inf
+        self.fused[finite] = np.clip(fused[finite], -_LARGEST_FLOAT, _LARGEST_FLOAT)
+        self._measure(np.arange(len(self._maxima)))
+
+    def _measure(self, groups: npt.NDArray[np.int64]) -> None:
+        kernels.measure_groups(self.fused, groups, self._maxima, self._masses)
+
+    def _log_sum(self) -> float:
+        """log Σ exp(fused)."""
+        top = float(self._maxima.max())
+        return top + math.log(float(self._masses.astype(np.float64) @ np.exp(self._maxima.astype(np.float64) - top)))
+
+    def select(self, sampling: SamplingParams, seed: int, position: int, recent: Ids) -> tuple[int, float]:
+        """A token from `fused`, and its log-probability there before penalties and filters.
+
+        recent: the tokens that penalties look back on. Raises InvalidParameterError if logit_bias bans every token.
+        """
+        log_sum = self._log_sum()
+        tokens, logits = self._penalised(sampling, recent)
+        if not len(tokens):
+            token = self._pick(sampling, seed, position)
+            return token, float(self.fused[token]) - log_sum
+        before, groups = self.fused[tokens], np.unique(tokens // kernels.GROUP)
+        self.fused[tokens] = logits
+        self._measure(groups)
+        try:
+            token = self._pick(sampling, seed, position)
+        finally:
+            self.fused[tokens] = before
+            self._measure(groups)
+        return token, float(self.fused[token]) - log_sum
+
+    def _penalised(self, sampling: SamplingParams, recent: Ids) -> tuple[npt.NDArray[np.int64], Floats]:
+        """Tokens whose logits penalties and logit_bias change, and their new logits, as llama.cpp reckons them."""
+        frequency, presence, repeat = sampling.frequency_penalty, sampling.presence_penalty, sampling.repeat_penalty
+        new: dict[int, float] = {}
+        if len(recent) and (frequency or presence or repeat != 1.0):
+            for token, count in zip(*(x.tolist() for x in np.unique(recent, return_counts=True)), strict=True):
+                logit = float(self.fused[token])
+                logit = logit * repeat if logit <= 0 else logit / repeat
+                new[token] = logit - count * frequency - presence
+        for token, bias in (sampling.logit_bias or {}).items():
+            if token < self.n_vocab:
+                new[token] = new.get(token, float(self.fused[token])) + bias
+        return np.fromiter(new.keys(), np.int64, len(new)), np.fromiter(new.values(), np.float32, len(new))
+
+    def _pick(self, sampling: SamplingParams, seed: int, position: int) -> int:
+        group = int(self._maxima.argmax())
+        top = float(self._maxima[group])
+        if top == -math.inf:
+            raise InvalidParameterError("logit_bias bans every token")
+        if sampling.temperature == 0.0:
+            first = group * kernels.GROUP
+            return first + int(self.fused[first : first + kernels.GROUP].argmax())
+        ids = self._kept(sampling, top)
+        logits = self.fused[ids].astype(np.float64) - top
+        key = np.uint64(seed), np.uint64(position)
+        return int(ids[kernels.draw(logits, ids, sampling.temperature, *key)])
+
+    def _kept(self, sampling: SamplingParams, top: float) -> Ids:
+        """Tokens that top-k, top-p and min-p leave; each keeps a head of the list sorted by logit, so order is no matter."""
+        cut = top + math.log(sampling.min_p) if sampling.min_p else -_LARGEST_FLOAT
+        filtered = bool(sampling.top_k or sampling.min_p)
+        n = sampling.top_k or (256 if sampling.top_p < 1.0 and not filtered else self.n_vocab)
+        total = math.exp(self._log_sum() - top)
+        while True:
+            ids = self._largest(n, -_LARGEST_FLOAT if sampling.top_k else cut, ordered=sampling.top_p < 1.0)
+            if sampling.top_p == 1.0:
+                break
+            cumulated = np.cumsum(np.exp(self.fused[ids].astype(np.float64) - top))
+            wanted = sampling.top_p * (cumulated[-1] if sampling.top_k else total)
+            if filtered or cumulated[-1] >= wanted or n >= self.n_vocab:
+                ids = ids[: int(np.searchsorted(cumulated, wanted)) + 1]
+                break
+            n *= 8
+        return ids[self.fused[ids] >= cut]
+
+    def _largest(self, n: int, cut: float, ordered: bool = True) -> Ids:
+        """The n tokens with the largest logits of at least `cut`, best first, ties by id; where not `ordered`, by id."""
+        pool = self._maxima if n <= len(self._maxima) else self.fused
+        if n < len(pool):
+            cut = max(cut, float(np.partition(pool, len(pool) - n)[len(pool) - n]))
+        ids = self._ids[: kernels.gather(self.fused, self._maxima, np.float32(cut), self._ids)]
+        if not ordered and len(ids) <= n:
+            return ids
+        return ids[np.argsort(-self.fused[ids], kind="stable")[:n]]
+
+    def top_logprobs(self, n: int) -> tuple[tuple[int, float], ...]:
+        """The n most likely tokens of `fused`, (id, logprob), best first."""
+        if n <= 0:
+            return ()
+        log_sum = self._log_sum()
+        return tuple((int(i), float(self.fused[i]) - log_sum) for i in self._largest(n, -_LARGEST_FLOAT))
+
+
+def _checked(row: Floats, name: str) -> Floats:
+    if np.isnan(row).any():
+        raise NonFiniteLogitsError(name, _WHAT[kernels.HAS_NAN])
+    if (row == np.inf).any():
+        raise NonFiniteLogitsError(name, _WHAT[kernels.HAS_INF])
+    if not np.isfinite(row).any():
+        raise NonFiniteLogitsError(name, _WHAT[kernels.NONE_FINITE])
+    return row
+
+
+def _choice(expert: int, alpha: float, point: Doubles, mean: float, targets: Doubles) -> AlphaChoice:
+    """J and its parts from Λ, Λ' at α (`point`), Λ'(0) (`mean`) and the targets of every expert (T, 2)."""
+    forward = max(0.0, alpha * float(point[1]) - float(point[0]))
+    reverse = max(0.0, float(point[0]) - alpha * float(mean))
+    objective = float(((forward - targets[:, 0]) ** 2 + (reverse - targets[:, 1]) ** 2).sum())
+    target_forward, target_reverse = targets.mean(axis=0).tolist()
+    return AlphaChoice(expert, alpha, objective, forward, reverse, target_forward, target_reverse)
+
+
+def _slope(choice: AlphaChoice, point: Doubles, mean: float) -> tuple[float, float]:
+    """dJ/dα and the part of d²J/dα² that has no third cumulant, both divided by 2T."""
+    x, y = choice.kl_forward - choice.target_forward, choice.kl_reverse - choice.target_reverse
+    dx, dy = choice.alpha * float(point[2]), float(point[1]) - float(mean)
+    return x * dx + y * dy, dx * dx + dy * dy + (x + y) * float(point[2])
+
+
+def search_alpha(
+    large_logits: npt.ArrayLike,
+    base_logits: npt.ArrayLike,
+    expert_logits: npt.ArrayLike,
+    params: FusionParams | None = None,
+) -> AlphaChoice:
+    """The pair (expert, α) that minimises J(α) = Σ_t [(KL(P̃‖P) − a_t)² + (KL(P‖P̃) − b_t)²], the paper's Eq. 6.
+
+    large_logits, base_logits (V,), expert_logits (V,) or (T, V). Raises InvalidParameterError where the shapes do not
+    fit, NonFiniteLogitsError where a row holds NaN, +inf or no finite value.
+    """
+    large, base, experts = _rows(large_logits, base_logits, expert_logits)
+    fuser = Fuser(large.shape[1])
+    return fuser.search(large, base, experts, params or FusionParams(), _names(experts))[0]
+
+
+def fuse_logits(
+    large_logits: npt.ArrayLike, base_logits: npt.ArrayLike, expert_logits: npt.ArrayLike, alpha: npt.ArrayLike
+) -> Floats:
+    """large + Σ_t α_t (expert_t − base), unnormalised, (V,) float32; where base or expert is −inf, log Q_t − log Q = 0.
+
+    Shapes and errors as for `search_alpha`; alpha (T,), or a number for a single expert.
+    """
+    large, base, experts = _rows(large_logits, base_logits, expert_logits)
+    alphas = np.atleast_1d(np.asarray(alpha, np.float64))
+    if alphas.shape != (len(experts),) or not np.isfinite(alphas).all():
+        raise InvalidParameterError(f"alpha must be {len(experts)} finite numbers, one for each expert, not {alpha!r}")
+    fuser = Fuser(large.shape[1])
+    fuser.fuse(large[0], base[0], [expert[0] for expert in experts], alphas.tolist(), _names(experts))
+    return fuser.fused
+
+
+def _names(experts: Sequence[Floats]) -> list[str]:
+    return ["large", "base", *(f"expert {t}" for t in range(len(experts)))]
+
+
+def _rows(large: npt.ArrayLike, base: npt.ArrayLike, expert: npt.ArrayLike) -> tuple[Floats, Floats, list[Floats]]:
+    """Each member's row as (1, V), after the checks of shape."""
+    try:
+        arrays = [np.require(x, np.float32, ["C", "W", "A"]) for x in (large, base, expert)]
+    except (TypeError, ValueError) as error:
+        raise InvalidParameterError(f"logits must be arrays of numbers: {error}") from None
+    if arrays[0].ndim != 1 or not arrays[0].size:
+        raise InvalidParameterError(f"large_logits must have shape (V,), not {arrays[0].shape}")
+    n_vocab = arrays[0].size
+    if arrays[1].shape != (n_vocab,):
+        raise InvalidParameterError(f"base_logits must have shape ({n_vocab},), not {arrays[1].shape}")
+    experts = np.atleast_2d(arrays[2])
+    if experts.ndim != 2 or experts.shape[1] != n_vocab or not len(experts):
+        raise InvalidParameterError(
+            f"expert_logits must have shape ({n_vocab},) or (T, {n_vocab}), not {arrays[2].shape}"
+        )
+    return arrays[0][None], arrays[1][None], [row[None] for row in experts]

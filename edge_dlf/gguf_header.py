@@ -1,0 +1,392 @@
+"""The header of a GGUF file: metadata, and the name, type, shape and place of every tensor.
+
+Every count, length and offset is first held against the file's size. The
+file is read with ordinary reads, never mapped: a file that shrinks under a mapping kills its reader.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import struct
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ModelFileError
+
+Scalar = bool | int | float | str
+
+_MIB = 1 << 20
+_FIRST_READ_BYTES = 8 * _MIB
+_MAX_HEADER_BYTES = 64 * _MIB
+_MAX_TEXT_BYTES = 4 * _MIB  # of all string values together; the longest chat templates have 0.1 MiB
+_MAX_KEYS = 1 << 16
+_MAX_KEY_BYTES = (1 << 16) - 1
+_MAX_TENSORS = 1 << 16
+_MAX_VOCAB = 1 << 20
+_MAX_NAME_BYTES = 63  # GGML_MAX_NAME less its NUL
+_MAX_DIMS = 4
+_KEPT_VALUES = 1024  # arrays up to this length keep their values: hyperparameters given layer by layer
+_INT32, _STRING, _ARRAY = 5, 8, 9
+_SCALARS = {
+    0: struct.Struct("<B"),
+    1: struct.Struct("<b"),
+    2: struct.Struct("<H"),
+    3: struct.Struct("<h"),
+    4: struct.Struct("<I"),
+    5: struct.Struct("<i"),
+    6: struct.Struct("<f"),
+    7: struct.Struct("<?"),
+    10: struct.Struct("<Q"),
+    11: struct.Struct("<q"),
+    12: struct.Struct("<d"),
+}
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_BLOCKS = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 36),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
+}
+"""ggml type -> name, elements a block, bytes a block."""
+_LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # by how many
+_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93], np.uint64)
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array of the metadata: its GGUF element type, its length, and its values where it is short and numeric."""
+
+    type: int
+    length: int
+    values: tuple[bool | int | float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor's type, shape (row length first, as llama.cpp has it) and size."""
+
+    type: str
+    shape: tuple[int, ...]
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token list of one file: its texts as they stand there, each after its length in 8 bytes, and a type for each.
+
+    types: (n_vocab,) int32; 1, a normal token, throughout where the file gives none.
+    """
+
+    tokens: bytes
+    types: npt.NDArray[np.int32]
+
+    def texts(self) -> Iterator[bytes]:
+        """Text of every token, in order of their ids."""
+        pos = 0
+        while pos < len(self.tokens):
+            (n_bytes,) = _U64.unpack_from(self.tokens, pos)
+            yield self.tokens[pos + 8 : pos + 8 + n_bytes]
+            pos += 8 + n_bytes
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of one file."""
+
+    version: int
+    metadata: Mapping[str, Scalar | Array]
+    vocabulary: Vocabulary
+    tensors: Mapping[str, Tensor]
+    file_bytes: int
+
+
+def show(text: bytes | str) -> str:
+    """`text` from a file, quoted, on one line and cut to a length that fits a message."""
+    if isinstance(text, bytes):
+        text = text[:256].decode("utf-8", "replace")
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+class _Cursor:
+    """A cursor over the first bytes of a file; every read is checked against the file's length first."""
+
+    def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
+        self.path = path
+        self.file_bytes = file_bytes
+        self.buffer = b""
+        self.pos = 0
+        self.tokens = b""
+        self.token_types: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self._file = file
+
+    def fail(self, reason: str) -> NoReturn:
+        raise ModelFileError(self.path, reason)
+
+    def need(self, n_bytes: int, what: str) -> None:
+        """Have `n_bytes` from the cursor on in the buffer."""
+        end = self.pos + n_bytes
+        if end <= len(self.buffer):
+            return
+        if end > self.file_bytes:
+            self.fail(f"truncated or damaged: {what} would end at byte {end:,}, the file at {self.file_bytes:,}")
+        if end > _MAX_HEADER_BYTES:
+            self.fail(f"damaged: its header is longer than {_MAX_HEADER_BYTES // _MIB} MiB")
+        wanted = max(end, min(2 * len(self.buffer), _MAX_HEADER_BYTES), _FIRST_READ_BYTES)
+        self.buffer += self._file.read(wanted - len(self.buffer))
+        if end > len(self.buffer):
+            self.fail("changed while it was read")
+
+    def number(self, layout: struct.Struct, what: str) -> int:
+        self.need(layout.size, what)
+        (value,) = layout.unpack_from(self.buffer, self.pos)
+        self.pos += layout.size
+        return int(value)
+
+    def text(self, what: str, limit: int) -> bytes:
+        """A length, of `limit` at most, and as many bytes."""
+        n_bytes = self.number(_U64, what)
+        if n_bytes > limit:
+            self.fail(f"damaged: {what} has {n_bytes:,} bytes")
+        self.need(n_bytes, what)
+        self.pos += n_bytes
+        return self.buffer[self.pos - n_bytes : self.pos]
+
+    def texts(self, n: int, what: str) -> npt.NDArray[np.int64]:
+        """Where each of `n` texts begins, its length included."""
+        self.need(8 * n, what)
+        starts = self._plain_texts(n)
+        if starts is not None:
+            (n_bytes,) = _U64.unpack_from(self.buffer, int(starts[-1]))
+            self.pos = int(starts[-1]) + 8 + n_bytes
+            return starts
+        slowly, pos = array("q"), self.pos
+        for _ in range(n):
+            if pos + 8 > len(self.buffer):
+                self.pos = min(pos, self.file_bytes)
+                self.need(8, what)
+            slowly.append(pos)
+            (n_bytes,) = _U64.unpack_from(self.buffer, pos)
+            pos += 8 + n_bytes
+        self.pos = min(pos, self.file_bytes + 1)
+        self.need(0, what)
+        return np.array(slowly, np.int64)
+
+    def _plain_texts(self, n: int) -> npt.NDArray[np.int64] | None:
+        """The same at a stroke, by the zeros that end each length; None where a text is empty, long, or holds a NUL."""
+        window = np.frombuffer(self.buffer, np.uint8, offset=self.pos)[: 32 * n + 64]
+        zero = window == 0
+        starts = np.flatnonzero(zero[:-1] > zero[1:]) - 7
+        starts = starts[starts >= 0]
+        lengths = _words(window)[starts].astype(np.int64)
+        is_length = (lengths > 0) & (lengths < 1 << 16)
+        starts, lengths = starts[is_length][:n], lengths[is_length][:n]
+        if len(starts) < max(n, 1) or starts[0] != 0 or np.any(np.diff(starts) != lengths[:-1] + 8):
+            return None
+        return starts + self.pos
+
+
+def _words(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """The 8 bytes from every position on, as little-endian integers, without a copy."""
+    words: npt.NDArray[np.uint64] = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
+    return words
+
+
+def _check_distinct(header: _Cursor, starts: npt.NDArray[np.int64]) -> None:
+    """Fail where two entries of the vocabulary, which ends at the cursor, are the same: llama.cpp aborts on it."""
+    begin, end = int(starts[0]), header.pos
+    data = np.frombuffer(header.buffer[begin:end] + bytes(16), np.uint8)
+    starts, words = starts - begin, _words(data)
+    lengths = words[starts].astype(np.int64)
+    zeros_of_lengths = 8 * len(lengths) - np.count_nonzero(lengths.view(np.uint8))
+    suspects: Iterable[int] = range(len(starts))
+    if lengths.min() > 0 and end - begin + 16 - np.count_nonzero(data) == zeros_of_lengths + 16:
+        # Every text is what C makes of it. Texts of one key may differ, texts of different keys do.
+        head = words[starts + 8] & _LOW_BYTES[np.minimum(lengths, 8)]
+        tail = np.where(lengths > 8, words[starts + np.maximum(lengths, 8)], np.uint64(0))
+        middle = np.where(lengths > 16, words[starts + np.maximum(lengths // 2, 8)], np.uint64(0))
+        keys = (head * _MIX[0]) ^ (tail * _MIX[1]) ^ (middle * _MIX[2]) ^ lengths.astype(np.uint64)
+        ordered = np.sort(keys)
+        shared = ordered[1:][ordered[1:] == ordered[:-1]]
+        suspects = np.flatnonzero(np.isin(keys, shared)).tolist() if len(shared) else []
+    seen: dict[bytes, int] = {}
+    for token in suspects:
+        pos = int(starts[token]) + begin + 8
+        text = header.buffer[pos : pos + int(lengths[token])].split(b"\0", 1)[0] or b"[EMPTY_%d]" % token
+        if seen.setdefault(text, token) != token:
+            header.fail(f"damaged: its tokens {seen[text]} and {token} are both {show(text)}")
+
+
+def _read_value(header: _Cursor, key: str) -> Scalar | Array:
+    what = f"the value of {show(key)}"
+    kind = header.number(_U32, what)
+    if kind == _STRING:
+        return header.text(what, _MAX_TEXT_BYTES).split(b"\0", 1)[0].decode("utf-8", "replace")
+    if kind in _SCALARS:
+        header.need(_SCALARS[kind].size, what)
+        scalar: bool | int | float = _SCALARS[kind].unpack_from(header.buffer, header.pos)[0]
+        header.pos += _SCALARS[kind].size
+        return scalar
+    if kind != _ARRAY:
+        header.fail(f"damaged: {what} has the unknown type {kind}")
+    kind, length = header.number(_U32, what), header.number(_U64, what)
+    if kind == _STRING:
+        starts = header.texts(length, what)
+        if key == "tokenizer.ggml.tokens" and length:
+            if length > _MAX_VOCAB:
+                header.fail(f"its vocabulary has {length:,} entries; the most that can be used are {_MAX_VOCAB:,}")
+            _check_distinct(header, starts)
+            header.tokens = header.buffer[int(starts[0]) : header.pos]
+        return Array(kind, length)
+    if kind not in _SCALARS:
+        header.fail(f"damaged: {what} is an array of the unknown type {kind}")
+    n_bytes = length * _SCALARS[kind].size
+    header.need(n_bytes, what)
+    header.pos += n_bytes
+    data = header.buffer[header.pos - n_bytes : header.pos]
+    if key == "tokenizer.ggml.token_type" and kind == _INT32:
+        header.token_types = np.frombuffer(data, "<i4")
+    if length > _KEPT_VALUES:
+        return Array(kind, length)
+    return Array(kind, length, tuple(value for (value,) in _SCALARS[kind].iter_unpack(data)))
+
+
+def _read_metadata(header: _Cursor, n_keys: int) -> dict[str, Scalar | Array]:
+    metadata: dict[str, Scalar | Array] = {}
+    text_bytes = 0
+    for number in range(n_keys):
+        raw = header.text(f"key {number}", _MAX_KEY_BYTES)
+        key = raw.decode("utf-8", "backslashreplace")
+        if not raw or b"\0" in raw:
+            header.fail(f"damaged: key {number} is {show(raw)}")
+        if key in metadata:
+            header.fail(f"damaged: the key {show(key)} comes twice")
+        value = metadata[key] = _read_value(header, key)
+        text_bytes += len(raw) + (len(value) if isinstance(value, str) else 0)
+        if text_bytes > _MAX_TEXT_BYTES:
+            header.fail(f"damaged: its metadata has more than {_MAX_TEXT_BYTES // _MIB} MiB of text")
+    return metadata
+
+
+def _read_tensors(header: _Cursor, n_tensors: int, alignment: int) -> dict[str, Tensor]:
+    """The tensors, each where the one before it ends, all inside the file."""
+    tensors: dict[str, Tensor] = {}
+    expected = 0
+    for number in range(n_tensors):
+        raw = header.text(f"the name of tensor {number}", _MAX_NAME_BYTES)
+        name = raw.decode("utf-8", "backslashreplace")
+        what = f"tensor {show(name)}"
+        if not raw or b"\0" in raw:
+            header.fail(f"damaged: tensor {number} has the name {show(raw)}")
+        if name in tensors:
+            header.fail(f"damaged: {what} comes twice")
+        n_dims = header.number(_U32, what)
+        if not 1 <= n_dims <= _MAX_DIMS:
+            header.fail(f"damaged: {what} has {n_dims} dimensions")
+        shape = tuple(header.number(_U64, what) for _ in range(n_dims))
+        kind, offset = header.number(_U32, what), header.number(_U64, what)
+        if kind not in _BLOCKS:
+            header.fail(f"{what} has the type {kind}, which this version of llama.cpp does not know")
+        kind_name, block, block_bytes = _BLOCKS[kind]
+        if shape[0] % block or min(shape) < 1:
+            header.fail(f"damaged: {what} has the shape {shape}, impossible for {kind_name}")
+        n_bytes = math.prod(shape) // block * block_bytes
+        if n_bytes > header.file_bytes and offset == expected:
+            header.fail(
+                f"truncated or damaged: {what} alone needs {n_bytes:,} bytes, the file has {header.file_bytes:,}"
+            )
+        if offset != expected:
+            header.fail(f"damaged: {what} is said to begin at byte {offset:,} of the weights, not at {expected:,}")
+        tensors[name] = Tensor(kind_name, shape, n_bytes)
+        expected += -(-n_bytes // alignment) * alignment
+    begin = -(-header.pos // alignment) * alignment
+    last = tensors[name].n_bytes if tensors else 0
+    end = begin + expected - -(-last // alignment) * alignment + last
+    if end > header.file_bytes:
+        header.fail(f"truncated: {end - header.file_bytes:,} of {end:,} bytes are missing at its end")
+    return tensors
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a regular file; anything else fails, and does not wait for a writer as a FIFO would."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise ModelFileError(path, (error.strerror or str(error)).lower()) from error
+    except ValueError as error:
+        raise ModelFileError(path, str(error)) from error
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb", buffering=0)
+    is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
+    raise ModelFileError(path, "is a folder" if is_folder else "is not a regular file")
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of the file at `path`; raises ModelFileError where it is damaged or truncated."""
+    with _open(path) as file:
+        header = _Cursor(path, file, os.fstat(file.fileno()).st_size)
+        if not header.file_bytes:
+            header.fail("is empty")
+        header.need(min(4, header.file_bytes), "the file")
+        magic = header.buffer[:4]
+        if magic not in (b"GGUF", b"FUGG"):
+            header.fail(f"is not a GGUF file: it begins with {show(magic)}")
+        header.pos = 4
+        version = header.number(_U32, "the version")
+        if magic == b"FUGG" or version & 0xFFFF == 0:
+            header.fail("is a big-endian GGUF; only little-endian ones can be used")
+        if version not in (2, 3):
+            header.fail(f"is a GGUF of version {version}; only versions 2 and 3 can be used")
+        n_tensors, n_keys = header.number(_U64, "the header"), header.number(_U64, "the header")
+        if n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
+            header.fail(f"damaged: it claims {n_tensors:,} tensors and {n_keys:,} keys")
+        metadata = _read_metadata(header, n_keys)
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment % 8 or alignment & (alignment - 1) or not 8 <= alignment <= _MIB:
+            header.fail(f"damaged: its alignment is {alignment}")
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        n_vocab = tokens.length if isinstance(tokens, Array) else 0
+        types = header.token_types if "tokenizer.ggml.token_type" in metadata else np.ones(n_vocab, np.int32)
+        if len(types) < n_vocab:
+            header.fail(f"damaged: it has {n_vocab:,} tokens and {len(types):,} token types")
+        vocabulary = Vocabulary(header.tokens, types[:n_vocab])
+        return Header(version, metadata, vocabulary, _read_tensors(header, n_tensors, alignment), header.file_bytes)

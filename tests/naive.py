@@ -1,0 +1,120 @@
+"""The method in plain float64 NumPy, as the paper writes it: the oracle of every kernel, and the benchmark's baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edge_dlf.params import SamplingParams
+
+MASK = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def log_softmax(x):
+    """Logarithms of the probabilities, and the probabilities."""
+    x = x - x.max()
+    probs = np.exp(x)
+    total = probs.sum()
+    return x - np.log(total), probs / total
+
+
+def softmax(x):
+    return log_softmax(x)[1]
+
+
+def kl(log_p, p, log_q):
+    """KL(p‖q) in nats; logarithms finite."""
+    return float((p * (log_p - log_q)).sum())
+
+
+def log_ratio(base, expert):
+    """d = log Q_t − log Q (V,), and the targets a = KL(Q_t‖Q), b = KL(Q‖Q_t); d = 0 where either is −inf."""
+    both = np.isfinite(base) & np.isfinite(expert)
+    d = np.zeros(len(base))
+    if not both.any():
+        return d, 0.0, 0.0
+    log_q, q = log_softmax(base[both].astype(np.float64))
+    log_expert, expert_probs = log_softmax(expert[both].astype(np.float64))
+    d[both] = log_expert - log_q
+    return d, kl(log_expert, expert_probs, log_q), kl(log_q, q, log_expert)
+
+
+def objectives(large, base, experts, alphas):
+    """J, KL(P̃‖P) and KL(P‖P̃), each (T, G), and the targets a, b (T, 2): one softmax and two KLs a grid value."""
+    alive = np.isfinite(large)
+    log_p, p = log_softmax(large[alive].astype(np.float64))
+    ratios = [log_ratio(base, expert) for expert in experts]
+    targets = np.array([[a, b] for _, a, b in ratios])
+    j, forward, reverse = (np.empty((len(experts), len(alphas))) for _ in range(3))
+    for t, (d, _, _) in enumerate(ratios):
+        d = d[alive]
+        for k, alpha in enumerate(alphas):
+            log_fused, fused = log_softmax(log_p + alpha * d)
+            forward[t, k] = kl(log_fused, fused, log_p)
+            reverse[t, k] = kl(log_p, p, log_fused)
+            j[t, k] = sum((forward[t, k] - a) ** 2 + (reverse[t, k] - b) ** 2 for a, b in targets)
+    return j, forward, reverse, targets
+
+
+def search(large, base, experts, alphas=np.round(np.arange(21) * 0.1, 12)):
+    """(expert, α, J): the first strict minimum of the paper's Algorithm 1."""
+    j, _, _, _ = objectives(large, base, experts, alphas)
+    t, k = np.unravel_index(j.argmin(), j.shape)
+    return int(t), float(alphas[k]), float(j[t, k])
+
+
+def fused_probs(large, base, experts, alphas: Sequence[float]):
+    """softmax(log P + Σ α_t d_t), (V,) float64."""
+    x = np.full(len(large), -np.inf)
+    alive = np.isfinite(large)
+    x[alive] = large[alive].astype(np.float64)
+    for expert, alpha in zip(experts, alphas, strict=True):
+        x[alive] += alpha * log_ratio(base, expert)[0][alive]
+    return softmax(x)
+
+
+def penalised(fused, sampling: SamplingParams, recent):
+    logits = fused.astype(np.float64)
+    for token in sorted({int(token) for token in recent}):
+        count = list(recent).count(token)
+        if logits[token] <= 0:
+            logits[token] *= sampling.repeat_penalty
+        else:
+            logits[token] /= sampling.repeat_penalty
+        logits[token] -= count * sampling.frequency_penalty + sampling.presence_penalty
+    for token, bias in (sampling.logit_bias or {}).items():
+        logits[token] += bias
+    return logits.astype(np.float32).astype(np.float64)
+
+
+def kept(logits, sampling: SamplingParams):
+    """Ids that top-k, top-p and min-p leave, best first."""
+    order = sorted(np.flatnonzero(logits > -np.inf).tolist(), key=lambda i: (-logits[i], i))
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    probs = softmax(logits[order])
+    if sampling.top_p < 1.0:
+        order = order[: int(np.searchsorted(np.cumsum(probs), sampling.top_p)) + 1]
+    return [i for i in order if logits[i] >= logits[order[0]] + np.log(max(sampling.min_p, 1e-300))]
+
+
+def mix(x):
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def gumbel(seed, position, token):
+    state = mix((mix((seed + GOLDEN) & MASK) + position * GOLDEN) & MASK)
+    noise = mix((state + (token + 1) * GOLDEN) & MASK) >> 11
+    return -np.log(-np.log((noise + 0.5) * 2.0**-53))
+
+
+def select(fused, sampling: SamplingParams, seed, position, recent=()):
+    logits = penalised(fused, sampling, recent)
+    if sampling.temperature == 0.0:
+        return int(logits.argmax())
+    scores = {i: logits[i] / sampling.temperature + gumbel(seed, position, i) for i in kept(logits, sampling)}
+    return min(scores, key=lambda i: (-scores[i], i))

@@ -1,0 +1,166 @@
+"""The loop against a plain one: members one token at a time, the float64 oracle, the twin of the selection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_dlf import FusionParams, NonFiniteLogitsError, SamplingParams
+from edge_dlf.decode import Decoder, Generation, Pick
+from edge_dlf.ensemble import Ensemble
+from edge_dlf.fusion import Fuser
+
+from . import naive
+from .fake_backend import FakeBackend
+
+N_VOCAB = 50
+
+
+def family(n_experts: int = 2, **settings: Any) -> dict[str, FakeBackend]:
+    names = ["large", "base", *(f"e{t}" for t in range(n_experts))]
+    return {name: FakeBackend(seed, N_VOCAB + 3 * seed, **settings) for seed, name in enumerate(names)}
+
+
+def generate(
+    members: Mapping[str, FakeBackend],
+    prompt: list[int],
+    n_tokens: int,
+    fusion: FusionParams,
+    sampling: SamplingParams,
+    prompts: Mapping[str, list[int]] | None = None,
+    **settings: Any,
+) -> list[Pick]:
+    ensemble = Ensemble(members, N_VOCAB)
+    decoder = Decoder(ensemble, Fuser(N_VOCAB))
+    alphas = ensemble.static_alphas(fusion) if fusion.method == "static" else ()
+    generation = Generation(0, ensemble.roles(fusion), fusion, sampling, alphas=alphas, **settings)
+    pick, _ = decoder.start(generation, {**dict.fromkeys(members, prompt), **(prompts or {})})
+    picks = [pick]
+    while len(picks) < n_tokens:
+        picks += decoder.step([generation])
+    return picks
+
+
+def plain(
+    members: Mapping[str, FakeBackend],
+    prompt: list[int],
+    n_tokens: int,
+    fusion: FusionParams,
+    sampling: SamplingParams,
+    prompts: Mapping[str, list[int]] | None = None,
+) -> list[int]:
+    """The same by the oracle: every row from the whole text, one token at a time."""
+    experts = [name for name in members if name not in ("large", "base")]
+    texts = {**dict.fromkeys(members, prompt), **(prompts or {})}
+    tokens: list[int] = []
+    for _ in range(n_tokens):
+        rows = {name: member.row([*texts[name], *tokens])[:N_VOCAB] for name, member in members.items()}
+        if fusion.method in members:
+            fused = rows[fusion.method].astype(np.float64)
+        else:
+            alphas = [float(fusion.alpha)] * len(experts) if fusion.method == "static" else [0.0] * len(experts)
+            if fusion.method == "dynamic":
+                t, alpha, _ = naive.search(rows["large"], rows["base"], [rows[name] for name in experts])
+                alphas[t] = alpha
+            fused = rows["large"].astype(np.float64)
+            for name, alpha in zip(experts, alphas, strict=True):
+                fused += alpha * (rows[name].astype(np.float64) - rows["base"])
+        history = [*(texts["large"] if fusion.method not in members else texts[fusion.method]), *tokens]
+        recent = history[-sampling.repeat_last_n :] if sampling.repeat_last_n else []
+        tokens.append(naive.select(fused, sampling, sampling.seed, len(history), recent))
+    return tokens
+
+
+@pytest.mark.parametrize("method", ["dynamic", "static", "large", "base", "e1"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=0.0),
+        SamplingParams(
+            temperature=0.0, repeat_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2, repeat_last_n=8
+        ),
+        SamplingParams(seed=7, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0),
+        SamplingParams(seed=8, temperature=0.7, repeat_penalty=1.1, logit_bias={3: 2.5, 4: float("-inf")}),
+    ],
+    ids=["greedy", "penalties", "whole", "filters"],
+)
+def test_a_generation_equals_the_plain_loop(method: str, sampling: SamplingParams) -> None:
+    sampling = SamplingParams(**{**vars(sampling), "seed": sampling.seed or 1})
+    fusion = FusionParams(method=method, alpha=0.8)
+    for prompt in ([1], [5, 6, 7], list(range(30))):
+        picks = generate(family(), prompt, 24, fusion, sampling)
+        assert [pick.token for pick in picks] == plain(family(), prompt, 24, fusion, sampling)
+
+
+def test_members_with_prompts_of_their_own() -> None:
+    prompts = {"base": [9, 9], "e0": [8]}
+    fusion, sampling = FusionParams(), SamplingParams(temperature=0.0, seed=0)
+    picks = generate(family(1), [1, 2, 3], 12, fusion, sampling, prompts)
+    assert [pick.token for pick in picks] == plain(family(1), [1, 2, 3], 12, fusion, sampling, prompts)
+
+
+def test_a_pick_tells_weights_and_probability() -> None:
+    members = family(2)
+    picks = generate(members, [1, 2], 6, FusionParams(), SamplingParams(temperature=0.0), n_top=3)
+    text = [1, 2]
+    for pick in picks:
+        rows = [member.row(text)[:N_VOCAB] for member in members.values()]
+        t, alpha, _ = naive.search(rows[0], rows[1], rows[2:])
+        assert pick.alphas == tuple(alpha if i == t else 0.0 for i in range(2))
+        logprobs = np.log(naive.fused_probs(rows[0], rows[1], rows[2:], pick.alphas))
+        best = np.argsort(-logprobs)[:3]
+        assert [token for token, _ in pick.top_logprobs] == best.tolist()
+        np.testing.assert_allclose([value for _, value in pick.top_logprobs], logprobs[best], atol=1e-5)
+        assert pick.logprob == pytest.approx(logprobs[pick.token], abs=1e-5)
+        text.append(pick.token)
+
+
+def test_an_expert_equal_to_the_base_leaves_the_large_model_as_it_is() -> None:
+    members = family(1)
+    members["e0"].seed, members["e0"].n_vocab = members["base"].seed, members["base"].n_vocab
+    sampling = SamplingParams(seed=3)
+    fused = generate(members, [1], 20, FusionParams(), sampling)
+    alone = generate(family(1), [1], 20, FusionParams(method="large"), sampling)
+    assert [pick.token for pick in fused] == [pick.token for pick in alone]
+    assert all(pick.alphas == (0.0,) for pick in fused)
+
+
+def test_sequences_decoded_together_equal_each_alone() -> None:
+    fusion = FusionParams()
+    samplings = [SamplingParams(seed=seed, temperature=0.9) for seed in range(3)]
+    starts = [[1, 2], [3], [4, 5, 6]]
+    alone = [generate(family(), p, 15, fusion, s) for p, s in zip(starts, samplings, strict=True)]
+    ensemble = Ensemble(family(), N_VOCAB)
+    decoder = Decoder(ensemble, Fuser(N_VOCAB))
+    roles = ensemble.roles(fusion)
+    together = [Generation(seq, roles, fusion, sampling) for seq, sampling in enumerate(samplings)]
+    picks = [[decoder.start(g, dict.fromkeys(roles.members, p))[0]] for g, p in zip(together, starts, strict=True)]
+    for _ in range(14):
+        for mine, pick in zip(picks, decoder.step(together), strict=True):
+            mine.append(pick)
+    assert [[pick.token for pick in mine] for mine in picks] == [[pick.token for pick in mine] for mine in alone]
+
+
+def test_a_seed_is_drawn_where_none_is_given() -> None:
+    ensemble = Ensemble(family(), N_VOCAB)
+    seeds = {Generation(0, ensemble.roles(FusionParams()), FusionParams(), SamplingParams()).seed for _ in range(4)}
+    assert len(seeds) == 4
+
+
+@pytest.mark.parametrize("member", ["large", "base", "e1"])
+@pytest.mark.parametrize("method", ["dynamic", "static"])
+def test_a_member_that_returns_nan_is_named(member: str, method: str) -> None:
+    members = family()
+    members[member].poison = (2, float("nan"))
+    with pytest.raises(NonFiniteLogitsError, match=f"^{member} returned NaN"):
+        generate(members, [1, 2], 3, FusionParams(method=method), SamplingParams(temperature=0.0))
+
+
+def test_a_single_member_that_returns_inf_is_named() -> None:
+    members = family()
+    members["e1"].poison = (2, float("inf"))
+    with pytest.raises(NonFiniteLogitsError, match=r"^e1 returned \+inf"):
+        generate(members, [1, 2], 3, FusionParams(method="e1"), SamplingParams(temperature=0.0))

@@ -1,0 +1,210 @@
+"""The llama.cpp seam, on tiny GGUFs made here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_dlf import (
+    ContextOverflowError,
+    FusedLlama,
+    InvalidParameterError,
+    LoadError,
+    ModelFileError,
+    NonFiniteLogitsError,
+)
+from edge_dlf.llama import N_UBATCH, LlamaBackend, Model
+
+from .tiny import tiny_lora, tiny_model
+
+TEXT = list(range(40, 90))
+ROUNDING = 0.05
+"""By how much logits, which spread by 2.5, may differ between batch shapes: keys and values are rounded to 11 bits."""
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> Iterator[Model]:
+    model = Model(tiny / "base.gguf")
+    yield model
+    model.close()
+
+
+def backend(model: Model, **settings: object) -> LlamaBackend:
+    return LlamaBackend(model, "base", **{"n_ctx": 1024, "n_threads": 1, **settings})  # type: ignore[arg-type]
+
+
+def fresh(model: Model, tokens: list[int], **settings: object) -> np.ndarray:
+    """The row after `tokens`, from a context of its own."""
+    member = backend(model, **settings)
+    member.prefill(0, tokens)
+    row = member.logits()[0].copy()
+    member.close()
+    return row
+
+
+def test_rows_are_read_in_place(base: Model) -> None:
+    member = backend(base)
+    member.prefill(0, TEXT)
+    first, second = member.logits(), member.logits()
+    assert not first.flags.owndata
+    assert first.dtype == np.float32
+    assert first.ctypes.data == second.ctypes.data
+    member.close()
+
+
+def test_single_steps_batches_and_prefill_agree(base: Model) -> None:
+    member = backend(base)
+    member.prefill(0, TEXT[:20])
+    for token in TEXT[20:30]:
+        member.decode([(0, [token])])
+        single = member.logits()[0].copy()
+    np.testing.assert_allclose(single, fresh(base, TEXT[:30]), atol=ROUNDING)
+    member.decode([(0, TEXT[30:34])])
+    rows = member.logits()
+    assert rows.shape == (4, base.n_vocab)
+    for k in range(4):
+        np.testing.assert_allclose(rows[k], fresh(base, TEXT[: 31 + k]), atol=ROUNDING)
+    member.close()
+
+
+def test_a_prompt_longer_than_a_batch(base: Model) -> None:
+    tokens = (TEXT * 20)[: N_UBATCH + 100]
+    whole = fresh(base, tokens)
+    member = backend(base)
+    for start in range(0, len(tokens), 100):
+        member.prefill(0, tokens[start : start + 100])
+    np.testing.assert_allclose(member.logits()[0], whole, atol=ROUNDING)
+    assert member.n_past(0) == len(tokens)
+    member.close()
+
+
+def test_trimmed_text_is_forgotten(base: Model) -> None:
+    member = backend(base)
+    member.prefill(0, TEXT)
+    member.trim(0, 10)
+    member.prefill(0, TEXT[10:20])
+    np.testing.assert_allclose(member.logits()[0], fresh(base, TEXT[:20]), atol=ROUNDING)
+    member.close()
+
+
+def test_sequences_are_kept_apart(base: Model) -> None:
+    member = backend(base, n_seq_max=2, n_ctx=128)
+    member.prefill(0, TEXT[:10])
+    member.prefill(1, TEXT[20:25])
+    member.decode([(0, TEXT[10:11]), (1, TEXT[25:26])])
+    rows = member.logits()
+    np.testing.assert_allclose(rows[0], fresh(base, TEXT[:11]), atol=ROUNDING)
+    np.testing.assert_allclose(rows[1], fresh(base, TEXT[20:26]), atol=ROUNDING)
+    member.close()
+
+
+def test_a_lora_changes_its_own_context_only(tiny: Path, base: Model) -> None:
+    lora = tiny / "lora.gguf"
+    alone = fresh(base, TEXT)
+    tuned = fresh(base, TEXT, loras=[(lora, 1.0)])
+    assert np.abs(tuned - alone).max() > 0.1
+    np.testing.assert_array_equal(fresh(base, TEXT), alone)
+    np.testing.assert_array_equal(fresh(base, TEXT, loras=[(lora, 0.0)]), alone)
+    np.testing.assert_allclose(fresh(base, TEXT, loras=[(lora, 1.0)]), tuned, atol=1e-6)
+
+
+def test_adapters_add_up(tmp_path: Path, base: Model) -> None:
+    first, second = tiny_lora(tmp_path / "a.gguf", seed=5), tiny_lora(tmp_path / "b.gguf", seed=5)
+    both = fresh(base, TEXT, loras=[(first, 0.25), (second, 0.75)])
+    np.testing.assert_allclose(both, fresh(base, TEXT, loras=[(first, 1.0)]), atol=1e-3)
+
+
+def test_text_beyond_the_context_is_refused_with_the_numbers(base: Model) -> None:
+    member = backend(base, n_ctx=64)
+    with pytest.raises(ContextOverflowError, match="base: 0 tokens and 65 more exceed its context of 64"):
+        member.prefill(0, [1] * 65)
+    member.prefill(0, [1] * 64)
+    with pytest.raises(ContextOverflowError, match="64 tokens and 1 more"):
+        member.decode([(0, [1])])
+    member.close()
+
+
+def test_more_rows_than_reserved_is_an_error_not_an_abort(base: Model) -> None:
+    member = backend(base, n_rows=4)
+    with pytest.raises(InvalidParameterError, match="5 rows"):
+        member.decode([(0, TEXT[:5])])
+    member.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"type_k": "q9_9"}, "f16.*q8_0.*not 'q9_9'"), ({"n_ctx": 0}, "n_ctx must be 1 or more")]
+)
+def test_settings_that_cannot_be(base: Model, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        backend(base, **settings)
+
+
+def test_cache_types(base: Model) -> None:
+    exact = fresh(base, TEXT)
+    for cache_type in ("f32", "f16"):
+        np.testing.assert_allclose(fresh(base, TEXT, type_k=cache_type, type_v=cache_type), exact, atol=ROUNDING)
+    assert 0 < np.abs(fresh(base, TEXT, type_k="bf16", type_v="bf16") - exact).max() < 0.5
+
+
+def test_a_cache_type_that_the_model_cannot_have_is_refused(base: Model) -> None:
+    with pytest.raises(LoadError, match="base: llama.cpp cannot make a context of 1024 tokens"):
+        backend(base, type_k="q8_0", type_v="q8_0")  # its heads are narrower than a block
+
+
+def test_a_lora_for_another_width_is_refused(tmp_path: Path, base: Model) -> None:
+    lora = tiny_lora(tmp_path / "wide.gguf", n_embd=64)
+    with pytest.raises(ModelFileError, match="wide.gguf: not a LoRA adapter for base.gguf"):
+        backend(base, loras=[(lora, 1.0)])
+
+
+def test_closing_twice(tiny: Path) -> None:
+    model = Model(tiny / "base.gguf")
+    member = backend(model)
+    for _ in range(2):
+        member.close()
+    for _ in range(2):
+        model.close()
+
+
+@pytest.mark.parametrize("text", ["Hello, world", "naïve 😀 → 漢字", "a\0b", "<|im_end|>", "\n\n  x"])
+def test_text_comes_back_from_its_tokens(base: Model, text: str) -> None:
+    tokens = base.tokenize(text.encode(), special=False)
+    assert not set(tokens) & set(base.control_tokens())
+    assert b"".join(map(base.piece, tokens)).decode() == text
+
+
+def test_names_of_control_tokens_are_read_on_request_only(base: Model) -> None:
+    (token,) = base.tokenize(b"<|im_end|>", special=True)
+    assert token in base.control_tokens()
+    assert base.is_eog(token)
+    assert base.piece(token) == b""
+    assert base.piece(token, special=True) == b"<|im_end|>"
+
+
+def test_bytes_that_are_no_text_do_no_harm(base: Model) -> None:
+    assert base.tokenize(b"\xff\xfe ok \xf0\x9f", special=False)
+
+
+def test_a_recurrent_model_starts_over_where_it_cannot_roll_back(tmp_path: Path) -> None:
+    for seed, name in enumerate(("large", "base", "expert")):
+        tiny_model(tmp_path / f"{name}.gguf", arch="mamba", seed=seed)
+    files = [tmp_path / f"{name}.gguf" for name in ("large", "base", "expert")]
+    with FusedLlama(files[0], files[1], {"expert": files[2]}, n_ctx=128, n_threads=1) as llm:
+        prompts = ["Hello, my", "Hello, your", "Hello, my"]
+        first, second, third = (llm.create_completion(p, temperature=0, max_tokens=8) for p in prompts)
+    assert first["choices"] == third["choices"] != second["choices"]
+
+
+@pytest.mark.parametrize("member", ["large", "base", "expert"])
+def test_a_member_that_returns_nan_is_named(tmp_path: Path, member: str) -> None:
+    for seed, name in enumerate(("large", "base", "expert")):
+        tiny_model(tmp_path / f"{name}.gguf", seed=seed, nan=name == member)
+    files = [tmp_path / f"{name}.gguf" for name in ("large", "base", "expert")]
+    with (
+        FusedLlama(files[0], files[1], {"expert": files[2]}, n_ctx=128, n_threads=1) as llm,
+        pytest.raises(NonFiniteLogitsError, match=f"^{member} returned NaN"),
+    ):
+        llm.create_completion("Hello")

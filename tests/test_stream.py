@@ -1,0 +1,153 @@
+"""One request: text, limits and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from edge_dlf import EdgeDLFError, FusionParams, SamplingParams
+from edge_dlf.completion import ChatCompletionShape, CompletionShape
+from edge_dlf.decode import Decoder, Generation, Pick
+from edge_dlf.stream import TokenStream
+
+EOG = 99
+
+
+class ScriptedDecoder(Decoder):
+    """Picks the given tokens, one after the other, each with α = 0.5 of the one expert."""
+
+    def __init__(self, script: list[int]) -> None:
+        self.script = iter(script)
+
+    def _next(self) -> Pick:
+        return Pick(next(self.script), -0.5, (0.5,), ((1, -0.5), (2, -1.5)))
+
+    def start(self, generation: Any, prompts: Any) -> tuple[Pick, int]:
+        return self._next(), 3
+
+    def step(self, generations: Any) -> list[Pick]:
+        return [self._next()]
+
+
+class OneExpert:
+    primary, base, experts = "large", "base", ("maths",)
+
+
+PIECES = {0: b"a", 1: b"b", 2: "é".encode()[:1], 3: "é".encode()[1:], 4: b"STO", 5: b"P", 6: b" "}
+
+
+def run(script: list[int], *, max_tokens: int = 50, stop: tuple[str, ...] = (), current: Iterator[bool] | None = None):
+    fusion = FusionParams()
+    return TokenStream(
+        ScriptedDecoder([*script, EOG]),
+        Generation(0, OneExpert(), fusion, SamplingParams()),  # type: ignore[arg-type]
+        {"large": [7, 8, 9], "base": [7], "maths": [7]},
+        max_tokens=max_tokens,
+        stop=stop,
+        piece=PIECES.__getitem__,
+        ends=lambda token: token == EOG,
+        is_current=lambda: True if current is None else next(current),
+    )
+
+
+def test_tokens_carry_the_text_they_add() -> None:
+    stream = run([0, 2, 3, 1])
+    assert [token.text for token in stream] == ["a", "", "é", "b"]
+    assert stream.report.finish_reason == "stop"
+    assert stream.report.n_generated == 4
+
+
+def test_the_limit_ends_with_length_and_shows_an_unfinished_character() -> None:
+    stream = run([0, 2, 3], max_tokens=2)
+    assert [token.text for token in stream] == ["a", "\ufffd"]
+    assert stream.report.finish_reason == "length"
+
+
+def test_a_stop_string_over_two_tokens_is_never_shown() -> None:
+    stream = run([0, 4, 5, 1], stop=("STOP",))
+    assert [token.text for token in stream] == ["a", "", ""]
+    assert stream.report.finish_reason == "stop"
+
+
+def test_text_held_back_for_a_stop_string_comes_with_the_last_token() -> None:
+    stream = run([0, 4], stop=("STOP",))
+    assert [token.text for token in stream] == ["a", "STO"]
+
+
+def test_a_stop_string_found_at_the_limit_counts_as_stop() -> None:
+    stream = run([4, 5], stop=("STOP",), max_tokens=2)
+    assert "".join(token.text for token in stream) == ""
+    assert stream.report.finish_reason == "stop"
+
+
+def test_nothing_but_the_end() -> None:
+    stream = run([])
+    assert list(stream) == []
+    assert stream.report.finish_reason == "stop"
+    assert stream.report.alpha_mean == 0.0
+
+
+def test_a_newer_request_ends_an_older_one() -> None:
+    stream = run([0, 1, 0], current=iter([True, True, False]))
+    assert [next(stream).text, next(stream).text] == ["a", "b"]
+    with pytest.raises(EdgeDLFError, match="newer request"):
+        next(stream)
+
+
+def test_the_report() -> None:
+    stream = run([0, 1, 0, 1])
+    list(stream)
+    report = stream.report
+    assert report.usage() == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert report.alpha_mean == pytest.approx(0.5)
+    assert report.expert_share == {"maths": 1.0}
+    assert report.n_steps == 4
+    assert report.summary()["method"] == "dynamic"
+
+
+def test_completion_dictionary() -> None:
+    stream = run([0, 2, 3])
+    result = CompletionShape("family", True, PIECES.__getitem__).result(list(stream), stream.report)
+    (choice,) = result["choices"]
+    assert result["object"] == "text_completion"
+    assert choice["text"] == "aé"
+    assert choice["finish_reason"] == "stop"
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1]
+    assert choice["logprobs"]["token_logprobs"] == [-0.5] * 3
+    assert choice["logprobs"]["top_logprobs"][0] == {"b": -0.5, "\ufffd": -1.5}
+    assert result["usage"]["completion_tokens"] == 3
+    assert result["edge_dlf"]["expert_share"] == {"maths": 1.0}
+
+
+def test_completion_chunks_join_to_the_result() -> None:
+    stream = run([0, 2, 3, 1])
+    chunks = list(CompletionShape("family", True, PIECES.__getitem__).chunks(stream, stream.report))
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "aéb"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 4 + ["stop"]
+    assert [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks[:-1]] == [[0], [1], [1], [2]]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert chunks[-1]["usage"]["total_tokens"] == 7
+
+
+def test_chat_completion_dictionary() -> None:
+    stream = run([0, 2])
+    result = ChatCompletionShape("family", True, PIECES.__getitem__).result(list(stream), stream.report)
+    (choice,) = result["choices"]
+    assert result["object"] == "chat.completion"
+    assert choice["message"] == {"role": "assistant", "content": "a\ufffd"}
+    assert choice["logprobs"]["content"][1]["bytes"] == [0xC3]
+
+
+def test_chat_completion_chunks() -> None:
+    stream = run([0, 1])
+    chunks = list(ChatCompletionShape("family", False, PIECES.__getitem__).chunks(stream, stream.report))
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant"},
+        {"content": "a"},
+        {"content": "b"},
+        {},
+    ]
+    assert chunks[0]["object"] == "chat.completion.chunk"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"

@@ -1,0 +1,229 @@
+"""Tiny GGUF models and LoRA adapters, written in milliseconds, that llama.cpp loads and runs.
+
+The weights are random, scaled so that the logits spread by a few nats and depend on the whole prompt. The tokenizers
+know every byte, so any text comes back as it went in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MERGES = (
+    "Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s", "a t", "Ġ w", "Ġ o", "e n", "Ġ c", "i t", "i s",
+    "a n", "o r", "e s", "Ġ b", "e d", "Ġ f", "in g", "Ġ p", "o u", "Ġa n", "a l", "a r", "Ġt o", "Ġ m", "Ġo f", "Ġ in",
+    "Ġ d", "Ġ h", "Ġan d", "i c", "a s", "l e", "Ġt h", "i on", "o m", "l l", "en t", "Ġ n", "Ġ l", "s t", "v e",
+)  # fmt: skip
+SPM_PIECES = ("▁the", "▁and", "the", "ing", "▁a", "in", "he", "re", "▁t", "▁s", "on", "er", "th")
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable stand-in for every byte, by byte value."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in printable}
+    hidden = (byte for byte in range(256) if byte not in letters)
+    letters |= {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+    return [letters[byte] for byte in range(256)]
+
+
+def _bpe_vocabulary() -> tuple[list[str], list[int]]:
+    tokens = [*_byte_letters(), *(merge.replace(" ", "") for merge in MERGES), *SPECIAL_TOKENS]
+    n_special = len(SPECIAL_TOKENS)
+    types = [gguf.TokenType.NORMAL] * (len(tokens) - n_special) + [gguf.TokenType.CONTROL] * n_special
+    return tokens, types
+
+
+def _spm_vocabulary() -> tuple[list[str], list[int]]:
+    pieces = [*SPM_PIECES, "▁", *(chr(code) for code in range(33, 127))]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    types = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+    types += [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL] * len(pieces)
+    return tokens, types
+
+
+def _add_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: str, tokens: list[str], types: list[int], chat_template: str | None
+) -> None:
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if tokenizer == "bpe":
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("qwen2")
+        writer.add_token_merges(list(MERGES))
+        writer.add_bos_token_id(tokens.index("<|endoftext|>"))
+        writer.add_eos_token_id(tokens.index("<|im_end|>"))
+        writer.add_add_bos_token(False)
+    else:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([-float(token) for token in range(len(tokens))])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_unk_token_id(0)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+
+
+def _transformer_shapes(arch: str, n_embd: int, n_kv: int, n_ff: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer's tensors, rows first."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm.weight": (n_embd,),
+        "attn_q.weight": (n_embd, n_embd),
+        "attn_k.weight": (n_kv, n_embd),
+        "attn_v.weight": (n_kv, n_embd),
+        "attn_output.weight": (n_embd, n_embd),
+        "ffn_norm.weight": (n_embd,),
+        "ffn_gate.weight": (n_ff, n_embd),
+        "ffn_up.weight": (n_ff, n_embd),
+        "ffn_down.weight": (n_embd, n_ff),
+    }
+    if arch == "qwen2":
+        shapes |= {"attn_q.bias": (n_embd,), "attn_k.bias": (n_kv,), "attn_v.bias": (n_kv,)}
+    return shapes
+
+
+def _mamba_shapes(n_embd: int) -> dict[str, tuple[int, ...]]:
+    inner = 2 * n_embd
+    return {
+        "attn_norm.weight": (n_embd,),
+        "ssm_in.weight": (2 * inner, n_embd),
+        "ssm_conv1d.weight": (inner, 4),
+        "ssm_conv1d.bias": (inner,),
+        "ssm_x.weight": (2 + 2 * 8, inner),
+        "ssm_dt.weight": (inner, 2),
+        "ssm_dt.bias": (inner,),
+        "ssm_a": (inner, 8),
+        "ssm_d": (inner,),
+        "ssm_out.weight": (n_embd, inner),
+    }
+
+
+def _weights(name: str, shape: tuple[int, ...], rng: np.random.Generator, spread: float) -> np.ndarray:
+    if name.endswith("norm.weight"):
+        return np.ones(shape, np.float32)
+    if name.endswith("ssm_a"):
+        return -rng.uniform(0.005, 0.1, shape).astype(
+            np.float32
+        )  # slow decay: a token is felt dozens of positions later
+    scale = 1.0 if name == "token_embd.weight" else 0.1 if name.endswith(".bias") else shape[-1] ** -0.5
+    if name == "output.weight":
+        scale *= spread
+    elif "attn_" in name or "ssm_" in name:
+        scale *= 1.5  # attention that picks few positions, and as strong as the token itself
+    return rng.standard_normal(shape, np.float32) * np.float32(scale)
+
+
+def tiny_model(
+    path: Path,
+    *,
+    arch: str = "llama",
+    tokenizer: str = "bpe",
+    seed: int = 0,
+    drift: float = 0.0,
+    n_embd: int = 32,
+    n_layer: int = 2,
+    n_ctx: int = 512,
+    spread: float = 2.5,
+    dtype: type[np.float32] | type[np.float16] = np.float32,
+    pad_vocab: int = 0,
+    tokens: Mapping[int, str] | None = None,
+    chat_template: str | None = CHATML,
+    nan: bool = False,
+) -> Path:
+    """Write a model of `arch` "llama", "qwen2" or "mamba" (recurrent: its memory cannot be trimmed) and return `path`.
+
+    seed: of the weights. drift: adds noise of this relative size to them: a model fine-tuned from the one without.
+    spread: standard deviation of the logits, in nats. pad_vocab: entries that only lengthen the vocabulary.
+    tokens: id -> text that replaces that entry of the vocabulary. nan: every logit is NaN.
+    """
+    vocabulary, types = _bpe_vocabulary() if tokenizer == "bpe" else _spm_vocabulary()
+    for token, text in (tokens or {}).items():
+        vocabulary[token] = text
+    vocabulary += [f"[PAD{len(vocabulary) + n}]" for n in range(pad_vocab)]
+    types += [gguf.TokenType.UNUSED] * pad_vocab
+
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name(path.stem)
+    writer.add_context_length(n_ctx)
+    writer.add_embedding_length(n_embd)
+    writer.add_block_count(n_layer)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(vocabulary))
+    if arch == "mamba":
+        writer.add_feed_forward_length(0)
+        writer.add_head_count(0)
+        writer.add_ssm_conv_kernel(4)
+        writer.add_ssm_inner_size(2 * n_embd)
+        writer.add_ssm_state_size(8)
+        writer.add_ssm_time_step_rank(2)
+        layer_shapes = _mamba_shapes(n_embd)
+    else:
+        writer.add_feed_forward_length(2 * n_embd)
+        writer.add_head_count(n_embd // 16)
+        writer.add_head_count_kv(1)
+        writer.add_rope_dimension_count(16)
+        layer_shapes = _transformer_shapes(arch, n_embd, 16, 2 * n_embd)
+    _add_tokenizer(writer, tokenizer, vocabulary, types, chat_template)
+
+    shapes = {
+        "token_embd.weight": (len(vocabulary), n_embd),
+        "output_norm.weight": (n_embd,),
+        "output.weight": (len(vocabulary), n_embd),
+        **{f"blk.{layer}.{name}": shape for layer in range(n_layer) for name, shape in layer_shapes.items()},
+    }
+    rng, noise = np.random.default_rng(seed), np.random.default_rng(seed + 1_000_003)
+    for name, shape in shapes.items():
+        values = _weights(name, shape, rng, spread)
+        if drift and len(shape) == 2:
+            values += np.float32(drift) * values.std() * noise.standard_normal(shape, np.float32)
+        if nan and name == "output_norm.weight":
+            values[0] = np.nan
+        as_matrix = len(shape) == 2 and "ssm_conv1d" not in name and "ssm_a" not in name
+        writer.add_tensor(name, values.astype(dtype) if as_matrix else values)
+    _write(writer)
+    return path
+
+
+def tiny_lora(
+    path: Path,
+    *,
+    arch: str = "llama",
+    seed: int = 0,
+    rank: int = 4,
+    alpha: float = 4.0,
+    strength: float = 0.5,
+    n_embd: int = 32,
+    n_layer: int = 2,
+) -> Path:
+    """Write a LoRA adapter over `tiny_model` of the same `arch`, `n_embd` and `n_layer`, and return `path`.
+
+    It adds `alpha / rank · B A` to the query and down projections; `strength` is its size relative to their weights (at
+    alpha = rank), 0 changes nothing.
+    """
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    rng = np.random.default_rng(seed)
+    for layer in range(n_layer):
+        for name, rows, columns in (("attn_q", n_embd, n_embd), ("ffn_down", n_embd, 2 * n_embd)):
+            a = rng.standard_normal((rank, columns), np.float32) * np.float32(columns**-0.5)
+            b = rng.standard_normal((rows, rank), np.float32) * np.float32(strength * rank**-0.5)
+            writer.add_tensor(f"blk.{layer}.{name}.weight.lora_a", a)
+            writer.add_tensor(f"blk.{layer}.{name}.weight.lora_b", b)
+    _write(writer)
+    return path
+
+
+def _write(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
