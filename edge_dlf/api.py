@@ -18,7 +18,7 @@ from .errors import ContextOverflowError, EdgeDLFError, InvalidParameterError
 from .family import FamilySpec
 from .files import FamilyFiles, check_files
 from .fusion import Fuser
-from .llama import LlamaBackend, Model, default_n_threads
+from .llama import LlamaBackend, Model, default_n_threads, interrupt
 from .params import FusionParams, SamplingParams
 from .stream import TokenStream
 from .template import ChatTemplate, Message
@@ -132,6 +132,11 @@ class FusedLlama:
         self._request += 1
         self._large = None
         self._closing.close()
+
+    def interrupt(self) -> None:
+        """Stop what is being evaluated now, even in the middle of a long prompt; for other threads, or while a signal is
+        handled. That request raises DecodeError, unless KeyboardInterrupt comes first; the next one goes on as usual."""
+        interrupt()
 
     @property
     def _model(self) -> Model:

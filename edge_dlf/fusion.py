@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,46 +23,6 @@ _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 _NEWTON_STEPS = 20
 
 
-class _Team:
-    """Helper threads that run a kernel beside the caller. The kernel shares out its work by counters in `sync`, so a
-    helper that wakes late finds less to do, and nobody waits for it."""
-
-    def __init__(self, n_helpers: int) -> None:
-        self._sync = np.zeros(8, np.int64)
-        self._mailboxes: list[tuple[list[Any], threading.Lock, threading.Lock]] = []
-        for _ in range(n_helpers):
-            mailbox: tuple[list[Any], threading.Lock, threading.Lock] = ([], threading.Lock(), threading.Lock())
-            mailbox[1].acquire()
-            self._mailboxes.append(mailbox)
-            threading.Thread(target=_help, args=mailbox, name="edge-dlf-kernels", daemon=True).start()
-
-    def run(self, kernel: Callable[..., None], *args: Any) -> npt.NDArray[np.int64]:
-        """Run `kernel(*args, sync)` on every thread; returns `sync` as the kernel left it."""
-        for _, _, idle in self._mailboxes:
-            idle.acquire()
-        self._sync[:] = 0
-        for job, wake, _ in self._mailboxes:
-            job[:] = (kernel, *args, self._sync)
-            wake.release()
-        kernel(*args, self._sync)
-        return self._sync
-
-    def __del__(self) -> None:
-        for _, wake, idle in self._mailboxes:
-            idle.acquire()
-            wake.release()
-
-
-def _help(job: list[Any], wake: threading.Lock, idle: threading.Lock) -> None:
-    while True:
-        wake.acquire()
-        if not job:
-            return
-        job[0](*job[1:])
-        job.clear()
-        idle.release()
-
-
 class Fuser:
     """Search, fusion and selection for rows of `n_vocab` logits, with all scratch held from step to step.
 
@@ -80,14 +39,14 @@ class Fuser:
         self._ids: Ids = np.empty(n_vocab, np.int32)
         # 16 floats more than a block: rows a multiple of 4096 bytes apart would make stores and loads collide
         self._blocks: Floats = np.empty((n_threads, 3, kernels.BLOCK + 16), np.float32)
-        self._team = _Team(n_threads - 1)
+        self._team = kernels.Team(n_threads - 1)
         self._wide: Doubles | None = None
         self._scratch: tuple[npt.NDArray[Any], ...] = ()
 
     def search(
         self, large: Floats, base: Floats, experts: Sequence[Floats], params: FusionParams, names: Sequence[str]
     ) -> list[AlphaChoice]:
-        """The α search for each of K rows; arrays (K, width ≥ V), float32 and C-contiguous; names: large, base, experts.
+        """The α search for each of K rows; arrays (K, width ≥ V), C-contiguous; names: of large, base, each expert.
 
         Raises NonFiniteLogitsError where a row holds NaN, +inf or no finite value.
         """
@@ -108,7 +67,7 @@ class Fuser:
                     self._careful(rows[0], rows[1], row, alphas, curve[t], target[t])
                 expert, grid, _ = kernels.choose(curve, target, alphas)
             choices.append(_choice(int(expert), float(alphas[grid]), curve[expert, grid], curve[expert, 0, 1], target))
-            if params.search == "exact":
+            if params.search == "exact" and target.max() > kernels.NOISE:
                 choices[-1] = self._refine(choices[-1], rows, curve, target, alphas, params.alpha_max, names)
         return choices
 
@@ -121,7 +80,7 @@ class Fuser:
         if not self._scratch or self._scratch[3].shape != (n_rows, n_chunks, n_grid + 3, 3):
             self._scratch = (
                 np.empty((n_rows, 3, n_chunks, 2), np.int32),
-                np.empty((n_rows, 7)),
+                np.empty((n_rows, 10)),
                 np.empty((n_rows, 3), np.int32),
                 np.empty((n_rows, n_chunks, n_grid + 3, 3)),
             )
@@ -138,7 +97,8 @@ class Fuser:
                 member = int(codes.max(axis=0).argmax())
                 raise NonFiniteLogitsError((large, base, expert)[member][0], _WHAT[int(codes[:, member].max())])
             for k in np.flatnonzero(~usable):
-                self._careful(*(row[k : k + 1] for row in rows), alphas, curves[t, k], targets[t, k])
+                part = slice(k, k + 1)
+                self._careful(rows[0][part], rows[1][part], rows[2][part], alphas, curves[t, k], targets[t, k])
         return curves.swapaxes(0, 1).copy(), targets.swapaxes(0, 1).copy()
 
     def _careful(
@@ -196,7 +156,7 @@ class Fuser:
         alphas: Sequence[float],
         names: Sequence[str],
     ) -> None:
-        """Write `large + Σ α (expert − base)` into `fused`; rows (width ≥ V,). No expert, or α = 0: the large row itself.
+        """Write `large + Σ α (expert − base)` into `fused`; rows (width ≥ V,). Where every α is 0: the large row.
 
         Raises NonFiniteLogitsError where a row that takes part holds NaN, +inf or no finite value.
         """
@@ -295,7 +255,7 @@ class Fuser:
         return int(ids[kernels.draw(logits, ids, sampling.temperature, *key)])
 
     def _kept(self, sampling: SamplingParams, top: float) -> Ids:
-        """Tokens that top-k, top-p and min-p leave; each keeps a head of the list sorted by logit, so order is no matter."""
+        """Tokens that top-k, top-p and min-p leave. Each keeps a head of the list sorted by logit: shortest wins."""
         cut = top + math.log(sampling.min_p) if sampling.min_p else -_LARGEST_FLOAT
         filtered = bool(sampling.top_k or sampling.min_p)
         n = sampling.top_k or (256 if sampling.top_p < 1.0 and not filtered else self.n_vocab)
@@ -313,7 +273,7 @@ class Fuser:
         return ids[self.fused[ids] >= cut]
 
     def _largest(self, n: int, cut: float, ordered: bool = True) -> Ids:
-        """The n tokens with the largest logits of at least `cut`, best first, ties by id; where not `ordered`, by id."""
+        """The n tokens with the largest logits of at least `cut`, best first, ties by id; by id where not `ordered`."""
         pool = self._maxima if n <= len(self._maxima) else self.fused
         if n < len(pool):
             cut = max(cut, float(np.partition(pool, len(pool) - n)[len(pool) - n]))
@@ -409,3 +369,12 @@ def _rows(large: npt.ArrayLike, base: npt.ArrayLike, expert: npt.ArrayLike) -> t
             f"expert_logits must have shape ({n_vocab},) or (T, {n_vocab}), not {arrays[2].shape}"
         )
     return arrays[0][None], arrays[1][None], [row[None] for row in experts]
+
+
+def warm_up() -> None:
+    """Load or compile every kernel that a step may use, in 1 s from the disk cache and some 30 s without it."""
+    fuser, names = Fuser(2), ("large", "base", "expert")
+    rows = np.array([[[0.0, 1.0]], [[0.0, 1.0]], [[1.0, -np.inf]]], np.float32)
+    fuser.search(rows[0], rows[1], [rows[2]], FusionParams(), names)
+    fuser.fuse(rows[0, 0], rows[1, 0], [rows[2, 0]], [1.0], names)
+    fuser.select(SamplingParams(seed=0), 0, 0, np.zeros(1, np.int32))

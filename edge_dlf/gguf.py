@@ -73,7 +73,7 @@ def read_info(path: str | Path) -> GGUFInfo:
     if is_adapter:
         _check_adapter(path, metadata, tensors)
     else:
-        reason = why_refused(architecture, metadata, tensors)
+        reason = why_refused(architecture, metadata, first.vocabulary, tensors)
         if reason:
             _fail(path, reason)
     tokens = metadata.get("tokenizer.ggml.tokens")

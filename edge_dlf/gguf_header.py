@@ -25,15 +25,17 @@ Scalar = bool | int | float | str
 
 _MIB = 1 << 20
 _FIRST_READ_BYTES = 8 * _MIB
-_MAX_HEADER_BYTES = 64 * _MIB
+_MAX_HEADER_BYTES = 32 * _MIB  # the largest vocabularies take half of it
 _MAX_TEXT_BYTES = 4 * _MIB  # of all string values together; the longest chat templates have 0.1 MiB
 _MAX_KEYS = 1 << 16
-_MAX_KEY_BYTES = (1 << 16) - 1
+_MAX_KEY_BYTES = 1 << 12
 _MAX_TENSORS = 1 << 16
-_MAX_VOCAB = 1 << 20
+_MAX_VOCAB = 1 << 19
+_MAX_TEXTS = 1 << 21
 _MAX_NAME_BYTES = 63  # GGML_MAX_NAME less its NUL
 _MAX_DIMS = 4
-_KEPT_VALUES = 1024  # arrays up to this length keep their values: hyperparameters given layer by layer
+_MAX_LAYERS = 512  # arrays up to this length keep their values: hyperparameters given layer by layer
+_MAX_KEPT_VALUES = 1 << 16
 _INT32, _STRING, _ARRAY = 5, 8, 9
 _SCALARS = {
     0: struct.Struct("<B"),
@@ -156,6 +158,7 @@ class _Cursor:
         self.pos = 0
         self.tokens = b""
         self.token_types: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self.kept_values = 0
         self._file = file
 
     def fail(self, reason: str) -> NoReturn:
@@ -232,27 +235,31 @@ def _words(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
 
 def _check_distinct(header: _Cursor, starts: npt.NDArray[np.int64]) -> None:
     """Fail where two entries of the vocabulary, which ends at the cursor, are the same: llama.cpp aborts on it."""
-    begin, end = int(starts[0]), header.pos
-    data = np.frombuffer(header.buffer[begin:end] + bytes(16), np.uint8)
-    starts, words = starts - begin, _words(data)
-    lengths = words[starts].astype(np.int64)
-    zeros_of_lengths = 8 * len(lengths) - np.count_nonzero(lengths.view(np.uint8))
-    suspects: Iterable[int] = range(len(starts))
-    if lengths.min() > 0 and end - begin + 16 - np.count_nonzero(data) == zeros_of_lengths + 16:
-        # Every text is what C makes of it. Texts of one key may differ, texts of different keys do.
-        head = words[starts + 8] & _LOW_BYTES[np.minimum(lengths, 8)]
-        tail = np.where(lengths > 8, words[starts + np.maximum(lengths, 8)], np.uint64(0))
-        middle = np.where(lengths > 16, words[starts + np.maximum(lengths // 2, 8)], np.uint64(0))
-        keys = (head * _MIX[0]) ^ (tail * _MIX[1]) ^ (middle * _MIX[2]) ^ lengths.astype(np.uint64)
-        ordered = np.sort(keys)
-        shared = ordered[1:][ordered[1:] == ordered[:-1]]
-        suspects = np.flatnonzero(np.isin(keys, shared)).tolist() if len(shared) else []
     seen: dict[bytes, int] = {}
-    for token in suspects:
-        pos = int(starts[token]) + begin + 8
-        text = header.buffer[pos : pos + int(lengths[token])].split(b"\0", 1)[0] or b"[EMPTY_%d]" % token
+    for token in _suspects(header.buffer[int(starts[0]) : header.pos], starts - starts[0]):
+        pos = int(starts[token])
+        (n_bytes,) = _U64.unpack_from(header.buffer, pos)
+        # As C reads it.
+        text = header.buffer[pos + 8 : pos + 8 + n_bytes].split(b"\0", 1)[0] or b"[EMPTY_%d]" % token
         if seen.setdefault(text, token) != token:
             header.fail(f"damaged: its tokens {seen[text]} and {token} are both {show(text)}")
+
+
+def _suspects(texts: bytes, starts: npt.NDArray[np.int64]) -> Iterable[int]:
+    """The few tokens that may have the text of another one; all of them where a text is empty or holds a NUL."""
+    data = np.frombuffer(texts + bytes(16), np.uint8)
+    words = _words(data)
+    lengths = words[starts].astype(np.int64)
+    n_zeros, n_zeros_in_lengths = (array.size - np.count_nonzero(array) for array in (data, lengths.view(np.uint8)))
+    if lengths.min() == 0 or n_zeros != n_zeros_in_lengths + 16:
+        return range(len(starts))
+    head = words[starts + 8] & _LOW_BYTES[np.minimum(lengths, 8)]
+    middle = np.where(lengths > 16, words[starts + np.maximum(lengths // 2, 8)], np.uint64(0))
+    tail = np.where(lengths > 8, words[starts + np.maximum(lengths, 8)], np.uint64(0))
+    keys = (head * _MIX[0]) ^ (middle * _MIX[1]) ^ (tail * _MIX[2]) ^ lengths.astype(np.uint64)
+    ordered = np.sort(keys)
+    shared = ordered[1:][ordered[1:] == ordered[:-1]]
+    return np.flatnonzero(np.isin(keys, shared)).tolist() if len(shared) else ()
 
 
 def _read_value(header: _Cursor, key: str) -> Scalar | Array:
@@ -269,6 +276,8 @@ def _read_value(header: _Cursor, key: str) -> Scalar | Array:
         header.fail(f"damaged: {what} has the unknown type {kind}")
     kind, length = header.number(_U32, what), header.number(_U64, what)
     if kind == _STRING:
+        if length > _MAX_TEXTS:
+            header.fail(f"damaged: {what} is an array of {length:,} texts")
         starts = header.texts(length, what)
         if key == "tokenizer.ggml.tokens" and length:
             if length > _MAX_VOCAB:
@@ -284,7 +293,8 @@ def _read_value(header: _Cursor, key: str) -> Scalar | Array:
     data = header.buffer[header.pos - n_bytes : header.pos]
     if key == "tokenizer.ggml.token_type" and kind == _INT32:
         header.token_types = np.frombuffer(data, "<i4")
-    if length > _KEPT_VALUES:
+    header.kept_values += length if length <= _MAX_LAYERS else 0
+    if length > _MAX_LAYERS or header.kept_values > _MAX_KEPT_VALUES:
         return Array(kind, length)
     return Array(kind, length, tuple(value for (value,) in _SCALARS[kind].iter_unpack(data)))
 
@@ -337,9 +347,8 @@ def _read_tensors(header: _Cursor, n_tensors: int, alignment: int) -> dict[str, 
             header.fail(f"damaged: {what} is said to begin at byte {offset:,} of the weights, not at {expected:,}")
         tensors[name] = Tensor(kind_name, shape, n_bytes)
         expected += -(-n_bytes // alignment) * alignment
-    begin = -(-header.pos // alignment) * alignment
-    last = tensors[name].n_bytes if tensors else 0
-    end = begin + expected - -(-last // alignment) * alignment + last
+        end = offset + n_bytes
+    end = -(-header.pos // alignment) * alignment + end if tensors else header.pos
     if end > header.file_bytes:
         header.fail(f"truncated: {end - header.file_bytes:,} of {end:,} bytes are missing at its end")
     return tensors

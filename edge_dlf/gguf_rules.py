@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
-from .gguf_header import Array, Scalar, Tensor, show
+from .gguf_header import Array, Scalar, Tensor, Vocabulary, show
 
 Metadata = Mapping[str, Scalar | Array]
 
@@ -32,22 +32,26 @@ _WIDTHS = (
     "rope.dimension_count",
     "rope.dimension_count_swa",
 )
-_NO_LANGUAGE_MODELS = frozenset(
-    "bert clip controlvector dflash eagle3 eurobert gemma-embedding imatrix jina-bert-v2 jina-bert-v3 modern-bert "
-    "neo-bert nomic-bert nomic-bert-moe t5 t5encoder wavtokenizer-dec".split()
-)
-_FULL_ROTARY = frozenset(
-    "apertus arcee arctic baichuan chameleon cohere2moe dbrx deci deepseek dots1 dream ernie4_5 ernie4_5-moe exaone "
-    "exaone-moe exaone4 falcon granite granitemoe grok hunyuan-moe internlm2 llada llada-moe llama llama4 "
-    "mistral3 olmo olmo2 olmoe orion plamo qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3vl qwen3vlmoe seed_oss "
-    "smallthinker smollm3 starcoder2 xverse".split()
-)
+_NO_LANGUAGE_MODELS = frozenset((
+    "bert", "clip", "controlvector", "dflash", "eagle3", "eurobert", "gemma-embedding", "imatrix", "jina-bert-v2",
+    "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "t5", "t5encoder", "wavtokenizer-dec",
+))  # fmt: skip
+_FULL_ROTARY = frozenset((
+    "apertus", "arcee", "arctic", "baichuan", "chameleon", "cohere2moe", "dbrx", "deci", "deepseek", "dots1",
+    "dream", "ernie4_5", "ernie4_5-moe", "exaone", "exaone-moe", "exaone4", "falcon", "granite", "granitemoe",
+    "grok", "hunyuan-moe", "internlm2", "llada", "llada-moe", "llama", "llama4", "mistral3", "olmo", "olmo2",
+    "olmoe", "orion", "plamo", "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen3moe", "qwen3vl", "qwen3vlmoe",
+    "seed_oss", "smallthinker", "smollm3", "starcoder2", "xverse",
+))  # fmt: skip
+_NO_TEXT_TOKENIZERS = frozenset({"bert", "no_vocab", "none", "t5", "test"})
 _NO_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
 _IS_TABLE = re.compile("tid2eid")  # token id -> expert id
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
 
-def why_refused(architecture: str, metadata: Metadata, tensors: Mapping[str, Tensor]) -> str | None:
+def why_refused(
+    architecture: str, metadata: Metadata, vocabulary: Vocabulary, tensors: Mapping[str, Tensor]
+) -> str | None:
     """Why a model with this header must not reach llama.cpp, or None."""
     kind = metadata.get("general.type")
     if kind in ("imatrix", "mmproj") or architecture in _NO_LANGUAGE_MODELS:
@@ -62,11 +66,10 @@ def why_refused(architecture: str, metadata: Metadata, tensors: Mapping[str, Ten
     def get(key: str) -> Scalar | Array | None:
         return metadata.get(f"{architecture}.{key}")
 
-    for rule in (_tokenizer, _widths, _layers, _heads, _rotary, _experts, _floats, _attention):
-        reason = rule(architecture, get if rule is not _tokenizer else metadata.get)
-        if reason:
-            return f"damaged: {reason}"
-    return None
+    reason = _tokenizer(metadata, vocabulary)
+    for rule in (_widths, _layers, _heads, _rotary, _experts, _floats, _attention):
+        reason = reason or rule(architecture, get)
+    return f"damaged: {reason}" if reason else None
 
 
 Get = Callable[[str], Scalar | Array | None]
@@ -79,10 +82,15 @@ def _numbers(value: Scalar | Array | None) -> tuple[bool | int | float, ...]:
     return () if value is None or isinstance(value, str) else (value,)
 
 
-def _tokenizer(_: str, get: Get) -> str | None:
-    tokens = get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, Array) or tokens.type != 8 or not tokens.length:
-        return "it has no vocabulary (tokenizer.ggml.tokens)"
+def _tokenizer(metadata: Metadata, vocabulary: Vocabulary) -> str | None:
+    kind = metadata.get("tokenizer.ggml.model")
+    if not vocabulary.tokens or kind in _NO_TEXT_TOKENIZERS:
+        return f"its tokenizer, of the kind {show(str(kind))}, has no vocabulary for text"
+    if kind == "llama":
+        for byte in range(256):
+            names = (b"<0x%02X>" % byte, bytes([byte]))
+            if not any(len(name).to_bytes(8, "little") + name in vocabulary.tokens for name in names):
+                return f"its vocabulary has no token for the byte 0x{byte:02X}"
     return None
 
 

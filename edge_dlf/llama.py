@@ -53,6 +53,11 @@ CACHE_TYPES: Mapping[str, int] = {
     "iq4_nl": lib.GGML_TYPE_IQ4_NL,
 }
 
+# llama.cpp asks at every node of a graph whether to abort. Asking Python would take the GIL a thousand times a step, so it
+# asks libc: strlen of this buffer is 0 ("go on") until `interrupt` makes it 1.
+_abort = ctypes.create_string_buffer(2)
+_abort_asked = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
+
 _ALLOCATION_FAILURES = ("alloc", "out of memory", "failed to fit", "cudaMalloc")
 
 
@@ -104,9 +109,10 @@ def amx_crashes() -> bool:
     return b"AMX_INT8 = 1" in lib.llama_print_system_info()
 
 
-def supports_gpu() -> bool:
-    """Whether this build of llama.cpp can offload layers to a GPU."""
-    return bool(lib.llama_supports_gpu_offload())
+def interrupt() -> None:
+    """Make the `llama_decode` that runs now, on the CPU, return within milliseconds; a call that begins later is not
+    affected. For other threads."""
+    _abort[0] = 1
 
 
 def default_n_threads() -> int:
@@ -247,6 +253,7 @@ class LlamaBackend:
             raise InvalidParameterError(f"n_ctx must be 1 or more, not {n_ctx}")
         self.name = name
         self.model = model
+        self.loras = tuple(loras)
         self.n_ctx = n_ctx
         self.n_seq_max = n_seq_max
         self.can_trim = model.can_trim
@@ -261,6 +268,8 @@ class LlamaBackend:
         params.type_k = CACHE_TYPES[type_k or "f16"]
         params.type_v = CACHE_TYPES[type_v or "f16"]
         params.no_perf = True
+        params.abort_callback = _abort_asked
+        params.abort_callback_data = ctypes.addressof(_abort)
         adapters = [(model.adapter(path), scale) for path, scale in loras]
         log.clear()
         self._ctx = lib.llama_init_from_model(model._model, params)
@@ -335,13 +344,14 @@ class LlamaBackend:
     def _run(self, n_tokens: int, n_logits: int) -> None:
         log = _start()
         log.clear()
+        _abort[0] = 0
         self._n_logits = 0
         self._batch.n_tokens = n_tokens
         code = lib.llama_decode(self._ctx, self._batch)
         if code == 1:
             raise ContextOverflowError(f"{self.name}: no free KV cells for {n_tokens} more tokens")
         if code == 2:
-            raise DecodeError(f"{self.name}: decoding was aborted")
+            raise DecodeError(f"{self.name}: interrupted while it evaluated {n_tokens} tokens")
         if code != 0:
             raise (OutOfMemoryError if log.says_memory() else DecodeError)(
                 f"{self.name}: llama_decode failed with code {code} ({log.reason()})"

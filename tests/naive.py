@@ -1,4 +1,4 @@
-"""The method in plain float64 NumPy, as the paper writes it: the oracle of every kernel, and the benchmark's baseline."""
+"""The method in plain float64 NumPy as the paper writes it: the oracle of every kernel and the benchmark's baseline."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def objectives(large, base, experts, alphas):
     return j, forward, reverse, targets
 
 
-def search(large, base, experts, alphas=np.round(np.arange(21) * 0.1, 12)):
+GRID = np.round(np.arange(21) * 0.1, 12)
+
+
+def search(large, base, experts, alphas=GRID):
     """(expert, α, J): the first strict minimum of the paper's Algorithm 1."""
     j, _, _, _ = objectives(large, base, experts, alphas)
     t, k = np.unravel_index(j.argmin(), j.shape)

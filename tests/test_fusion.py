@@ -1,4 +1,4 @@
-"""The search and the fused row against `naive`, compiled; `test_jit_off` runs the tests named *small* without the compiler."""
+"""The search and the fused row against `naive`; `test_jit_off` runs the *small* tests without the compiler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from edge_dlf.params import FusionParams
 
 from . import naive
 
-GRID = np.round(np.arange(21) * 0.1, 12)
+GRID = naive.GRID
+JIT_OFF = "NUMBA_DISABLE_JIT" in os.environ
 KINDS = (
     "plain", "peaked", "shifted base", "buried token", "huge difference", "huge shift", "−inf in large", "−inf in base",
     "−inf in experts", "−inf everywhere", "long tail", "near ties", "equal models", "one expert equal",
@@ -73,7 +74,8 @@ def check_choice(large, base, experts):
     choice = search_alpha(large, base, experts)
     at = choice.expert, int(np.argmin(abs(GRID - choice.alpha)))
     assert j[at] <= j.min() * (1 + 1e-4) + 1e-9
-    assert choice.objective == pytest.approx(j[at], rel=1e-4, abs=1e-9)
+    rounding = 1e-13 * max(forward[at], reverse[at], targets.max()) * np.sqrt(j[at])  # of float64, where KLs are huge
+    assert choice.objective == pytest.approx(j[at], rel=1e-4, abs=1e-9 + float(rounding))
     assert choice.kl_forward == pytest.approx(forward[at], rel=1e-4, abs=1e-6)
     assert choice.kl_reverse == pytest.approx(reverse[at], rel=1e-4, abs=1e-6)
     assert choice.target_forward == pytest.approx(targets[:, 0].mean(), rel=1e-4, abs=1e-6)
@@ -88,10 +90,10 @@ def check_choice(large, base, experts):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n_vocab", [1, 2, 3, 17, 100])
+@pytest.mark.parametrize("n_vocab", [1, 3] if JIT_OFF else [1, 2, 3, 17, 100])
 def test_search_equals_naive_small(kind, n_vocab):
     rng = np.random.default_rng([n_vocab, KINDS.index(kind)])
-    for n_experts in (1, 2, 8):
+    for n_experts in (1,) if JIT_OFF else (1, 2, 8):
         check_choice(*make_rows(rng, kind, n_vocab, n_experts))
 
 
@@ -132,12 +134,12 @@ def test_any_grid(alpha_max, alpha_step):
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_row_is_the_distribution_small(kind):
     rng = np.random.default_rng(KINDS.index(kind))
-    large, base, experts = make_rows(rng, kind, 300, 3)
+    large, base, experts = make_rows(rng, kind, 60, 3)
     alphas = rng.uniform(0, 2, 3)
     fused = fuse_logits(large, base, experts, alphas)
     assert not np.isnan(fused).any()
     assert (np.isneginf(fused) == np.isneginf(large)).all()
-    rounding = 1e-6 * max(abs(x[np.isfinite(x)]).max() for x in (large, base, experts))
+    rounding = 1e-6 * max(float(abs(x[np.isfinite(x)]).max()) for x in (large, base, experts))
     assert naive.softmax(fused.astype(np.float64)) == pytest.approx(
         naive.fused_probs(large, base, experts, alphas), abs=min(1.0, 4 * rounding)
     )
@@ -145,7 +147,7 @@ def test_fused_row_is_the_distribution_small(kind):
 
 def test_expert_equal_to_base_leaves_the_large_row_small():
     rng = np.random.default_rng(0)
-    large, base, _ = make_rows(rng, "plain", 400, 1)
+    large, base, _ = make_rows(rng, "plain", 80, 1)
     for expert in (base, base[None].repeat(3, axis=0)):
         choice = search_alpha(large, base, expert)
         assert (choice.expert, choice.alpha, choice.objective) == (0, 0.0, 0.0)
@@ -172,7 +174,7 @@ def objective_at(large, base, experts, choice):
 
 
 @given(rows, st.integers(0, 2), st.floats(-50, 50))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=2 if JIT_OFF else 60, deadline=None)
 def test_constant_shift_changes_nothing_small(x, member, constant):
     before = search_alpha(x[0], x[1], x[2])
     shifted = x.copy()
@@ -183,7 +185,7 @@ def test_constant_shift_changes_nothing_small(x, member, constant):
 
 
 @given(rows, st.permutations(range(12)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=2 if JIT_OFF else 60, deadline=None)
 def test_permutation_commutes_small(x, order):
     before, after = search_alpha(*x), search_alpha(*x[:, order])
     assert after.objective == pytest.approx(before.objective, rel=2e-4, abs=2e-9)
@@ -191,7 +193,7 @@ def test_permutation_commutes_small(x, order):
 
 
 @given(masked_rows)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=2 if JIT_OFF else 100, deadline=None)
 def test_negative_infinity_gives_no_nan_small(x):
     x[:, 0] = np.where(np.isfinite(x).any(axis=1), x[:, 0], 0.0)
     choice = check_choice(x[0], x[1], x[2:])
@@ -244,10 +246,10 @@ def test_fusers_work_side_by_side():
 
 
 def test_helper_threads_end_with_their_fuser():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     fuser = Fuser(100, 3)
-    assert threading.active_count() == before + 2
-    helpers = [thread for thread in threading.enumerate() if thread.name == "edge-dlf-kernels"][-2:]
+    helpers = set(threading.enumerate()) - before
+    assert len(helpers) == 2
     del fuser
     for helper in helpers:
         helper.join(timeout=10)
@@ -309,12 +311,17 @@ def test_alpha_must_fit_the_experts(alpha):
         fuse_logits(np.zeros(3), np.zeros(3), np.zeros((2, 3)), alpha)
 
 
-@pytest.mark.skipif("NUMBA_DISABLE_JIT" in os.environ, reason="runs itself")
+@pytest.mark.skipif(JIT_OFF, reason="runs itself")
 def test_jit_off():
     here = Path(__file__).parent
     files = [str(here / name) for name in ("test_fusion.py", "test_select.py")]
+    options = ["-q", "-k", "small", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "small", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider", *files],
-        env=os.environ | {"NUMBA_DISABLE_JIT": "1"}, cwd=here.parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "pytest", *options, *files],
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-4000:]

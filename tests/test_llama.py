@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import pytest
 
 from edge_dlf import (
     ContextOverflowError,
+    DecodeError,
     FusedLlama,
     InvalidParameterError,
     LoadError,
     ModelFileError,
     NonFiniteLogitsError,
 )
-from edge_dlf.llama import N_UBATCH, LlamaBackend, Model
+from edge_dlf.llama import N_UBATCH, LlamaBackend, Model, interrupt
 
 from .tiny import tiny_lora, tiny_model
 
@@ -158,6 +160,29 @@ def test_a_lora_for_another_width_is_refused(tmp_path: Path, base: Model) -> Non
     lora = tiny_lora(tmp_path / "wide.gguf", n_embd=64)
     with pytest.raises(ModelFileError, match="wide.gguf: not a LoRA adapter for base.gguf"):
         backend(base, loras=[(lora, 1.0)])
+
+
+def test_an_interrupt_stops_the_evaluation_and_the_next_one_is_right(base: Model) -> None:
+    member = backend(base)
+    member.prefill(0, TEXT[:10])
+    done = threading.Event()
+
+    def keep_interrupting() -> None:
+        while not done.is_set():
+            interrupt()
+
+    other = threading.Thread(target=keep_interrupting)
+    other.start()
+    try:
+        with pytest.raises(DecodeError, match="base: interrupted while it evaluated 500 tokens"):
+            member.prefill(0, (TEXT * 10)[:500])
+    finally:
+        done.set()
+        other.join()
+    member.trim(0, 10)
+    member.prefill(0, TEXT[10:20])
+    np.testing.assert_allclose(member.logits()[0], fresh(base, TEXT[:20]), atol=ROUNDING)
+    member.close()
 
 
 def test_closing_twice(tiny: Path) -> None:

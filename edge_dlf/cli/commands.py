@@ -120,7 +120,7 @@ def _save(session: Session, file: str) -> None:
     if not file:
         raise InvalidParameterError("usage: /save FILE")
     session.conversation.save(Path(file), session.llm.name, session.settings)
-    session.screen.say(f"saved {len(session.conversation.messages)} messages and the settings in {file}")
+    session.screen.say(f"saved {_count(len(session.conversation.messages), 'message')} and the settings in {file}")
 
 
 def _load(session: Session, file: str) -> None:
@@ -130,13 +130,17 @@ def _load(session: Session, file: str) -> None:
     settings = restore(saved)
     check(settings, session.llm.experts)
     session.conversation, session.settings = loaded, settings
-    session.screen.say(f"loaded {len(loaded.messages)} messages and the settings from {file}")
+    session.screen.say(f"loaded {_count(len(session.conversation.messages), 'message')} and the settings from {file}")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _stats(session: Session, _: str) -> None:
     say, last = session.screen.say, session.last
     say(f"family {session.llm.name} · method {session.value('method')} · context {session.llm.n_ctx} tokens")
-    say(f"{session.n_answers} answers · {session.n_generated} tokens generated")
+    say(f"{_count(session.n_answers, 'answer')} · {_count(session.n_generated, 'token')} generated")
     if last:
         used = last.n_prompt + last.n_generated
         say(

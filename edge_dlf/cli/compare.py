@@ -45,16 +45,16 @@ def compare(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, **
             settings = {method: {**options.settings, "method": method} for method in methods}
             screen.show(dumps({m: question.complete(llm, settings[m]) for m in methods}, ensure_ascii=False))
             return
-        answers = [_Answer(method) for method in methods]
+        answers = [Answer(method) for method in methods]
         steps = _run(llm, question, options.settings, answers)
         if _is_wide(screen, len(methods)):
-            _show_columns(answers, steps)
+            show_columns(answers, steps)
         else:
-            _show_in_turn(screen, answers, steps)
+            show_in_turn(screen, answers, steps)
 
 
 @dataclass
-class _Answer:
+class Answer:
     """What one method has answered so far; `report` is there once it began."""
 
     method: str
@@ -64,8 +64,8 @@ class _Answer:
 
 
 def _run(
-    llm: FusedLlama, question: Prompt, settings: Mapping[str, Any], answers: list[_Answer]
-) -> Iterator[tuple[_Answer, str]]:
+    llm: FusedLlama, question: Prompt, settings: Mapping[str, Any], answers: list[Answer]
+) -> Iterator[tuple[Answer, str]]:
     """Answer by one method after the other; yields whose turn it is and what text it adds."""
     for answer in answers:
         stream = llm.stream(question.tokens(llm), **{**settings, "method": answer.method})
@@ -83,7 +83,7 @@ def _is_wide(screen: Screen, n_columns: int) -> bool:
     return screen.is_terminal and Console().width >= n_columns * _LEAST_COLUMN
 
 
-def _show_columns(answers: list[_Answer], steps: Iterator[tuple[_Answer, str]]) -> None:
+def show_columns(answers: list[Answer], steps: Iterator[tuple[Answer, str]]) -> None:
     """A table that grows while the answers come."""
     from rich.console import Console
     from rich.live import Live
@@ -97,7 +97,7 @@ def _show_columns(answers: list[_Answer], steps: Iterator[tuple[_Answer, str]]) 
         console.print(_table(answers))
 
 
-def _table(answers: list[_Answer]) -> Table:
+def _table(answers: list[Answer]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -110,14 +110,17 @@ def _table(answers: list[_Answer]) -> Table:
     return table
 
 
-def _show_in_turn(screen: Screen, answers: list[_Answer], steps: Iterator[tuple[_Answer, str]]) -> None:
+def show_in_turn(screen: Screen, answers: list[Answer], steps: Iterator[tuple[Answer, str]]) -> None:
     """One answer below the other, each under its method's name."""
-    shown: _Answer | None = None
-    for answer, text in steps:
-        if answer is not shown:
+    shown: Answer | None = None
+    try:
+        for answer, text in steps:
+            if answer is not shown:
+                screen.write(f"== {answer.method}\n")
             shown = answer
-            screen.write(f"== {answer.method}\n")
-        screen.write(text)
-        if answer.is_done:
-            assert answer.report
-            screen.write(f"\n[{summary(answer.report)}]\n" + ("" if answer is answers[-1] else "\n"))
+            screen.write(text)
+            if answer.report and answer.is_done:
+                screen.write(f"\n[{summary(answer.report)}]\n" + ("" if answer is answers[-1] else "\n"))
+    finally:
+        if shown and not shown.is_done:
+            screen.end_line()

@@ -14,6 +14,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.layout.processors import TabsProcessor
 from prompt_toolkit.output import Output
 
 from .commands import COMMANDS, LEAVE
@@ -38,12 +39,13 @@ class Editor:
         self._session: PromptSession[str] = PromptSession(
             ">>> ",
             multiline=True,
-            prompt_continuation="... ",
+            prompt_continuation=lambda _width, _line, wraps: "" if wraps else "... ",
             history=_history(note),
             key_bindings=_key_bindings(),
-            completer=_CommandCompleter(methods),
+            completer=CommandCompleter(methods),
             complete_while_typing=False,
             enable_suspend=True,
+            input_processors=[TabsProcessor(char1=" ", char2=" ")],
             input=input,
             output=output,
         )
@@ -90,7 +92,7 @@ def _key_bindings() -> KeyBindings:
     return bindings
 
 
-class _CommandCompleter(Completer):
+class CommandCompleter(Completer):
     """Names of commands, methods, settings and files, on lines that begin with a slash."""
 
     def __init__(self, methods: Iterable[str]) -> None:

@@ -160,9 +160,9 @@ _SETTINGS: Sequence[Decorator] = (
     click.option("--system", help="System prompt."),
 )
 _LOADING_OPTIONS: Sequence[Decorator] = (
-    click.option("--ctx-size", type=click.IntRange(min=1), help="Tokens of the context."),
+    click.option("--ctx-size", type=click.IntRange(min=1), help="Tokens of the context [4096]."),
     click.option(
-        "--gpu-layers", type=_Numbers(int), help="Layers on the GPU: one for all members, or large=20,base=-1."
+        "--gpu-layers", type=_Numbers(int), help="Layers on the GPU [-1, all]; large=20,base=0 for each member."
     ),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads [the physical cores]."),
     click.option("--cache-type-k", help="Type of the KV cache's keys, such as q8_0 [f16]."),

@@ -130,8 +130,6 @@ def summary(report: Report) -> str:
 
 
 def cut_short(report: Report, n_ctx: int) -> str | None:
-    """What ended an answer that did not end by itself."""
-    if report.finish_reason != "length":
-        return None
-    is_full = report.n_prompt + report.n_generated >= n_ctx
-    return f"cut short: the context of {n_ctx} tokens is full" if is_full else "cut short: max_tokens is reached"
+    """What to say of an answer that the end of the context cut short."""
+    is_full = report.finish_reason == "length" and report.n_prompt + report.n_generated >= n_ctx
+    return f"cut short: the context of {n_ctx} tokens is full" if is_full else None

@@ -101,6 +101,7 @@ class Session:
         elif note := cut_short(report, self.llm.n_ctx):
             notes = [note]
         if self.screen.is_terminal:
-            self.screen.say(" · ".join(filter(None, [*notes, summary(report)])))
+            figures = summary(report) if text else ""
+            self.screen.say(" · ".join(filter(None, [*notes, figures])))
         elif notes:
             self.screen.say(f"note: {notes[0]}")

@@ -51,8 +51,8 @@ def restore(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Settings from a JSON object. Raises InvalidParameterError for what `parse` could not have given."""
     settings: dict[str, Any] = {}
     for name, value in saved.items():
-        if name == "stop" and isinstance(value, list) and all(isinstance(text, str) for text in value):
-            settings[name] = tuple(value)
+        if name == "stop" and isinstance(value, list):
+            settings[name] = tuple(map(str, value))
         elif name == "alpha" and isinstance(value, dict) and all(isinstance(a, int | float) for a in value.values()):
             settings[name] = {expert: float(alpha) for expert, alpha in value.items()}
         else:

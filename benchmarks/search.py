@@ -1,0 +1,106 @@
+"""The cost of one fused step without its models: α search, fused row and greedy selection, beside a plain NumPy loop.
+
+    python benchmarks/search.py [--rows FILE.npz]
+
+FILE.npz holds arrays `large`, `base` (N, V) and `experts` (N, T, V) of logits recorded from models; without it the
+rows are random. Timings interleave what they compare and are medians; each table says of how many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from edge_dlf import FusionParams, SamplingParams
+from edge_dlf.fusion import Fuser
+from tests import naive
+
+GREEDY = SamplingParams(temperature=0.0)
+NOBODY = np.empty(0, np.int32)
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def random_rows(n_vocab: int, n_experts: int, n: int = 8) -> list[Rows]:
+    """Rows as peaked as those of language models, with experts that differ most where the large model is sure."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(n):
+        large = rng.normal(-2.0, 2.0, n_vocab) + rng.exponential(2.5, n_vocab)
+        base = 0.8 * large + rng.normal(0.0, 1.0, n_vocab)
+        experts = base + rng.normal(0.0, 0.5, (n_experts, n_vocab))
+        likely = np.argsort(-large)[:10]
+        experts[:, likely] += rng.normal(0.0, 1.0, (n_experts, 10))
+        rows.append(tuple(np.ascontiguousarray(x, np.float32) for x in (large, base, experts)))
+    return rows
+
+
+def recorded_rows(path: Path) -> list[Rows]:
+    with np.load(path) as file:
+        arrays = [np.ascontiguousarray(file[name], np.float32) for name in ("large", "base", "experts")]
+    return list(zip(*arrays, strict=True))
+
+
+def stepper(n_vocab: int, n_threads: int, search: str = "grid") -> Callable[[Rows], None]:
+    fuser, params = Fuser(n_vocab, n_threads), FusionParams(search=search)
+
+    def step(rows: Rows) -> None:
+        large, base, experts = rows
+        names = ("large", "base", *(f"expert {t}" for t in range(len(experts))))
+        (choice,) = fuser.search(large[None], base[None], [expert[None] for expert in experts], params, names)
+        alphas = [choice.alpha if t == choice.expert else 0.0 for t in range(len(experts))]
+        fuser.fuse(large, base, list(experts), alphas, names)
+        fuser.select(GREEDY, 0, 0, NOBODY)
+
+    return step
+
+
+def medians(steps: list[Callable[[Rows], None]], rows: list[Rows], n_rounds: int) -> list[float]:
+    """Median milliseconds of each step over all rows, interleaved, after one round to warm up."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for i in range(n_rounds + 1):
+        for row in rows:
+            for step, times in zip(steps, seconds, strict=True):
+                start = time.perf_counter()
+                step(row)
+                if i:
+                    times.append(time.perf_counter() - start)
+    return [1e3 * float(np.median(times)) for times in seconds]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=Path, help="recorded rows, .npz")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds over all rows")
+    arguments = parser.parse_args()
+    rows = recorded_rows(arguments.rows) if arguments.rows else random_rows(151_936, 1)
+    n_vocab = rows[0][0].size
+
+    def loop(row: Rows) -> None:
+        naive.search(*row)
+
+    def exact(row: Rows) -> None:
+        step_exact(row)
+
+    step_exact = stepper(n_vocab, 1, "exact")
+    steps = [loop, stepper(n_vocab, 1), stepper(n_vocab, 2), exact]
+    baseline, *ours = medians(steps, rows, arguments.rounds)
+    print(f"V = {n_vocab:,}, T = {len(rows[0][2])}, {len(rows)} rows, median of {len(rows) * arguments.rounds} steps\n")
+    print("| search + fused row + greedy pick | ms a step | times faster |\n|---|---|---|")
+    print(f"| NumPy float64 loop (search alone) | {baseline:.2f} | 1 |")
+    for name, ms in zip(("grid, 1 thread", "grid, 2 threads", "exact, 1 thread"), ours, strict=True):
+        print(f"| {name} | {ms:.3f} | {baseline / ms:.0f} |")
+    print("\n| V | T = 1, ms | T = 2, ms | T = 4, ms |\n|---|---|---|---|")
+    for size in (32_000, 64_000, 128_000, 256_000):
+        cells = [medians([stepper(size, 1)], random_rows(size, t, 2), 40)[0] for t in (1, 2, 4)]
+        print(f"| {size:,} | " + " | ".join(f"{ms:.3f}" for ms in cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

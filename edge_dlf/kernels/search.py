@@ -1,0 +1,317 @@
+"""One expert's search in one pass over the vocabulary.
+
+For one expert P̃(α) ∝ P·exp(α d) is an exponential family in α, so one pass over the vocabulary gives every grid value.
+With l = log P + const and δ = d + const, both constants chosen so that the large model's first most likely token (the
+mode) has l = δ = 0, and w_α = exp(l + α δ), S0 = Σ w_α, S1 = Σ w_α δ:
+
+    Λ(α) = log(S0(α) / S0(0))      KL(P̃‖P) = α S1(α)/S0(α) − Λ(α)      KL(P‖P̃) = Λ(α) − α S1(0)/S0(0)
+
+The constants cancel in both. The mode's weight is exactly 1 at every α, so that no sum underflows and float32 terms
+suffice; it is added in float64. Terms are summed in float32 within a block and in float64 across blocks.
+
+Several threads may run `search_rows`, `fuse_row` on the same arguments: each takes the next free chunk of the row
+until none is left. A chunk's sums do not depend on who computed it, so results are the same for any number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .vector import F32, F64, OK, condition, exp, expm1, extremes, fetch_add, jit, jit_sum, order_key, wide
+
+BLOCK = 1024
+"""Tokens per pass over the scratch; its three float32 arrays fit a first-level cache."""
+CHUNK = 4096
+"""Tokens that a thread takes at a time."""
+CHAIN = 30
+"""Grid points reached by multiplication before the weights are computed afresh."""
+ROUNDING = 1.5e-7
+"""Error of a KL by float32 terms, in nats, relative to 1 + α (|Λ'(α)| + |Λ'(0)|) + targets."""
+NOISE = 3e-7
+"""Targets up to this, in nats, are rounding: the expert is the base, and α = 0."""
+LOWEST, HIGHEST = np.float32(-80.0), np.float32(80.0)
+"""Exponents between which float32 weights neither underflow nor overflow."""
+
+
+@jit
+def _deltas(base: Any, expert: Any, shifts: Any, delta: Any) -> None:
+    wide()
+    base_shift, expert_shift, offset = F32(shifts[0]), F32(shifts[1]), F32(shifts[2])
+    for i in range(base.size):
+        delta[i] = ((expert[i] - expert_shift) - (base[i] - base_shift)) - offset
+
+
+@jit
+def _set_shifts(base: Any, expert: Any, shifts: Any) -> None:
+    """Shifts of base and expert, and offset, by which `_deltas` is 0 at these two logits and rounds least near them."""
+    difference = F64(expert) - F64(base)
+    if abs(difference) < 16.0:
+        shifts[0], shifts[1], shifts[2] = 0.0, 0.0, F32(difference)
+    else:  # the members' scales differ, so that expert − base would round
+        shifts[0], shifts[1], shifts[2] = base, expert, 0.0
+
+
+@jit
+def _weights(large: Any, head: Any, alpha: Any, delta: Any, w: Any) -> None:
+    top, factor = F32(head[0]), F32(alpha)
+    for i in range(large.size):
+        w[i] = exp((large[i] - top) + factor * delta[i])
+
+
+@jit
+def _out_of_range(large: Any, head: Any, alpha: Any, delta: Any) -> Any:
+    """How many tokens have an exponent too low, and too high or NaN, for a chain of float32 weights up to `alpha`."""
+    wide()
+    top, factor = F32(head[0]), F32(alpha)
+    low = np.int32(0)
+    high = np.int32(0)
+    for i in range(large.size):
+        start = large[i] - top
+        end = start + factor * delta[i]
+        low += np.int32((start < LOWEST) | (end < LOWEST))
+        high += np.int32(not (end < HIGHEST))
+    return low, high
+
+
+@jit
+def _steps(step: Any, delta: Any, u: Any) -> None:
+    factor = F32(step)
+    for i in range(u.size):
+        u[i] = expm1(factor * delta[i])
+
+
+@jit_sum
+def _sum_softmax(row: Any, top: Any, delta: Any, out: Any, k: int) -> None:
+    """Add Σ exp(row − top) and Σ exp(row − top)·δ to out[k]."""
+    shift = F32(top)
+    s = F32(0)
+    t = F32(0)
+    for i in range(row.size):
+        w = exp(row[i] - shift)
+        s += w
+        t += w * delta[i]
+    out[k, 0] += s
+    out[k, 1] += t
+
+
+@jit_sum
+def _sum_weights(w: Any, delta: Any, out: Any, k: int) -> None:
+    """Add Σ w, Σ w δ and Σ w δ² to out[k]."""
+    wide()
+    s = F32(0)
+    t = F32(0)
+    v = F32(0)
+    for i in range(w.size):
+        s += w[i]
+        t += w[i] * delta[i]
+        v += w[i] * delta[i] * delta[i]
+    out[k, 0] += s
+    out[k, 1] += t
+    out[k, 2] += v
+
+
+@jit_sum
+def _sum_five(w: Any, u: Any, delta: Any, out: Any, k: int) -> None:
+    """Advance the weights by five grid points, w += w·u each, and add Σ w and Σ w δ of each to out[k], out[k + 1], …"""
+    wide()
+    s0 = s1 = s2 = s3 = s4 = F32(0)
+    t0 = t1 = t2 = t3 = t4 = F32(0)
+    for i in range(w.size):
+        x = w[i]
+        step = u[i]
+        d = delta[i]
+        x += x * step
+        s0 += x
+        t0 += x * d
+        x += x * step
+        s1 += x
+        t1 += x * d
+        x += x * step
+        s2 += x
+        t2 += x * d
+        x += x * step
+        s3 += x
+        t3 += x * d
+        x += x * step
+        s4 += x
+        t4 += x * d
+        w[i] = x
+    for j, (s, t) in enumerate(((s0, t0), (s1, t1), (s2, t2), (s3, t3), (s4, t4))):
+        out[k + j, 0] += s
+        out[k + j, 1] += t
+
+
+@jit
+def _sum_chunk(large: Any, base: Any, expert: Any, start: int, head: Any, alphas: Any, scratch: Any, out: Any) -> None:
+    """Sums of one chunk from token `start` on: out[k] = Σ w, Σ w δ at alphas[k], then Σ, Σ δ of base and of expert.
+
+    The last row counts tokens beyond float32's range, which void the rest.
+    """
+    n_grid = alphas.size
+    out[:] = 0.0
+    w, u, delta = scratch[0, :BLOCK], scratch[1, :BLOCK], scratch[2, :BLOCK]
+    for first in range(0, large.size, BLOCK):
+        stop = min(first + BLOCK, large.size)
+        size = stop - first
+        if size < BLOCK:
+            w, u, delta = w[:size], u[:size], delta[:size]
+        x, b, e = large[first:stop], base[first:stop], expert[first:stop]
+        mode = int(head[3]) - start - first
+        _deltas(b, e, head[7:], delta)
+        _sum_softmax(b, head[1], delta, out, n_grid)
+        _sum_softmax(e, head[2], delta, out, n_grid + 1)
+        _deltas(b, e, head[4:], delta)
+        low, high = _out_of_range(x, head, alphas[n_grid - 1], delta)
+        out[n_grid + 2, 0] += high
+        if not low:
+            _steps(alphas[1] - alphas[0], delta, u)
+        k = 0
+        while k < n_grid:
+            if low or k % CHAIN == 0:
+                _weights(x, head, alphas[k], delta, w)
+                if 0 <= mode < size:
+                    w[mode] = 0.0
+                _sum_weights(w, delta, out, k)
+                k += 1
+            elif k + 5 <= n_grid and k % CHAIN + 5 <= CHAIN:
+                _sum_five(w, u, delta, out, k)
+                k += 5
+            else:
+                for i in range(size):
+                    w[i] += w[i] * u[i]
+                _sum_weights(w, delta, out, k)
+                k += 1
+        if 0 <= mode < size:
+            for k in range(n_grid):
+                out[k, 0] += 1.0
+
+
+@jit
+def _head(large: Any, base: Any, expert: Any, keys: Any, head: Any, codes: Any) -> None:
+    """Of one row: what each member holds, into `codes` (3,); the constants of its sums, into `head` (10,):
+    maxima of large, base, expert; index of the mode; shifts of δ that are 0 at the mode; those for the targets."""
+    tops = np.empty(3, np.int32)
+    for member in range(3):
+        codes[member] = condition(keys[member, :, 0].max(), keys[member, :, 1].min())
+        tops[member] = order_key(keys[member, :, 0].max())
+    head[:3] = tops.view(np.float32)
+    if codes.max() != OK:
+        return
+    chunk = np.argmax(keys[0, :, 0])
+    mode = chunk * CHUNK
+    while large[mode] < head[0]:
+        mode += 1
+    head[3] = mode
+    _set_shifts(base[mode], expert[mode], head[4:])
+    _set_shifts(head[1], head[2], head[7:])
+
+
+@jit
+def _curve(sums: Any, head: Any, curve: Any, targets: Any) -> Any:
+    """Λ, Λ', Λ'' into `curve` (G, 3), the first two up to a constant of d, the last only where G ≤ 2; a and b into
+    `targets` (2,). False: not usable."""
+    n_grid = curve.shape[0]
+    total = sums[0].copy()
+    for chunk in range(1, sums.shape[0]):
+        total += sums[chunk]
+    for k in range(n_grid):
+        curve[k, 0] = math.log(total[k, 0] / total[0, 0])
+        curve[k, 1] = total[k, 1] / total[k, 0]
+        curve[k, 2] = total[k, 2] / total[k, 0] - curve[k, 1] ** 2
+    base_sum, expert_sum = total[n_grid, 0], total[n_grid + 1, 0]
+    gap = head[2] - head[8] - (head[1] - head[7]) - head[9] + math.log(expert_sum / base_sum)  # δ − d
+    targets[0] = max(0.0, total[n_grid + 1, 1] / expert_sum - gap)
+    targets[1] = max(0.0, gap - total[n_grid, 1] / base_sum)
+    finite = math.isfinite(curve[:, :2].sum() + targets.sum())
+    return finite and total[n_grid + 2, 0] == 0.0
+
+
+@jit
+def search_rows(
+    large: Any, base: Any, expert: Any, n_vocab: int, alphas: Any,
+    keys: Any, heads: Any, codes: Any, sums: Any, curves: Any, targets: Any, usable: Any, scratch: Any, sync: Any,
+) -> None:  # fmt: skip
+    """One expert, all K rows (K, width): curves (K, G, 3), targets (K, 2), usable (K,), codes (K, 3).
+
+    sync: zeros; [0] hands out scratch, then for each of the three phases tasks taken and tasks done.
+    """
+    n_rows, n_chunks = sums.shape[0], sums.shape[1]
+    n_tasks = n_rows * n_chunks
+    own = scratch[fetch_add(sync, 0, 1)]
+    while True:
+        task = fetch_add(sync, 1, 1)
+        if task >= n_tasks:
+            break
+        k, chunk = task // n_chunks, task % n_chunks
+        start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, n_vocab)
+        extremes(large[k, start:stop].view(np.int32), keys[k, 0, chunk])
+        extremes(base[k, start:stop].view(np.int32), keys[k, 1, chunk])
+        extremes(expert[k, start:stop].view(np.int32), keys[k, 2, chunk])
+        fetch_add(sync, 2, 1)
+    while fetch_add(sync, 2, 0) < n_tasks:
+        pass
+    while True:
+        k = fetch_add(sync, 3, 1)
+        if k >= n_rows:
+            break
+        _head(large[k], base[k], expert[k], keys[k], heads[k], codes[k])
+        fetch_add(sync, 4, 1)
+    while fetch_add(sync, 4, 0) < n_rows:
+        pass
+    while True:
+        task = fetch_add(sync, 5, 1)
+        if task >= n_tasks:
+            break
+        k, chunk = task // n_chunks, task % n_chunks
+        start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, n_vocab)
+        if codes[k].max() == OK:
+            _sum_chunk(
+                large[k, start:stop], base[k, start:stop], expert[k, start:stop],
+                start, heads[k], alphas, own, sums[k, chunk],
+            )  # fmt: skip
+        if fetch_add(sync, 6, 1) == n_tasks - 1:  # the last to finish: every chunk is done
+            for row in range(n_rows):
+                usable[row] = codes[row].max() == OK and _curve(sums[row], heads[row], curves[row], targets[row])
+            fetch_add(sync, 6, 1)
+    while fetch_add(sync, 6, 0) <= n_tasks:
+        pass
+
+
+@jit
+def choose(curves: Any, targets: Any, alphas: Any) -> Any:
+    """The (expert, grid index) with the first strict minimum of J for one row; curves (T, G, 3), targets (T, 2).
+
+    Last, what float32 sums leave in doubt: 0 nothing, 1 the value of J there, 2 whether another pair is lower.
+    """
+    n_experts, n_grid = curves.shape[0], curves.shape[1]
+    if targets.max() <= NOISE:
+        return 0, 0, 0
+    forward_mean, reverse_mean = targets[:, 0].mean(), targets[:, 1].mean()
+    spread = 0.0
+    for t in range(n_experts):
+        spread += (targets[t, 0] - forward_mean) ** 2 + (targets[t, 1] - reverse_mean) ** 2
+    objectives, errors = np.empty((n_experts, n_grid)), np.empty((n_experts, n_grid))
+    best_expert, best = 0, 0
+    for t in range(n_experts):
+        for k in range(n_grid):
+            forward = max(0.0, alphas[k] * curves[t, k, 1] - curves[t, k, 0])
+            reverse = max(0.0, curves[t, k, 0] - alphas[k] * curves[t, 0, 1])
+            x, y = forward - forward_mean, reverse - reverse_mean
+            objectives[t, k] = n_experts * (x * x + y * y) + spread
+            size = 1.0 + alphas[k] * (abs(curves[t, k, 1]) + abs(curves[t, 0, 1])) + targets.max()
+            errors[t, k] = 2 * n_experts * (abs(x) + abs(y)) * ROUNDING * size
+            if objectives[t, k] < objectives[best_expert, best]:
+                best_expert, best = t, k
+    lowest = objectives[best_expert, best]
+    tolerance = 1e-4 * lowest + 1e-9
+    doubt = 1 if errors[best_expert, best] > tolerance else 0
+    for t in range(n_experts):
+        for k in range(n_grid):
+            error = errors[t, k] + errors[best_expert, best]
+            other = (t != best_expert or k != best) and (k > 0 or best > 0)
+            if other and error > tolerance and objectives[t, k] - lowest < error:
+                doubt = 2
+    return best_expert, best, doubt

@@ -1,0 +1,369 @@
+"""The commands `generate` and `compare`, their options, and what every command has in common."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edge_dlf import DecodeError, FusedLlama, ModelFileError, SamplingParams, VocabMismatchError, __version__
+from edge_dlf.cli import main
+from edge_dlf.cli.compare import Answer, show_columns
+from edge_dlf.cli.options import Options
+
+from .fake_llm import FakeLlama
+
+FILES = ["--large", "l.gguf", "--base", "b.gguf", "--expert", "math=e.gguf"]
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("EDGE_DLF_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run `edge-dlf` on a fake family; `llm` may be what is raised while it is loaded."""
+
+    def run(llm: FakeLlama | BaseException, *args: str, stdin: str | bytes | None = None) -> Result:
+        def load(options: Options) -> FakeLlama:
+            if isinstance(llm, BaseException):
+                raise llm
+            llm.options = options
+            return llm
+
+        monkeypatch.setattr(Options, "load", load)
+        return CliRunner().invoke(main, args, input=stdin)
+
+    return run
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    (tmp_path / "family.toml").write_text(
+        'name = "small"\nlarge.path = "l.gguf"\nbase.path = "b.gguf"\nexperts = [{name = "math", path = "e.gguf"}]\n'
+        "[defaults]\ntemperature = 0.25\n"
+    )
+    return tmp_path
+
+
+class TestGenerate:
+    def test_streams_the_answer_to_stdout(self, run: Callable[..., Result]) -> None:
+        llm = FakeLlama(["Hel", "lo"])
+        result = run(llm, "generate", *FILES, "Hi")
+        assert (result.exit_code, result.stdout, result.stderr) == (0, "Hello\n", "")
+        assert llm.requests == [("user: Hi\n", {})]
+        assert llm.is_closed
+
+    def test_ends_with_one_line_break(self, run: Callable[..., Result]) -> None:
+        assert run(FakeLlama(["a\n"]), "generate", *FILES, "Hi").stdout == "a\n"
+
+    def test_raw_takes_the_prompt_as_it_is(self, run: Callable[..., Result]) -> None:
+        llm = FakeLlama()
+        run(llm, "generate", *FILES, "--raw", "Hi")
+        assert llm.requests == [("Hi", {})]
+
+    def test_system_prompt(self, run: Callable[..., Result]) -> None:
+        llm = FakeLlama()
+        run(llm, "generate", *FILES, "--system", "Be brief.", "Hi")
+        assert llm.requests[0][0] == "system: Be brief.\nuser: Hi\n"
+
+    @pytest.mark.parametrize("args", [["-"], []])
+    def test_reads_stdin_without_its_last_line_break(self, run: Callable[..., Result], args: list[str]) -> None:
+        llm = FakeLlama()
+        run(llm, "generate", *FILES, *args, stdin="two\nlines\n")
+        assert llm.requests[0][0] == "user: two\nlines\n"
+
+    def test_bytes_that_are_not_utf8_survive(self, run: Callable[..., Result]) -> None:
+        llm = FakeLlama()
+        run(llm, "generate", *FILES, "--raw", stdin=b"a\xff\xfeb")
+        assert llm.requests[0][0].encode("utf-8", "surrogateescape") == b"a\xff\xfeb"
+
+    def test_an_argument_leaves_stdin_alone(self, run: Callable[..., Result]) -> None:
+        llm = FakeLlama()
+        run(llm, "generate", *FILES, "Hi", stdin="not read")
+        assert llm.requests[0][0] == "user: Hi\n"
+
+    @pytest.mark.parametrize(("args", "kind"), [([], "chat.completion"), (["--raw"], "text_completion")])
+    def test_json_is_one_object(self, run: Callable[..., Result], args: list[str], kind: str) -> None:
+        result = run(FakeLlama(["Hé", "!"]), "generate", *FILES, "--json", *args, "Hi")
+        answer = json.loads(result.stdout)
+        assert answer["object"] == kind
+        assert answer["usage"]["completion_tokens"] == 2
+        assert "Hé!" in result.stdout
+
+    def test_says_when_the_context_cut_the_answer_short(self, run: Callable[..., Result]) -> None:
+        result = run(FakeLlama(["x"] * 99, n_ctx=12), "generate", *FILES, "Hi")
+        assert result.stdout == "xxx\n"
+        assert result.stderr == "note: cut short: the context of 12 tokens is full\n"
+
+    def test_ctrl_c_keeps_what_has_come(self, run: Callable[..., Result]) -> None:
+        llm = FakeLlama(["par", KeyboardInterrupt()])
+        result = run(llm, "generate", *FILES, "Hi")
+        assert (result.exit_code, result.stdout, result.stderr) == (130, "par\n", "")
+        assert llm.is_closed
+
+    def test_sigterm(self, run: Callable[..., Result]) -> None:
+        class Terminating(FakeLlama):
+            def apply_chat_template(self, messages: Any) -> list[int]:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return super().apply_chat_template(messages)
+
+        before = signal.getsignal(signal.SIGTERM)
+        llm = Terminating()
+        assert run(llm, "generate", *FILES, "Hi").exit_code == 143
+        assert llm.is_closed
+        assert signal.getsignal(signal.SIGTERM) == before
+
+    def test_a_reader_that_leaves_is_no_error_message(self, run: Callable[..., Result]) -> None:
+        result = run(FakeLlama([BrokenPipeError(32, "Broken pipe")]), "generate", *FILES, "Hi")
+        assert result.stderr == ""
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("error", "code", "line"),
+        [
+            (ModelFileError("x.gguf", "no such file"), 3, "edge-dlf: x.gguf: no such file\n"),
+            (VocabMismatchError("a and b\ndiffer"), 3, "edge-dlf: a and b differ\n"),
+            (MemoryError(), 4, "edge-dlf: not enough memory\n"),
+            (KeyboardInterrupt(), 130, ""),
+        ],
+    )
+    def test_while_loading(self, run: Callable[..., Result], error: BaseException, code: int, line: str) -> None:
+        for command in (["generate", "Hi"], ["compare", "Hi"], ["chat"]):
+            result = run(error, *command, *FILES)
+            assert (result.exit_code, result.stdout, result.stderr) == (code, "", line)
+
+    def test_within_an_answer(self, run: Callable[..., Result]) -> None:
+        result = run(FakeLlama(["par", DecodeError("large failed")]), "generate", *FILES, "Hi")
+        assert (result.exit_code, result.stdout, result.stderr) == (1, "par\n", "edge-dlf: large failed\n")
+
+    def test_a_prompt_beyond_the_context(self, run: Callable[..., Result]) -> None:
+        result = run(FakeLlama(n_ctx=8), "generate", *FILES, "a long prompt")
+        assert result.exit_code == 4
+        assert "edge-dlf: the prompt has 20 tokens" in result.stderr
+
+    def test_a_bug_keeps_its_traceback(self, run: Callable[..., Result]) -> None:
+        assert isinstance(run(ZeroDivisionError(), "generate", *FILES, "Hi").exception, ZeroDivisionError)
+
+    def test_notices_of_the_library(self, run: Callable[..., Result]) -> None:
+        class Noticing(FakeLlama):
+            def apply_chat_template(self, messages: Any) -> list[int]:
+                logging.getLogger("edge_dlf.llama").warning("slow %s", "build")
+                return super().apply_chat_template(messages)
+
+        assert run(Noticing(), "generate", *FILES, "Hi").stderr == "note: slow build\n"
+        assert not logging.getLogger("edge_dlf").handlers
+
+    @pytest.mark.parametrize(
+        ("args", "words"),
+        [
+            (["Hi"], "no family is named; name a family: --family"),
+            ([*FILES, "--family", "x", "Hi"], "both by --family and by --large, --base and --expert"),
+            (["--large", "l.gguf", "Hi"], "--base is missing"),
+            ([*FILES, "--expert", "math=f.gguf", "Hi"], "two experts have the same name"),
+            ([*FILES, "--expert", "large=f.gguf", "Hi"], "'large'"),
+            ([*FILES, "--expert", "f.gguf", "Hi"], "expected NAME=FILE"),
+            ([*FILES, "--temperature", "-1", "Hi"], "temperature must be 0 or more"),
+            ([*FILES, "--temperature", "hot", "Hi"], "not a valid float"),
+            ([*FILES, "--method", "magic", "Hi"], "method must be one of dynamic, static, large, base, math"),
+            ([*FILES, "--alpha", "code=1", "Hi"], "alpha names 'code'"),
+            ([*FILES, "--alpha", "much", "Hi"], "expected a number"),
+            ([*FILES, "--gpu-layers", "1.5", "Hi"], "expected a whole number"),
+            ([*FILES, "--search", "none", "Hi"], "'grid', 'exact'"),
+            ([*FILES, "--max-tokens", "0", "Hi"], "max-tokens"),
+            ([*FILES, "--stop", "", "Hi"], "a stop string must not be empty"),
+            ([*FILES, "--raw", "--system", "x", "Hi"], "leave out --raw or --system"),
+        ],
+    )
+    def test_usage(self, run: Callable[..., Result], args: list[str], words: str) -> None:
+        result = run(FakeLlama(), "generate", *args)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert words in result.stderr
+
+
+class TestOptions:
+    def test_only_what_is_given_is_passed_on(self, run: Callable[..., Result]) -> None:
+        llm = FakeLlama()
+        run(llm, "generate", *FILES, "Hi")
+        assert (llm.options.loading, llm.requests[0][1]) == ({}, {})
+
+    def test_all_that_is_given_is_passed_on(self, run: Callable[..., Result]) -> None:
+        llm = FakeLlama()
+        settings = "--method static --search exact --alpha math=0.5 --max-tokens 9 --temperature 0 --top-k 0 --top-p 1"
+        more = "--min-p 0 --repeat-penalty 1.1 --seed 0 --stop END --stop ."
+        loading = "--ctx-size 99 --gpu-layers large=20,base=-1 --threads 3 --cache-type-k q8_0 --cache-type-v f16"
+        result = run(llm, "generate", *FILES, *f"{settings} {more} {loading}".split(), "Hi")
+        assert result.exit_code == 0, result.stderr
+        assert llm.requests[0][1] == {
+            "method": "static",
+            "search": "exact",
+            "alpha": {"math": 0.5},
+            "max_tokens": 9,
+            "temperature": 0.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "repeat_penalty": 1.1,
+            "seed": 0,
+            "stop": ("END", "."),
+        }
+        assert llm.options.loading == {
+            "n_ctx": 99,
+            "n_gpu_layers": {"large": 20, "base": -1},
+            "n_threads": 3,
+            "type_k": "q8_0",
+            "type_v": "f16",
+        }
+
+    def test_environment_serves_every_command(
+        self, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        values = {
+            "LARGE": "l",
+            "BASE": "b",
+            "EXPERT": "a=1:b=2 3",
+            "TEMPERATURE": "0.5",
+            "STOP": "a b",
+            "CTX_SIZE": "77",
+        }
+        for name, value in values.items():
+            monkeypatch.setenv(f"EDGE_DLF_{name}", value)
+        for args in (["generate", "Hi"], ["compare", "Hi"], ["chat"]):
+            llm = FakeLlama(experts=["a", "b"])
+            assert run(llm, *args, stdin="Hi\n").exit_code == 0
+            assert llm.options.experts == {"a": Path("1"), "b": Path("2 3")}
+            assert llm.options.loading == {"n_ctx": 77}
+            assert llm.requests[0][1].items() >= {"temperature": 0.5, "stop": ("a b",)}.items()
+
+    def test_what_is_typed_goes_before_the_environment(
+        self, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, family: Path
+    ) -> None:
+        monkeypatch.setenv("EDGE_DLF_FAMILY", "elsewhere")
+        monkeypatch.setenv("EDGE_DLF_SEED", "1")
+        for args in (["generate", *FILES, "Hi"], ["chat", str(family)], ["chat", "-f", str(family)]):
+            llm = FakeLlama()
+            result = run(llm, *args, "--seed", "2", stdin="Hi\n")
+            assert result.exit_code == 0, result.stderr
+            assert llm.requests[0][1] == {"seed": 2}
+
+    def test_a_family_is_loaded_from_its_file(self, monkeypatch: pytest.MonkeyPatch, family: Path) -> None:
+        seen = []
+
+        def from_family(name: str, **loading: Any) -> FakeLlama:
+            seen.append((name, loading))
+            return FakeLlama()
+
+        monkeypatch.setattr(FusedLlama, "from_family", from_family)
+        result = CliRunner().invoke(main, ["generate", "-f", str(family), "--ctx-size", "9", "Hi"])
+        assert result.exit_code == 0
+        assert seen == [(str(family), {"n_ctx": 9})]
+
+    def test_a_family_that_is_not_there(self, run: Callable[..., Result], tmp_path: Path) -> None:
+        result = run(FakeLlama(), "generate", "-f", str(tmp_path / "none"), "Hi")
+        assert result.exit_code == 3
+        assert result.stderr.count("\n") == 1
+
+
+class TestCompare:
+    def test_each_method_in_turn(self, run: Callable[..., Result]) -> None:
+        llm = FakeLlama(["A"], ["B"], [("C", 1.0), ("C", 1.0)], [("D", 0.5), "D"])
+        result = run(llm, "compare", *FILES, "--top-k", "3", "Hi")
+        assert result.exit_code == 0
+        assert result.stdout == (
+            "== large\nA\n[]\n\n== math\nB\n[]\n\n"
+            "== static\nCC\n[10.0 tokens/s · mean α 1.00 · math 100%]\n\n"
+            "== dynamic\nDD\n[10.0 tokens/s · mean α 0.25 · math 50%]\n"
+        )
+        assert [settings for _, settings in llm.requests] == [
+            {"top_k": 3, "method": method} for method in ("large", "math", "static", "dynamic")
+        ]
+
+    def test_json(self, run: Callable[..., Result]) -> None:
+        llm = FakeLlama(["A"], ["B"], ["C"], ["D"])
+        answers = json.loads(run(llm, "compare", *FILES, "--raw", "--json", "Hi").stdout)
+        assert {method: answer["choices"][0]["text"] for method, answer in answers.items()} == {
+            "large": "A",
+            "math": "B",
+            "static": "C",
+            "dynamic": "D",
+        }
+
+    def test_ctrl_c_keeps_what_has_come(self, run: Callable[..., Result]) -> None:
+        result = run(FakeLlama(["A"], ["B", KeyboardInterrupt()]), "compare", *FILES, "Hi")
+        assert (result.exit_code, result.stdout) == (130, "== large\nA\n[]\n\n== math\nB\n")
+
+    def test_side_by_side(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setenv("COLUMNS", "120")
+        first, second = Answer("large", "one\x1b[31m [b]two[/b]"), Answer("dynamic", "three")
+        show_columns([first, second], iter(()))
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert ["large", "dynamic"] in lines
+        assert ["one\ufffd[31m", "[b]two[/b]", "three"] in lines
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(main, ["--version"]).stdout == f"edge-dlf, version {__version__}\n"
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "edge_dlf", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"edge-dlf, version {__version__}\n"
+
+
+def test_help_tells_the_defaults_of_params() -> None:
+    text = CliRunner().invoke(main, ["generate", "--help"]).stdout
+    assert f"0 takes the most likely token. [{SamplingParams.temperature}]" in text
+
+
+def test_help_tells_the_defaults_of_loading() -> None:
+    text = CliRunner().invoke(main, ["generate", "--help"], terminal_width=100).stdout
+    defaults = inspect.signature(FusedLlama).parameters
+    assert f"Tokens of the context [{defaults['n_ctx'].default}]." in text
+    assert f"Layers on the GPU [{defaults['n_gpu_layers'].default}, all]" in text
+
+
+def test_help_in_the_docs_is_what_the_commands_print() -> None:
+    update_help = runpy.run_path(str(DOCS / "update_help.py"))
+    for path in update_help["PAGES"]:
+        page = path.read_text("utf-8")
+        # How lines are wrapped depends on click's version.
+        assert page.split() == update_help["updated"](page).split(), "run `python docs/update_help.py`"
+
+
+def test_a_second_ctrl_c_leaves_at_once() -> None:
+    # The main thread is in one long call into C, during which Python runs no signal handler.
+    program = """
+import hashlib, os, signal, threading
+from edge_dlf.cli.interrupts import interruptible
+from edge_dlf.cli.screen import Screen
+def press():
+    while True:
+        os.kill(os.getpid(), signal.SIGINT)
+with interruptible(Screen()):
+    threading.Thread(target=press, daemon=True).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, timeout=60).returncode == 130
+
+
+def test_a_tiny_family_from_end_to_end(tiny: Path) -> None:
+    args = ["generate", "-f", str(tiny), "--raw", "--json", "--max-tokens", "3", "--ctx-size", "64", "--threads", "1"]
+    result = CliRunner().invoke(main, [*args, "one two"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["usage"]["completion_tokens"] <= 3

@@ -1,0 +1,92 @@
+"""On real weights: EDGE_DLF_TEST_FAMILY names a family with one expert, `pytest -m real` runs these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from edge_dlf import FusedLlama
+from edge_dlf.backend import Logits
+from edge_dlf.llama import LlamaBackend
+
+from . import naive
+
+pytestmark = pytest.mark.real
+
+PROMPTS = [
+    "Question: Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips "
+    "did Natalia sell altogether in April and May?\nAnswer:",
+    "Question: A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it take?\nAnswer:",
+    "Question: Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. How much did she "
+    "earn?\nAnswer:",
+    "Question: Is 91 a prime number?\nAnswer:",
+    "def fibonacci(n):\n",
+    "SELECT name FROM users WHERE",
+    "Once upon a time, in a village by the sea,",
+    "Die Hauptstadt von Frankreich ist",
+    "😀 means",
+    "1, 2, 4, 8, 16,",
+]
+N_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def llm(real_family: str) -> Iterator[FusedLlama]:
+    with FusedLlama.from_family(real_family, n_ctx=512) as llm:
+        yield llm
+
+
+def rows_of(llm: FusedLlama, members: list[LlamaBackend]) -> list[Logits]:
+    return [member.logits()[0, : llm.n_vocab].astype(np.float64) for member in members]
+
+
+def plain_loop(llm: FusedLlama, members: list[LlamaBackend], prompt: list[int]) -> Iterator[tuple[int, str]]:
+    """Tokens of greedy decoding one step at a time with the float64 oracle, and the margins of both choices."""
+    for member in members:
+        member.trim(0, 0)
+        member.prefill(0, prompt)
+    while True:
+        large, base, *experts = rows_of(llm, members)
+        objectives = naive.objectives(large, base, experts, np.round(np.arange(21) * 0.1, 12))[0].ravel()
+        t, alpha, best = naive.search(large, base, experts)
+        fused = large + alpha * (experts[t] - base)
+        second, first = np.partition(fused, -2)[-2:]
+        margin = f"α = {alpha}, J {best:.6g} before {np.partition(objectives, 1)[1]:.6g}, logits {first - second:.2g} apart"
+        token = int(fused.argmax())
+        yield token, margin
+        for member in members:
+            member.decode([(0, [token])])
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
+def test_greedy_equals_a_plain_loop_with_the_oracle(llm: FusedLlama, prompt: str) -> None:
+    names = ("large", "base", *llm.experts)
+    engine = [llm._ensemble.members[name] for name in names]
+    members = [LlamaBackend(member.model, member.name, n_ctx=512, loras=member.loras) for member in engine]
+    try:
+        expected = plain_loop(llm, members, llm.tokenize(prompt))
+        for n, token in enumerate(llm.stream(prompt, temperature=0.0, max_tokens=N_TOKENS)):
+            wanted, margin = next(expected)
+            assert token.id == wanted, f"token {n}: {llm.detokenize([token.id, wanted])!r}; {margin}"
+    finally:
+        for member in members:
+            member.close()
+
+
+def test_an_expert_changes_the_answer_and_methods_share_the_weights(llm: FusedLlama) -> None:
+    texts = {
+        method: llm.create_completion(PROMPTS[0], temperature=0.0, max_tokens=32, method=method)["choices"][0]["text"]
+        for method in ("dynamic", "static", "large", "base", *llm.experts)
+    }
+    assert texts["dynamic"] != texts["large"]
+    assert texts["base"] != texts[llm.experts[0]]
+
+
+def test_a_cached_prefix_changes_nothing(llm: FusedLlama) -> None:
+    prompt = "Question: A new one, not asked before: how many legs do three cats have?\nAnswer:"
+    fresh = [token.id for token in llm.stream(prompt, temperature=0.0, max_tokens=24)]
+    again = llm.stream(prompt, temperature=0.0, max_tokens=24)
+    assert [token.id for token in again] == fresh
+    assert again.report.n_prefilled == 1
