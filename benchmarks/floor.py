@@ -2,9 +2,9 @@
 
     python benchmarks/floor.py --family FAMILY [--steps 40] [--rounds 5] [--prompt-tokens 200]
 
-Both are timed in turn in one process, on the same text at the same positions; the table has medians. "members" calls
-llama_decode on each context and waits for its logits, and nothing else; "fused" is `Decoder.step` as `edge-dlf` runs it:
-the same calls, the search for α, the fusion and the greedy choice.
+Both are timed in turn in one process, on the same text at the same positions; the table has medians. A member's column
+is llama_decode on its context and the wait for its logits, nothing else; "fused" is `Decoder.step` as `edge-dlf` runs
+it: the same calls, the search for α, the fusion and the greedy choice.
 """
 
 from __future__ import annotations

@@ -134,8 +134,8 @@ class FusedLlama:
         self._closing.close()
 
     def interrupt(self) -> None:
-        """Stop what is being evaluated now, even in the middle of a long prompt; for other threads, or while a signal is
-        handled. That request raises DecodeError, unless KeyboardInterrupt comes first; the next one goes on as usual."""
+        """Stop what is evaluated now, even amid a long prompt; for other threads. The running request raises
+        DecodeError, unless KeyboardInterrupt comes first; a later one is not affected."""
         interrupt()
 
     @property

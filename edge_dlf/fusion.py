@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -50,33 +51,32 @@ class Fuser:
 
         Raises NonFiniteLogitsError where a row holds NaN, +inf or no finite value.
         """
-        alphas = np.round(np.arange(params.n_grid) * params.alpha_step, 12)
-        members = list(zip(names[2:], experts, strict=True))
-        curves, targets = self._curves((names[0], large), (names[1], base), members, alphas)
+        alphas = _grid(params.n_grid, params.alpha_step)
+        members = [*zip(names, (large, base, *experts), strict=True)]
+        curves, targets = self._curves(members, alphas)
         choices = []
         for k in range(large.shape[0]):
-            rows = large[k : k + 1], base[k : k + 1], [expert[k : k + 1] for expert in experts]
             curve, target = curves[k], targets[k]
             expert, grid, doubt = kernels.choose(curve, target, alphas)
             if doubt == 1 and params.search == "grid":
                 pair = np.empty((2, 3))
-                self._careful(rows[0], rows[1], rows[2][expert], alphas[[0, grid]], pair, target[expert])
+                self._careful(large[k], base[k], experts[expert][k], alphas[[0, grid]], pair, target[expert])
                 curve[expert, [0, grid]] = pair
             elif doubt:
-                for t, row in enumerate(rows[2]):
-                    self._careful(rows[0], rows[1], row, alphas, curve[t], target[t])
+                for t in range(len(experts)):
+                    self._careful(large[k], base[k], experts[t][k], alphas, curve[t], target[t])
                 expert, grid, _ = kernels.choose(curve, target, alphas)
-            choices.append(_choice(int(expert), float(alphas[grid]), curve[expert, grid], curve[expert, 0, 1], target))
+            choice = _choice(expert, float(alphas[grid]), curve[expert, grid], curve[expert, 0], target)
             if params.search == "exact" and target.max() > kernels.NOISE:
-                choices[-1] = self._refine(choices[-1], rows, curve, target, alphas, params.alpha_max, names)
+                row = [(name, logits[k : k + 1]) for name, logits in members]
+                choice = self._refine(choice, row, curve, target, alphas, params.alpha_max)
+            choices.append(choice)
         return choices
 
-    def _curves(
-        self, large: Member, base: Member, experts: Sequence[Member], alphas: Doubles
-    ) -> tuple[Doubles, Doubles]:
-        """Λ, Λ', Λ'' (K, T, G, 3) at the grid values, and the targets a, b (K, T, 2)."""
-        n_rows, n_grid = large[1].shape[0], len(alphas)
-        n_chunks = -(-self.n_vocab // kernels.CHUNK)
+    def _curves(self, members: Sequence[Member], alphas: Doubles) -> tuple[Doubles, Doubles]:
+        """Λ, Λ', Λ'' (K, T, G, 3) at the grid values, and the targets a, b (K, T, 2). Members: large, base, experts."""
+        (_, large), (_, base), *experts = members
+        n_rows, n_grid, n_chunks = len(large), len(alphas), -(-self.n_vocab // kernels.CHUNK)
         if not self._scratch or self._scratch[3].shape != (n_rows, n_chunks, n_grid + 3, 3):
             self._scratch = (
                 np.empty((n_rows, 3, n_chunks, 2), np.int32),
@@ -84,22 +84,17 @@ class Fuser:
                 np.empty((n_rows, 3), np.int32),
                 np.empty((n_rows, n_chunks, n_grid + 3, 3)),
             )
-        codes = self._scratch[2]
-        curves, targets = np.empty((len(experts), n_rows, n_grid, 3)), np.empty((len(experts), n_rows, 2))
-        usable = np.empty(n_rows, np.bool_)
-        for t, expert in enumerate(experts):
-            rows = large[1], base[1], expert[1]
-            self._team.run(
-                kernels.search_rows, *rows, self.n_vocab, alphas,
-                *self._scratch, curves[t], targets[t], usable, self._blocks,
+        curves, targets = np.empty((n_rows, len(experts), n_grid, 3)), np.empty((n_rows, len(experts), 2))
+        for t, (_, expert) in enumerate(experts):
+            sync = self._team.run(
+                kernels.search_rows, large, base, expert, self.n_vocab, alphas,
+                *self._scratch, curves, targets, t, self._blocks,
             )  # fmt: skip
-            if codes.max() > kernels.HAS_NEG_INF:
-                member = int(codes.max(axis=0).argmax())
-                raise NonFiniteLogitsError((large, base, expert)[member][0], _WHAT[int(codes[:, member].max())])
-            for k in np.flatnonzero(~usable):
-                part = slice(k, k + 1)
-                self._careful(rows[0][part], rows[1][part], rows[2][part], alphas, curves[t, k], targets[t, k])
-        return curves.swapaxes(0, 1).copy(), targets.swapaxes(0, 1).copy()
+            if sync[7]:
+                _raise_if_bad(self._scratch[2], (members[0], members[1], members[2 + t]))
+                for k in np.flatnonzero(np.isnan(targets[:, t, 0])):
+                    self._careful(large[k], base[k], expert[k], alphas, curves[k, t], targets[k, t])
+        return curves, targets
 
     def _careful(
         self, large: Floats, base: Floats, expert: Floats, alphas: Doubles, curve: Doubles, target: Doubles
@@ -107,45 +102,49 @@ class Fuser:
         n = self.n_vocab
         if self._wide is None:
             self._wide = np.empty((3, n))
-        kernels.careful_curve(large[0, :n], base[0, :n], expert[0, :n], alphas, curve, target, self._wide)
+        kernels.careful_curve(large[:n], base[:n], expert[:n], alphas, curve, target, self._wide)
 
     def _refine(
         self,
-        grid_choice: AlphaChoice,
-        rows: tuple[Floats, Floats, list[Floats]],
+        best: AlphaChoice,
+        members: Sequence[Member],
         curves: Doubles,
         targets: Doubles,
         alphas: Doubles,
         alpha_max: float,
-        names: Sequence[str],
     ) -> AlphaChoice:
-        """The best of the grid's choice and the minimum of J inside each cell around a local minimum of the grid."""
-        best = grid_choice
-        for t, expert in enumerate(rows[2]):
-            members = (names[0], rows[0]), (names[1], rows[1]), [(names[2 + t], expert)]
-            grid = [_choice(t, float(a), curves[t, k], curves[t, 0, 1], targets) for k, a in enumerate(alphas)]
+        """The least of the grid's best and the minima of J inside the cells around each local minimum of the grid."""
+        for t in range(len(curves)):
+            grid = [_choice(t, float(a), curves[t, k], curves[t, 0], targets) for k, a in enumerate(alphas)]
             j = [math.inf, *(choice.objective for choice in grid), math.inf]
-            for k, alpha in enumerate(alphas):
-                if j[k] < j[k + 1] or j[k + 2] < j[k + 1]:
-                    continue
-                low = float(alphas[max(k - 1, 0)])
-                high = float(alphas[k + 1]) if k + 1 < len(alphas) else alpha_max
-                alpha = float(alpha)
-                for _ in range(_NEWTON_STEPS):
-                    if not alpha:
-                        alpha = 0.5 * (low + high)
-                    curve, _targets = self._curves(*members, np.array([0.0, alpha]))
-                    here = _choice(t, alpha, curve[0, 0, 1], curve[0, 0, 0, 1], targets)
-                    if here.objective < best.objective:
-                        best = here
-                    slope, curvature = _slope(here, curve[0, 0, 1], curve[0, 0, 0, 1])
-                    low, high = (low, alpha) if slope > 0 else (alpha, high)
-                    following = alpha - slope / curvature if curvature > 0 else math.inf
-                    if not low < following < high:
-                        following = 0.5 * (low + high)
-                    if abs(following - alpha) < 1e-6:
-                        break
-                    alpha = following
+            for k in range(len(grid)):
+                if j[k] >= j[k + 1] <= j[k + 2]:
+                    low = grid[max(k - 1, 0)].alpha
+                    high = grid[k + 1].alpha if k + 1 < len(grid) else alpha_max
+                    row = [members[0], members[1], members[2 + t]]
+                    best = self._descend(best, row, t, (low, grid[k].alpha, high), targets)
+        return best
+
+    def _descend(
+        self, best: AlphaChoice, members: Sequence[Member], t: int, cell: tuple[float, float, float], targets: Doubles
+    ) -> AlphaChoice:
+        """Newton's method on J' within a cell, halving it where a step would leave it; the least J met, or `best`."""
+        low, alpha, high = cell
+        if low == alpha:  # J' vanishes at α = 0
+            alpha = 0.5 * (low + high)
+        for _ in range(_NEWTON_STEPS):
+            curves, _targets = self._curves(members, np.array([0.0, alpha]))
+            start, here = curves[0, 0]
+            choice = _choice(t, alpha, here, start, targets)
+            best = choice if choice.objective < best.objective else best
+            slope, curvature = _slope(choice, here, start)
+            low, high = (low, alpha) if slope > 0 else (alpha, high)
+            following = alpha - slope / curvature if curvature > 0 else math.inf
+            if not low < following < high:
+                following = 0.5 * (low + high)
+            if abs(following - alpha) < 1e-5:
+                break
+            alpha = following
         return best
 
     def fuse(
@@ -202,23 +201,19 @@ class Fuser:
     def _measure(self, groups: npt.NDArray[np.int64]) -> None:
         kernels.measure_groups(self.fused, groups, self._maxima, self._masses)
 
-    def _log_sum(self) -> float:
-        """log Σ exp(fused)."""
-        top = float(self._maxima.max())
-        return top + math.log(float(self._masses.astype(np.float64) @ np.exp(self._maxima.astype(np.float64) - top)))
-
     def select(self, sampling: SamplingParams, seed: int, position: int, recent: Ids) -> tuple[int, float]:
         """A token from `fused`, and its log-probability there before penalties and filters.
 
         recent: the tokens that penalties look back on. Raises InvalidParameterError if logit_bias bans every token.
         """
-        log_sum = self._log_sum()
-        tokens, logits = self._penalised(sampling, recent)
-        if not len(tokens):
+        log_sum = kernels.log_sum(self._maxima, self._masses)
+        new = self._penalised(sampling, recent)
+        if not new:
             token = self._pick(sampling, seed, position)
             return token, float(self.fused[token]) - log_sum
+        tokens = np.fromiter(new.keys(), np.int64, len(new))
         before, groups = self.fused[tokens], np.unique(tokens // kernels.GROUP)
-        self.fused[tokens] = logits
+        self.fused[tokens] = np.fromiter(new.values(), np.float32, len(new))
         self._measure(groups)
         try:
             token = self._pick(sampling, seed, position)
@@ -227,8 +222,8 @@ class Fuser:
             self._measure(groups)
         return token, float(self.fused[token]) - log_sum
 
-    def _penalised(self, sampling: SamplingParams, recent: Ids) -> tuple[npt.NDArray[np.int64], Floats]:
-        """Tokens whose logits penalties and logit_bias change, and their new logits, as llama.cpp reckons them."""
+    def _penalised(self, sampling: SamplingParams, recent: Ids) -> dict[int, float]:
+        """The tokens whose logits penalties and logit_bias change, and their new logits, as llama.cpp reckons them."""
         frequency, presence, repeat = sampling.frequency_penalty, sampling.presence_penalty, sampling.repeat_penalty
         new: dict[int, float] = {}
         if len(recent) and (frequency or presence or repeat != 1.0):
@@ -239,7 +234,7 @@ class Fuser:
         for token, bias in (sampling.logit_bias or {}).items():
             if token < self.n_vocab:
                 new[token] = new.get(token, float(self.fused[token])) + bias
-        return np.fromiter(new.keys(), np.int64, len(new)), np.fromiter(new.values(), np.float32, len(new))
+        return new
 
     def _pick(self, sampling: SamplingParams, seed: int, position: int) -> int:
         group = int(self._maxima.argmax())
@@ -259,7 +254,7 @@ class Fuser:
         cut = top + math.log(sampling.min_p) if sampling.min_p else -_LARGEST_FLOAT
         filtered = bool(sampling.top_k or sampling.min_p)
         n = sampling.top_k or (256 if sampling.top_p < 1.0 and not filtered else self.n_vocab)
-        total = math.exp(self._log_sum() - top)
+        total = math.exp(kernels.log_sum(self._maxima, self._masses) - top)
         while True:
             ids = self._largest(n, -_LARGEST_FLOAT if sampling.top_k else cut, ordered=sampling.top_p < 1.0)
             if sampling.top_p == 1.0:
@@ -286,8 +281,13 @@ class Fuser:
         """The n most likely tokens of `fused`, (id, logprob), best first."""
         if n <= 0:
             return ()
-        log_sum = self._log_sum()
+        log_sum = kernels.log_sum(self._maxima, self._masses)
         return tuple((int(i), float(self.fused[i]) - log_sum) for i in self._largest(n, -_LARGEST_FLOAT))
+
+
+@lru_cache
+def _grid(n_grid: int, alpha_step: float) -> Doubles:
+    return np.round(np.arange(n_grid) * alpha_step, 12)
 
 
 def _checked(row: Floats, name: str) -> Floats:
@@ -300,20 +300,28 @@ def _checked(row: Floats, name: str) -> Floats:
     return row
 
 
-def _choice(expert: int, alpha: float, point: Doubles, mean: float, targets: Doubles) -> AlphaChoice:
-    """J and its parts from Λ, Λ' at α (`point`), Λ'(0) (`mean`) and the targets of every expert (T, 2)."""
-    forward = max(0.0, alpha * float(point[1]) - float(point[0]))
-    reverse = max(0.0, float(point[0]) - alpha * float(mean))
-    objective = float(((forward - targets[:, 0]) ** 2 + (reverse - targets[:, 1]) ** 2).sum())
-    target_forward, target_reverse = targets.mean(axis=0).tolist()
+def _raise_if_bad(codes: npt.NDArray[np.int32], members: Sequence[Member]) -> None:
+    """codes: (K, 3), one for each row of each member."""
+    for (name, _), code in zip(members, codes.max(axis=0).tolist(), strict=True):
+        if code in _WHAT:
+            raise NonFiniteLogitsError(name, _WHAT[code])
+
+
+def _choice(expert: int, alpha: float, here: Doubles, start: Doubles, targets: Doubles) -> AlphaChoice:
+    """J and its parts from Λ, Λ' at α (`here`) and at 0 (`start`), and the targets of every expert (T, 2)."""
+    forward = max(0.0, alpha * float(here[1]) - float(here[0]))
+    reverse = max(0.0, float(here[0]) - alpha * float(start[1]))
+    pairs = targets.tolist()
+    objective = sum((forward - a) ** 2 + (reverse - b) ** 2 for a, b in pairs)
+    target_forward, target_reverse = sum(a for a, _ in pairs) / len(pairs), sum(b for _, b in pairs) / len(pairs)
     return AlphaChoice(expert, alpha, objective, forward, reverse, target_forward, target_reverse)
 
 
-def _slope(choice: AlphaChoice, point: Doubles, mean: float) -> tuple[float, float]:
-    """dJ/dα and the part of d²J/dα² that has no third cumulant, both divided by 2T."""
+def _slope(choice: AlphaChoice, here: Doubles, start: Doubles) -> tuple[float, float]:
+    """dJ/dα, and d²J/dα² but for the third cumulant, both divided by 2T."""
     x, y = choice.kl_forward - choice.target_forward, choice.kl_reverse - choice.target_reverse
-    dx, dy = choice.alpha * float(point[2]), float(point[1]) - float(mean)
-    return x * dx + y * dy, dx * dx + dy * dy + (x + y) * float(point[2])
+    dx, dy = choice.alpha * float(here[2]), float(here[1]) - float(start[1])
+    return x * dx + y * dy, dx * dx + dy * dy + (x + y) * float(here[2])
 
 
 def search_alpha(

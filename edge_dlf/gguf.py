@@ -15,10 +15,9 @@ from typing import NoReturn
 
 from .errors import ModelFileError
 from .gguf_header import Array, Header, Scalar, Tensor, Vocabulary, read_header, show
-from .gguf_rules import why_refused
+from .gguf_rules import NO_WEIGHTS, why_refused
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-_NO_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,8 @@ def check_lora_fits(lora: GGUFInfo, base: GGUFInfo) -> None:
         if name not in base.tensors:
             _fail(lora.path, f"is a LoRA over the tensor {show(name)}, which {base.path.name} does not have")
         shape = base.tensors[name].shape
-        wanted = (a.shape[1], b.shape[1]) if name.endswith("token_embd.weight") else (a.shape[0], b.shape[1])
-        if name.endswith("token_embd.weight"):
-            wanted = wanted[::-1]
+        is_embedding = name.endswith("token_embd.weight")  # its A is looked up by token, not multiplied
+        wanted = (b.shape[1], a.shape[1]) if is_embedding else (a.shape[0], b.shape[1])
         if shape[:2] != wanted or shape[2:] != a.shape[2:]:
             _fail(
                 lora.path,
@@ -165,7 +163,7 @@ def _check_adapter(path: Path, metadata: Mapping[str, Scalar | Array], tensors: 
     if not pairs:
         _fail(path, "is a LoRA adapter that changes nothing: it has no tensors")
     for name, a, b in pairs:
-        if min(len(a.shape), len(b.shape)) < 2 or {a.type, b.type} & _NO_WEIGHTS:
+        if min(len(a.shape), len(b.shape)) < 2 or {a.type, b.type} & NO_WEIGHTS:
             _fail(
                 path, f"damaged: its pair for {show(name)} has shapes {a.shape}, {b.shape} of type {a.type}, {b.type}"
             )

@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata, and the name, type, shape and place of every tensor.
 
-Every count, length and offset is first held against the file's size. The
-file is read with ordinary reads, never mapped: a file that shrinks under a mapping kills its reader.
+Every count, length and offset is first held against the file's size. The file is read with ordinary reads, never
+mapped: a file that shrinks under a mapping kills its reader.
 """
 
 from __future__ import annotations
@@ -52,42 +52,16 @@ _SCALARS = {
 }
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _BLOCKS = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    9: ("Q8_1", 32, 36),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98),
-    19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
-    21: ("IQ3_S", 256, 110),
-    22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1),
-    25: ("I16", 1, 2),
-    26: ("I32", 1, 4),
-    27: ("I64", 1, 8),
-    28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
-    40: ("NVFP4", 64, 36),
-    41: ("Q1_0", 128, 18),
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8),
+    28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
     42: ("Q2_0", 64, 18),
-}
+}  # fmt: skip
 """ggml type -> name, elements a block, bytes a block."""
 _LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # by how many
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93], np.uint64)
@@ -174,7 +148,10 @@ class _Cursor:
         if end > _MAX_HEADER_BYTES:
             self.fail(f"damaged: its header is longer than {_MAX_HEADER_BYTES // _MIB} MiB")
         wanted = max(end, min(2 * len(self.buffer), _MAX_HEADER_BYTES), _FIRST_READ_BYTES)
-        self.buffer += self._file.read(wanted - len(self.buffer))
+        try:
+            self.buffer += self._file.read(wanted - len(self.buffer))
+        except OSError as error:
+            self.fail(f"cannot be read: {error.strerror}")
         if end > len(self.buffer):
             self.fail("changed while it was read")
 
@@ -200,6 +177,7 @@ class _Cursor:
         if starts is not None:
             (n_bytes,) = _U64.unpack_from(self.buffer, int(starts[-1]))
             self.pos = int(starts[-1]) + 8 + n_bytes
+            self.need(0, what)
             return starts
         slowly, pos = array("q"), self.pos
         for _ in range(n):
@@ -250,7 +228,7 @@ def _suspects(texts: bytes, starts: npt.NDArray[np.int64]) -> Iterable[int]:
     data = np.frombuffer(texts + bytes(16), np.uint8)
     words = _words(data)
     lengths = words[starts].astype(np.int64)
-    n_zeros, n_zeros_in_lengths = (array.size - np.count_nonzero(array) for array in (data, lengths.view(np.uint8)))
+    n_zeros, n_zeros_in_lengths = (block.size - np.count_nonzero(block) for block in (data, lengths.view(np.uint8)))
     if lengths.min() == 0 or n_zeros != n_zeros_in_lengths + 16:
         return range(len(starts))
     head = words[starts + 8] & _LOW_BYTES[np.minimum(lengths, 8)]

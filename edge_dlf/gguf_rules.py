@@ -7,7 +7,6 @@ llama.cpp refuses by itself (missing keys, wrong types, tensors of other shapes)
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 
 from .gguf_header import Array, Scalar, Tensor, Vocabulary, show
@@ -44,8 +43,8 @@ _FULL_ROTARY = frozenset((
     "seed_oss", "smallthinker", "smollm3", "starcoder2", "xverse",
 ))  # fmt: skip
 _NO_TEXT_TOKENIZERS = frozenset({"bert", "no_vocab", "none", "t5", "test"})
-_NO_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
-_IS_TABLE = re.compile("tid2eid")  # token id -> expert id
+NO_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
+"""Types that no matrix can have: llama.cpp multiplies by none of them."""
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
 
@@ -60,7 +59,8 @@ def why_refused(
         return "has no weights, only a vocabulary"
     for name, tensor in tensors.items():
         plain = name.endswith((".bias", "norm.weight")) or "conv1d" in name
-        if (plain and tensor.type != "F32") or (tensor.type in _NO_WEIGHTS and not _IS_TABLE.search(name)):
+        is_table = "tid2eid" in name  # token id -> expert id
+        if (plain and tensor.type != "F32") or (tensor.type in NO_WEIGHTS and not is_table):
             return f"damaged: llama.cpp cannot use the type {tensor.type} for {show(name)}"
 
     def get(key: str) -> Scalar | Array | None:

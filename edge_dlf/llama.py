@@ -53,8 +53,8 @@ CACHE_TYPES: Mapping[str, int] = {
     "iq4_nl": lib.GGML_TYPE_IQ4_NL,
 }
 
-# llama.cpp asks at every node of a graph whether to abort. Asking Python would take the GIL a thousand times a step, so it
-# asks libc: strlen of this buffer is 0 ("go on") until `interrupt` makes it 1.
+# llama.cpp asks at every node of a graph whether to abort. Asking Python would take the GIL a thousand times a step, so
+# it asks libc: strlen of this buffer is 0 ("go on") until `interrupt` makes it 1.
 _abort = ctypes.create_string_buffer(2)
 _abort_asked = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
 
@@ -112,7 +112,7 @@ def amx_crashes() -> bool:
 def interrupt() -> None:
     """Make the `llama_decode` that runs now, on the CPU, return within milliseconds; a call that begins later is not
     affected. For other threads."""
-    _abort[0] = 1
+    _abort[0] = b"\1"
 
 
 def default_n_threads() -> int:
@@ -344,7 +344,7 @@ class LlamaBackend:
     def _run(self, n_tokens: int, n_logits: int) -> None:
         log = _start()
         log.clear()
-        _abort[0] = 0
+        _abort[0] = b"\0"
         self._n_logits = 0
         self._batch.n_tokens = n_tokens
         code = lib.llama_decode(self._ctx, self._batch)

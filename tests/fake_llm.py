@@ -1,11 +1,15 @@
-"""A scripted stand-in for FusedLlama: no model, the same face towards the terminal."""
+"""A scripted stand-in for FusedLlama, and a chat over it: no model, the same face towards the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
-from edge_dlf import ContextOverflowError, Token
+from edge_dlf import ContextOverflowError, FusedLlama, Token
+from edge_dlf.cli.options import Options
+from edge_dlf.cli.screen import Screen
+from edge_dlf.cli.session import Session
 from edge_dlf.completion import ChatCompletionShape, CompletionShape
 from edge_dlf.params import METHODS
 from edge_dlf.stream import Report
@@ -33,7 +37,7 @@ class FakeStream(Iterator[Token]):
             report.finish_reason = "stop"
             raise StopIteration
         text, alpha, *expert = (step, 0.0) if isinstance(step, str) else step
-        name = (expert or report.experts or [None])[0] if alpha > 0 else None
+        name = [*expert, *report.experts][0] if alpha > 0 else None
         token = Token(report.n_generated, text, -0.5, alpha, name)
         report.add(token, [alpha if expert == name else 0.0 for expert in report.experts])
         if report.n_generated > 1:
@@ -47,7 +51,7 @@ class FakeStream(Iterator[Token]):
 class FakeLlama:
     """Gives the scripted `answers` in turn, then "ok" for ever. A token of a prompt is one byte of its text.
 
-    requests: the text of every prompt and the settings that came with it. templated: the messages of each chat prompt.
+    requests: the text of every prompt and the settings that came with it. options: what it was loaded with.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class FakeLlama:
         self.n_ctx = n_ctx
         self.experts = tuple(experts)
         self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.options: Options | None = None
         self.is_closed = False
         self._answers = iter(answers)
 
@@ -91,3 +96,19 @@ class FakeLlama:
     def create_chat_completion(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
         stream = self.stream(self.apply_chat_template(messages), **settings)
         return ChatCompletionShape(self.name, False, lambda _: b"").result(list(stream), stream.report)
+
+
+class Terminal(Screen):
+    """A screen that takes itself for a terminal."""
+
+    is_terminal = True
+
+    @staticmethod
+    def keys_kept_back() -> Any:
+        return nullcontext()
+
+
+def fake_session(llm: FakeLlama, **given: Any) -> Session:
+    """A chat over `llm` as on a terminal, with the given arguments of Session."""
+    arguments = {"settings": {}, "defaults": {}, **given}
+    return Session(cast(FusedLlama, llm), Terminal(), **arguments)

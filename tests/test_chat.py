@@ -1,53 +1,28 @@
-"""The chat: its commands, its state, its line editor, and how it behaves in a pipe."""
+"""The chat: what is said, its commands, its files, its colours, and how it behaves in a pipe."""
 
 from __future__ import annotations
 
 import json
 import re
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import pytest
 from click.testing import CliRunner, Result
-from prompt_toolkit.completion import CompleteEvent
-from prompt_toolkit.document import Document
-from prompt_toolkit.input import PipeInput, create_pipe_input
-from prompt_toolkit.output import DummyOutput
 from rich.color import ColorSystem
 
 from edge_dlf import ContextOverflowError, DecodeError, EdgeDLFError, InvalidParameterError
 from edge_dlf.cli import main
-from edge_dlf.cli.chat import converse, handle
+from edge_dlf.cli.chat import handle
 from edge_dlf.cli.commands import COMMANDS
 from edge_dlf.cli.conversation import Conversation, ConversationFileError, load
-from edge_dlf.cli.editor import CommandCompleter, Editor, _history
 from edge_dlf.cli.options import Options
 from edge_dlf.cli.paint import AlphaPaint
-from edge_dlf.cli.screen import Screen, printable
+from edge_dlf.cli.screen import printable
 from edge_dlf.cli.session import Session
 
-from .fake_llm import FakeLlama
-
-UP, CTRL_C, CTRL_D, ALT_ENTER, TAB = "\x1b[A", "\x03", "\x04", "\x1b\r", "\t"
-
-
-class Terminal(Screen):
-    """A screen that takes itself for a terminal."""
-
-    is_terminal = True
-
-    @staticmethod
-    def keys_kept_back() -> Any:
-        return nullcontext()
-
-
-def session_of(llm: FakeLlama, *, terminal: bool = True, **given: Any) -> Session:
-    arguments = {"settings": {}, "defaults": {}, **given}
-    return Session(llm, Terminal() if terminal else Screen(), **arguments)
+from .fake_llm import FakeLlama, fake_session
 
 
 def say(session: Session, *lines: str) -> None:
@@ -58,23 +33,23 @@ def say(session: Session, *lines: str) -> None:
 class TestConversation:
     def test_what_was_said_is_sent_again(self, capsys: pytest.CaptureFixture[str]) -> None:
         llm = FakeLlama(["He", "llo"], ["Fine"])
-        say(session_of(llm, system="Be nice."), "Hi", "How are you?")
+        say(fake_session(llm, system="Be nice."), "Hi", "How are you?")
         assert llm.requests[1][0] == "system: Be nice.\nuser: Hi\nassistant: Hello\nuser: How are you?\n"
         assert capsys.readouterr().out == "Hello\nFine\n"
 
     def test_blank_lines_are_not_sent(self) -> None:
         llm = FakeLlama()
-        say(session_of(llm), "", "  ", "\n")
+        say(fake_session(llm), "", "  ", "\n")
         assert not llm.requests
 
     def test_two_slashes_send_one(self) -> None:
         llm = FakeLlama()
-        say(session_of(llm), "//etc is a folder")
+        say(fake_session(llm), "//etc is a folder")
         assert llm.requests[0][0] == "user: /etc is a folder\n"
 
     def test_ctrl_c_keeps_the_partial_answer(self, capsys: pytest.CaptureFixture[str]) -> None:
         llm = FakeLlama(["one", " two", KeyboardInterrupt()])
-        say(session_of(llm), "Count", "Go on")
+        say(fake_session(llm), "Count", "Go on")
         assert llm.requests[1][0] == "user: Count\nassistant: one two\nuser: Go on\n"
         captured = capsys.readouterr()
         assert captured.out.startswith("one two\n")
@@ -84,7 +59,7 @@ class TestConversation:
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
         llm = FakeLlama([KeyboardInterrupt()], ["yes"], [KeyboardInterrupt()])
-        session = session_of(llm)
+        session = fake_session(llm)
         say(session, "Hi", "/retry", "Not this", "But this")
         assert [prompt for prompt, _ in llm.requests] == [
             "user: Hi\n",
@@ -96,20 +71,20 @@ class TestConversation:
 
     def test_an_error_keeps_what_had_come(self) -> None:
         llm = FakeLlama(["par", DecodeError("large failed")])
-        session = session_of(llm)
+        session = fake_session(llm)
         with pytest.raises(DecodeError):
             say(session, "Hi")
         assert session.conversation.messages[-1] == {"role": "assistant", "content": "par"}
 
     def test_an_empty_answer(self, capsys: pytest.CaptureFixture[str]) -> None:
-        session = session_of(FakeLlama([]))
+        session = fake_session(FakeLlama([]))
         say(session, "Hi")
         assert capsys.readouterr().err == "an empty answer; /retry asks again\n"
         assert session.conversation.is_unanswered
 
     def test_one_line_of_figures_after_an_answer(self, capsys: pytest.CaptureFixture[str]) -> None:
         llm = FakeLlama([("a", 1.0, "math"), ("b", 0.5, "code"), "c", ("d", 0.5, "math")], experts=["math", "code"])
-        say(session_of(llm), "Hi")
+        say(fake_session(llm), "Hi")
         assert capsys.readouterr().err == "10.0 tokens/s · mean α 0.50 · math 50% · code 25%\n"
 
     def test_text_cannot_steer_the_terminal(self) -> None:
@@ -119,20 +94,20 @@ class TestConversation:
 class TestContext:
     def test_the_oldest_turns_leave_a_full_context(self, capsys: pytest.CaptureFixture[str]) -> None:
         llm = FakeLlama(*[["a" * 20]] * 9, n_ctx=200)
-        session = session_of(llm, system="SYSTEM")
+        session = fake_session(llm, system="SYSTEM", settings={"max_tokens": 10})
         say(session, *(f"message {k}" for k in range(5)))
         prompt = llm.requests[-1][0]
         assert prompt.startswith("system: SYSTEM\nuser: message ")
         assert prompt.endswith("user: message 4\n")
         assert len(prompt) <= 150
-        assert "message 0" not in prompt
-        note = "note: the context of 200 tokens is full: dropped the oldest turn\n"
+        assert prompt.count("user: ") == 3
+        note = "note: the context of 200 tokens is full: dropped the oldest 2 turns\n"
         assert capsys.readouterr().err.count(note) == 1
         assert len(session.conversation.messages) == 10
 
     def test_a_message_too_long_is_one_error_and_the_chat_goes_on(self) -> None:
         llm = FakeLlama(n_ctx=100)
-        session = session_of(llm)
+        session = fake_session(llm)
         say(session, "Hi")
         with pytest.raises(ContextOverflowError, match=r"needs 107 tokens .* answer up to 25: .* context of 100"):
             say(session, "x" * 100)
@@ -141,12 +116,12 @@ class TestContext:
 
     def test_room_for_max_tokens(self) -> None:
         llm = FakeLlama(n_ctx=100)
-        session = session_of(llm, settings={"max_tokens": 80})
+        session = fake_session(llm, settings={"max_tokens": 80})
         say(session, "1", "2")
         assert [prompt for prompt, _ in llm.requests] == ["user: 1\n", "user: 2\n"]
 
     def test_an_answer_that_reaches_the_end_says_so(self, capsys: pytest.CaptureFixture[str]) -> None:
-        say(session_of(FakeLlama(["x"] * 99, n_ctx=20)), "Hi")
+        say(fake_session(FakeLlama(["x"] * 99, n_ctx=20)), "Hi")
         assert capsys.readouterr().err.startswith("cut short: the context of 20 tokens is full · ")
 
     def test_undo_into_dropped_turns(self) -> None:
@@ -171,51 +146,51 @@ class TestContext:
 class TestCommands:
     def test_leave(self) -> None:
         for line in ("/exit", "/quit", "/bye", "/exit now"):
-            assert not handle(session_of(FakeLlama()), line)
+            assert not handle(fake_session(FakeLlama()), line)
 
     @pytest.mark.parametrize("line", ["/nope", "/", "/ hello", "/home/user/file is what?"])
     def test_an_unknown_command_is_one_line_and_sends_nothing(
         self, line: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         llm = FakeLlama()
-        say(session_of(llm), line)
+        say(fake_session(llm), line)
         assert capsys.readouterr().err.startswith("unknown command /")
         assert not llm.requests
 
     def test_help_names_every_command(self, capsys: pytest.CaptureFixture[str]) -> None:
-        say(session_of(FakeLlama()), "/help")
+        say(fake_session(FakeLlama()), "/help")
         text = capsys.readouterr().err
         assert all(f"/{name}" in text for name in (*COMMANDS, "exit"))
 
     def test_system(self, capsys: pytest.CaptureFixture[str]) -> None:
         llm = FakeLlama()
-        say(session_of(llm), "/system", "/system Be\nbrief.", "Hi", '/system ""', "Ho")
+        say(fake_session(llm), "/system", "/system Be\nbrief.", "Hi", '/system ""', "Ho")
         assert llm.requests[0][0] == "system: Be\nbrief.\nuser: Hi\n"
         assert llm.requests[1][0] == "user: Hi\nassistant: ok\nuser: Ho\n"
         assert capsys.readouterr().err.startswith("system prompt: none\nsystem prompt: Be")
 
     def test_clear_keeps_the_system_prompt(self) -> None:
         llm = FakeLlama()
-        say(session_of(llm, system="S"), "Hi", "/clear", "Ho")
+        say(fake_session(llm, system="S"), "Hi", "/clear", "Ho")
         assert llm.requests[-1][0] == "system: S\nuser: Ho\n"
 
     def test_undo(self, capsys: pytest.CaptureFixture[str]) -> None:
         llm = FakeLlama()
-        say(session_of(llm), "One", "Two", "/undo", "Three", "/undo", "/undo", "/undo")
+        say(fake_session(llm), "One", "Two", "/undo", "Three", "/undo", "/undo", "/undo")
         assert llm.requests[-1][0] == "user: One\nassistant: ok\nuser: Three\n"
         assert "forgot: Two\n" in (err := capsys.readouterr().err)
         assert err.endswith("forgot: Three\nforgot: One\nthere is nothing to undo\n")
 
     def test_retry(self, capsys: pytest.CaptureFixture[str]) -> None:
         llm = FakeLlama(["a"], ["b"], ["c"])
-        say(session_of(llm), "/retry", "Hi", "/retry", "Ho")
+        say(fake_session(llm), "/retry", "Hi", "/retry", "Ho")
         assert capsys.readouterr().err.startswith("there is nothing to retry\n")
         assert llm.requests[1][0] == "user: Hi\n"
         assert llm.requests[2][0] == "user: Hi\nassistant: b\nuser: Ho\n"
 
     def test_method(self, capsys: pytest.CaptureFixture[str]) -> None:
         llm = FakeLlama()
-        session = session_of(llm, defaults={"method": "static"})
+        session = fake_session(llm, defaults={"method": "static"})
         say(session, "/method", "/method math", "Hi")
         lines = capsys.readouterr().err.splitlines()
         assert lines[:2] == ["method: static (of dynamic, static, large, base, math)", "method: math"]
@@ -225,7 +200,7 @@ class TestCommands:
 
     def test_alpha_as_a_number(self, capsys: pytest.CaptureFixture[str]) -> None:
         llm = FakeLlama()
-        session = session_of(llm)
+        session = fake_session(llm)
         say(session, "/alpha", "/alpha 0.7", "/method static", "/alpha math=0.5", "Hi")
         lines = capsys.readouterr().err.splitlines()
         assert lines[0] == "alpha: 1, which /method static uses; colours: off"
@@ -237,14 +212,14 @@ class TestCommands:
         assert session.settings["alpha"] == {"math": 0.5}
 
     def test_alpha_without_colours(self, capsys: pytest.CaptureFixture[str]) -> None:
-        session = session_of(FakeLlama())
+        session = fake_session(FakeLlama())
         say(session, "/alpha on")
         assert capsys.readouterr().err == "this terminal shows no colours\n"
         assert not session.paints
 
     def test_set(self, capsys: pytest.CaptureFixture[str]) -> None:
         llm = FakeLlama()
-        session = session_of(llm, defaults={"top_k": 7})
+        session = fake_session(llm, defaults={"top_k": 7})
         say(session, "/set top-k", "/set temperature 0", "/set seed 5", "/set stop the end", "/set max_tokens 3", "Hi")
         assert capsys.readouterr().err.splitlines()[:3] == ["top_k 7", "temperature 0 (set)", "seed 5 (set)"]
         assert llm.requests[0][1] == {"temperature": 0.0, "seed": 5, "stop": ("the end",), "max_tokens": 3}
@@ -256,13 +231,13 @@ class TestCommands:
         "line", ["/set nope", "/set nope 1", "/set temperature hot", "/set temperature -1", "/set max_tokens 0"]
     )
     def test_a_wrong_setting_changes_nothing(self, line: str) -> None:
-        session = session_of(FakeLlama())
+        session = fake_session(FakeLlama())
         with pytest.raises(InvalidParameterError):
             say(session, line)
         assert session.settings == {}
 
     def test_stats(self, capsys: pytest.CaptureFixture[str]) -> None:
-        session = session_of(FakeLlama(["a", "b"], n_ctx=100))
+        session = fake_session(FakeLlama(["a", "b"], n_ctx=100))
         say(session, "/stats", "Hi", "/stats")
         assert capsys.readouterr().err.splitlines()[-3:] == [
             "family fake · method dynamic · context 100 tokens",
@@ -275,10 +250,12 @@ class TestCommands:
 class TestFiles:
     def test_save_and_load(self, tmp_path: Path) -> None:
         file = tmp_path / "a chat.json"
-        session = session_of(FakeLlama(), system="S", settings={"stop": ("x",), "alpha": {"math": 0.5}, "seed": 2**63})
+        session = fake_session(
+            FakeLlama(), system="S", settings={"stop": ("x",), "alpha": {"math": 0.5}, "seed": 2**63}
+        )
         say(session, "Hi \udcff é", f"/save {file}")
         llm = FakeLlama()
-        other = session_of(llm)
+        other = fake_session(llm)
         say(other, "gone", f"/load {file}", "Ho")
         assert other.settings == session.settings
         assert other.conversation.messages[:2] == session.conversation.messages
@@ -296,7 +273,7 @@ class TestFiles:
     @pytest.mark.parametrize("name", ["", "missing/chat.json", "."])
     def test_a_place_that_cannot_be_written(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(EdgeDLFError):
-            say(session_of(FakeLlama()), f"/save {tmp_path / name if name else ''}")
+            say(fake_session(FakeLlama()), f"/save {tmp_path / name if name else ''}")
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
@@ -328,7 +305,7 @@ class TestFiles:
         elif isinstance(content, dict):
             content = json.dumps({"format": "edge-dlf chat 1", "settings": content, "messages": []})
         (tmp_path / "chat.json").write_text(content, "latin-1")
-        session = session_of(FakeLlama(), settings={"seed": 1})
+        session = fake_session(FakeLlama(), settings={"seed": 1})
         say(session, "Hi")
         with pytest.raises(EdgeDLFError, match=re.escape(reason)) as raised:
             say(session, f"/load {tmp_path / 'chat.json'}")
@@ -346,7 +323,8 @@ class TestPaint:
     def test_each_expert_has_a_hue_that_grows_with_alpha(self) -> None:
         paint = AlphaPaint(["math", "code"], 2.0, ColorSystem.TRUECOLOR)
         assert paint.brush(0.0, None) is None
-        shown = [paint.brush(*token)("x") for token in [(0.5, "math"), (2.0, "math"), (9.0, "math"), (2.0, "code")]]
+        brushes = [paint.brush(*token) for token in [(0.5, "math"), (2.0, "math"), (9.0, "math"), (2.0, "code")]]
+        shown = [brush("x") for brush in brushes if brush]
         assert shown[1] == shown[2] == "\x1b[38;2;255;95;0mx\x1b[0m"
         assert len({*shown}) == 3
 
@@ -356,129 +334,9 @@ class TestPaint:
 
     def test_tokens_are_coloured(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.setattr("edge_dlf.cli.session.color_system", lambda: ColorSystem.TRUECOLOR)
-        session = session_of(FakeLlama([("hot", 2.0), " cold"]))
+        session = fake_session(FakeLlama([("hot", 2.0), " cold"]))
         say(session, "/alpha on", "Hi", "/alpha off", "Ho")
         assert capsys.readouterr().out.splitlines()[1:] == ["\x1b[38;2;255;95;0mhot\x1b[0m cold", "ok"]
-
-
-@pytest.fixture
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the history is kept."""
-    monkeypatch.setattr(platformdirs, "user_state_dir", lambda *_, **__: str(tmp_path / "state"))
-    return tmp_path / "state"
-
-
-@contextmanager
-def keyboard(*keys: str) -> Iterator[PipeInput]:
-    with create_pipe_input() as keys_input:
-        for key in keys:
-            keys_input.send_text(key)
-        yield keys_input
-
-
-def typed(*keys: str, notes: list[str] | None = None) -> str:
-    """What one `read` returns once these keys are pressed."""
-    with keyboard(*keys) as keys_input:
-        note = (notes if notes is not None else []).append
-        return Editor(["dynamic", "math"], note, keys_input, DummyOutput()).read()
-
-
-class TestEditor:
-    @pytest.mark.parametrize(
-        ("keys", "text"),
-        [
-            (["Hi", "\r"], "Hi"),
-            (["Hi", "\n"], "Hi"),
-            (["one", ALT_ENTER, "two", "\r"], "one\ntwo"),
-            (["one\\", "\r", "two", "\r"], "one\ntwo"),
-            (['"""one', "\r", "\r", "/two", "\r", '"""', "\r"], "one\n\n/two"),
-            (['"""/one"""', "\r"], "//one"),
-            (["\x1b[200~one\r\ntwo\n\tthree\x1b[201~", "\r"], "one\ntwo\n\tthree"),
-            (["a😀\x7fb", "\r"], "ab"),
-            (["a", TAB, "\r"], "a"),
-        ],
-    )
-    def test_keys(self, state: Path, keys: list[str], text: str) -> None:
-        assert typed(*keys) == text
-
-    def test_ctrl_d_and_ctrl_c(self, state: Path) -> None:
-        with pytest.raises(EOFError):
-            typed(CTRL_D)
-        with keyboard("text", CTRL_C) as keys_input:
-            editor = Editor([], print, keys_input, DummyOutput())
-            with pytest.raises(KeyboardInterrupt):
-                editor.read()
-            assert not editor.was_empty
-            keys_input.send_text(CTRL_C)
-            with pytest.raises(KeyboardInterrupt):
-                editor.read()
-            assert editor.was_empty
-
-    def test_history_is_kept_from_one_start_to_the_next(self, state: Path) -> None:
-        typed("one", ALT_ENTER, "two", "\r")
-        _history(print).append_string("bytes that are \udcff")
-        assert typed(UP, UP, "\r") == "one\ntwo"
-        assert stat.S_IMODE((state / "chat_history").stat().st_mode) == 0o600
-
-    def test_a_history_that_cannot_be_kept_is_a_note(self, state: Path) -> None:
-        state.write_text("a file, not a folder")
-        notes: list[str] = []
-        assert typed("Hi", "\r", notes=notes) == "Hi"
-        assert len(notes) == 1
-        assert "the history cannot be kept" in notes[0]
-
-    @pytest.mark.parametrize(
-        ("text", "words"),
-        [
-            ("/s", ["system", "set", "save", "stats"]),
-            ("/met", ["method"]),
-            ("/method ", ["dynamic", "math"]),
-            ("/alpha o", ["on", "off"]),
-            ("/set top", ["top_k", "top_p"]),
-            ("", []),
-            ("sys", []),
-            ("a /sys", []),
-            ("/system\n/sys", []),
-            ("/help ", []),
-        ],
-    )
-    def test_completion(self, text: str, words: list[str]) -> None:
-        completions = CommandCompleter(["dynamic", "math"]).get_completions(Document(text), CompleteEvent())
-        assert [completion.text for completion in completions] == words
-
-    def test_completion_of_files(self, tmp_path: Path) -> None:
-        (tmp_path / "chat.json").touch()
-        (completion,) = CommandCompleter([]).get_completions(Document(f"/load {tmp_path}/ch"), CompleteEvent())
-        assert completion.text == "at.json"
-
-
-class TestTerminal:
-    def converse(self, llm: FakeLlama, *keys: str) -> int:
-        with keyboard(*keys) as keys_input:
-            return converse(session_of(llm), Editor([], print, keys_input, DummyOutput()))
-
-    def test_talk_and_leave(self, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert self.converse(FakeLlama(), "Hi", "\r", CTRL_D) == 0
-        captured = capsys.readouterr()
-        assert captured.out == "ok\n"
-        assert captured.err.startswith("fake · method dynamic · /help lists the commands\n")
-
-    def test_exit(self, state: Path) -> None:
-        assert self.converse(FakeLlama(), "/exit", "\r") == 0
-
-    def test_an_error_is_one_line(self, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        llm = FakeLlama([DecodeError("large\nfailed")])
-        assert self.converse(llm, "Hi", "\r", "/set top-k -1", "\r", "Ho", "\r", CTRL_D) == 0
-        lines = capsys.readouterr().err.splitlines()
-        assert lines[1:3] == ["edge-dlf: large failed", "edge-dlf: top_k must be 0 or more, not -1"]
-        assert llm.requests[-1][0] == "user: Ho\n"
-
-    def test_two_ctrl_c_on_an_empty_line_leave(self, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert self.converse(FakeLlama(), CTRL_C, CTRL_C) == 130
-        assert capsys.readouterr().err.endswith("Ctrl-C again leaves, as Ctrl-D does\n")
-
-    def test_ctrl_c_elsewhere_does_not_count(self, state: Path) -> None:
-        assert self.converse(FakeLlama(), CTRL_C, "text", CTRL_C, CTRL_C, "Hi", "\r", CTRL_C, CTRL_D) == 0
 
 
 class TestPipe:

@@ -201,6 +201,7 @@ class TestOptions:
     def test_only_what_is_given_is_passed_on(self, run: Callable[..., Result]) -> None:
         llm = FakeLlama()
         run(llm, "generate", *FILES, "Hi")
+        assert llm.options
         assert (llm.options.loading, llm.requests[0][1]) == ({}, {})
 
     def test_all_that_is_given_is_passed_on(self, run: Callable[..., Result]) -> None:
@@ -223,6 +224,7 @@ class TestOptions:
             "seed": 0,
             "stop": ("END", "."),
         }
+        assert llm.options
         assert llm.options.loading == {
             "n_ctx": 99,
             "n_gpu_layers": {"large": 20, "base": -1},
@@ -247,6 +249,7 @@ class TestOptions:
         for args in (["generate", "Hi"], ["compare", "Hi"], ["chat"]):
             llm = FakeLlama(experts=["a", "b"])
             assert run(llm, *args, stdin="Hi\n").exit_code == 0
+            assert llm.options
             assert llm.options.experts == {"a": Path("1"), "b": Path("2 3")}
             assert llm.options.loading == {"n_ctx": 77}
             assert llm.requests[0][1].items() >= {"temperature": 0.5, "stop": ("a b",)}.items()

@@ -207,7 +207,15 @@ def test_repeated_tokens_are_refused(tmp_path: Path, extra: list[bytes]) -> None
     assert "are both" in reason(path)
 
 
-def test_thousands_of_random_vocabularies_agree_with_plain_python(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", [1, 200, 299, 301, 307, 308, 320])
+def test_a_vocabulary_that_ends_within_a_token(tmp_path: Path, missing: int) -> None:
+    path = raw(tmp_path / "x.gguf", [texts("tokenizer.ggml.tokens", [b"a", b"bc", b"d" * 300])])
+    header = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(header[:-missing])
+    assert "truncated or damaged: the value of 'tokenizer.ggml.tokens' would end at" in reason(path)
+
+
+def test_random_vocabularies_agree_with_plain_python(tmp_path: Path) -> None:
     rng = random.Random(0)
     for _ in range(300):
         letters = rng.choice([b"ab", b"a\0", bytes(range(1, 256))])

@@ -16,11 +16,12 @@ from . import naive
 pytestmark = pytest.mark.real
 
 PROMPTS = [
-    "Question: Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips "
-    "did Natalia sell altogether in April and May?\nAnswer:",
-    "Question: A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it take?\nAnswer:",
-    "Question: Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. How much did she "
-    "earn?\nAnswer:",
+    "Question: Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many "
+    "clips did Natalia sell altogether in April and May?\nAnswer:",
+    "Question: A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it take?"
+    "\nAnswer:",
+    "Question: Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. How much did "
+    "she earn?\nAnswer:",
     "Question: Is 91 a prime number?\nAnswer:",
     "def fibonacci(n):\n",
     "SELECT name FROM users WHERE",
@@ -53,7 +54,8 @@ def plain_loop(llm: FusedLlama, members: list[LlamaBackend], prompt: list[int]) 
         t, alpha, best = naive.search(large, base, experts)
         fused = large + alpha * (experts[t] - base)
         second, first = np.partition(fused, -2)[-2:]
-        margin = f"α = {alpha}, J {best:.6g} before {np.partition(objectives, 1)[1]:.6g}, logits {first - second:.2g} apart"
+        next_best = np.partition(objectives, 1)[1]
+        margin = f"α = {alpha}, J {best:.6g} before {next_best:.6g}, logits {first - second:.2g} apart"
         token = int(fused.argmax())
         yield token, margin
         for member in members:

@@ -59,10 +59,15 @@ def converse(session: Session, editor: Editor) -> int:
             continue
         n_interrupts = 0
         try:
-            if not handle(session, line):
-                return 0
+            with screen.keys_kept_back():
+                goes_on = handle(session, line)
         except EdgeDLFError as error:
             screen.complain(error)
+        except KeyboardInterrupt:
+            screen.say("stopped")
+        else:
+            if not goes_on:
+                return 0
     return 130
 
 

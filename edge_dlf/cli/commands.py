@@ -81,7 +81,10 @@ def _alpha(session: Session, text: str) -> None:
     if text == "on":
         paint = session.paint()
         session.paints = paint is not None
-        session.screen.show(paint.legend() if paint else "this terminal shows no colours")
+        if paint:
+            session.screen.show(paint.legend())
+        else:
+            session.screen.say("this terminal shows no colours")
     elif text == "off":
         session.paints = False
         session.screen.say("tokens are not coloured")

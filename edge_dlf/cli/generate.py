@@ -47,7 +47,7 @@ def _stream(llm: FusedLlama, question: Prompt, settings: dict[str, Any], screen:
                 text += token.text
                 screen.write(token.text)
     finally:
-        if not text.endswith("\n"):
+        if text and not text.endswith("\n"):
             screen.end_line()
     if note := cut_short(stream.report, llm.n_ctx):
         screen.say(f"note: {note}")

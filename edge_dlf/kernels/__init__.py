@@ -1,7 +1,7 @@
 """Every compiled kernel: arrays in, arrays out, no policy."""
 
 from .careful import careful_curve
-from .row import GROUP, draw, fuse_row, gather, measure_groups
+from .row import GROUP, draw, fuse_row, gather, log_sum, measure_groups
 from .search import BLOCK, CHUNK, NOISE, choose, search_rows
 from .team import Team
 from .vector import HAS_INF, HAS_NAN, HAS_NEG_INF, NONE_FINITE
@@ -21,6 +21,7 @@ __all__ = [
     "draw",
     "fuse_row",
     "gather",
+    "log_sum",
     "measure_groups",
     "search_rows",
 ]

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from .search import CHUNK
-from .vector import F32, F64, OK, condition, exp, extremes, fetch_add, jit, jit_sum, order_key
+from .vector import F32, F64, OK, condition, exp, extremes, fetch_add, jit, jit_sum, order_key, wide
 
-GROUP = 512
+GROUP = 1024
 """Tokens per maximum kept for a fused row."""
+GROUPS = 4
+"""Groups that a thread takes at a time."""
 
 
 @jit_sum
@@ -41,31 +42,46 @@ def measure_groups(fused: Any, groups: Any, maxima: Any, masses: Any) -> None:
 
 
 @jit
+def _fuse_group(large: Any, base: Any, expert: Any, factor: Any, fused: Any) -> None:
+    wide()
+    for i in range(fused.size):
+        fused[i] = large[i] + factor * (expert[i] - base[i])
+
+
+@jit
 def fuse_row(large: Any, base: Any, expert: Any, alpha: Any, fused: Any, maxima: Any, masses: Any, sync: Any) -> None:
     """fused = large + α (expert − base), and each group's maximum and mass.
 
     sync: zeros; chunks taken, chunks done, groups that are not all finite.
     """
-    n_chunks = (fused.size + CHUNK - 1) // CHUNK
+    n_chunks = (maxima.size + GROUPS - 1) // GROUPS
     box = np.empty(2, np.int32)
     factor = F32(alpha)
     while True:
         chunk = fetch_add(sync, 0, 1)
         if chunk >= n_chunks:
             break
-        start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, fused.size)
-        out, x, b, e = fused[start:stop], large[start:stop], base[start:stop], expert[start:stop]
-        if factor == 0:
-            out[:] = x
-        else:
-            for i in range(out.size):
-                out[i] = x[i] + factor * (e[i] - b[i])
-        for group in range(start // GROUP, (stop + GROUP - 1) // GROUP):
+        for group in range(chunk * GROUPS, min(chunk * GROUPS + GROUPS, maxima.size)):
+            start, stop = group * GROUP, min(group * GROUP + GROUP, fused.size)
+            if factor == 0:
+                fused[start:stop] = large[start:stop]
+            else:
+                _fuse_group(large[start:stop], base[start:stop], expert[start:stop], factor, fused[start:stop])
             if _measure_group(fused, group, maxima, masses, box) != OK:
                 fetch_add(sync, 2, 1)
         fetch_add(sync, 1, 1)
     while fetch_add(sync, 1, 0) < n_chunks:
         pass
+
+
+@jit
+def log_sum(maxima: Any, masses: Any) -> Any:
+    """log Σ exp(fused)."""
+    top = F64(maxima.max())
+    total = 0.0
+    for group in range(maxima.size):
+        total += masses[group] * math.exp(maxima[group] - top)
+    return top + math.log(total)
 
 
 @jit

@@ -62,10 +62,9 @@ def _weights(large: Any, head: Any, alpha: Any, delta: Any, w: Any) -> None:
 
 
 @jit
-def _out_of_range(large: Any, head: Any, alpha: Any, delta: Any) -> Any:
-    """How many tokens have an exponent too low, and too high or NaN, for a chain of float32 weights up to `alpha`."""
-    wide()
-    top, factor = F32(head[0]), F32(alpha)
+def _first_weights(large: Any, head: Any, alpha_max: Any, delta: Any, w: Any) -> Any:
+    """Weights at α = 0. Returns how many exponents are too low, and too high or NaN, for a chain to `alpha_max`."""
+    top, factor = F32(head[0]), F32(alpha_max)
     low = np.int32(0)
     high = np.int32(0)
     for i in range(large.size):
@@ -73,6 +72,7 @@ def _out_of_range(large: Any, head: Any, alpha: Any, delta: Any) -> Any:
         end = start + factor * delta[i]
         low += np.int32((start < LOWEST) | (end < LOWEST))
         high += np.int32(not (end < HIGHEST))
+        w[i] = exp(start)
     return low, high
 
 
@@ -163,15 +163,17 @@ def _sum_chunk(large: Any, base: Any, expert: Any, start: int, head: Any, alphas
         _deltas(b, e, head[7:], delta)
         _sum_softmax(b, head[1], delta, out, n_grid)
         _sum_softmax(e, head[2], delta, out, n_grid + 1)
-        _deltas(b, e, head[4:], delta)
-        low, high = _out_of_range(x, head, alphas[n_grid - 1], delta)
+        if head[4] != head[7] or head[5] != head[8] or head[6] != head[9]:
+            _deltas(b, e, head[4:], delta)
+        low, high = _first_weights(x, head, alphas[n_grid - 1], delta, w)
         out[n_grid + 2, 0] += high
         if not low:
             _steps(alphas[1] - alphas[0], delta, u)
         k = 0
         while k < n_grid:
             if low or k % CHAIN == 0:
-                _weights(x, head, alphas[k], delta, w)
+                if k:
+                    _weights(x, head, alphas[k], delta, w)
                 if 0 <= mode < size:
                     w[mode] = 0.0
                 _sum_weights(w, delta, out, k)
@@ -207,6 +209,8 @@ def _head(large: Any, base: Any, expert: Any, keys: Any, head: Any, codes: Any) 
     head[3] = mode
     _set_shifts(base[mode], expert[mode], head[4:])
     _set_shifts(head[1], head[2], head[7:])
+    if abs(head[9] - head[6]) < 2.0 and head[4] == head[5] == head[7] == head[8] == 0.0:
+        head[7:] = head[4:7]  # near enough to share
 
 
 @jit
@@ -232,11 +236,12 @@ def _curve(sums: Any, head: Any, curve: Any, targets: Any) -> Any:
 @jit
 def search_rows(
     large: Any, base: Any, expert: Any, n_vocab: int, alphas: Any,
-    keys: Any, heads: Any, codes: Any, sums: Any, curves: Any, targets: Any, usable: Any, scratch: Any, sync: Any,
+    keys: Any, heads: Any, codes: Any, sums: Any, curves: Any, targets: Any, t: int, scratch: Any, sync: Any,
 ) -> None:  # fmt: skip
-    """One expert, all K rows (K, width): curves (K, G, 3), targets (K, 2), usable (K,), codes (K, 3).
+    """One expert, number t, of all K rows (K, width): curves (K, T, G, 3), targets (K, T, 2), codes (K, 3).
 
-    sync: zeros; [0] hands out scratch, then for each of the three phases tasks taken and tasks done.
+    sync: zeros; [0] hands out scratch, then for each of the three phases tasks taken and tasks done; [7] counts rows
+    that float32 cannot do, whose targets are NaN.
     """
     n_rows, n_chunks = sums.shape[0], sums.shape[1]
     n_tasks = n_rows * n_chunks
@@ -274,7 +279,9 @@ def search_rows(
             )  # fmt: skip
         if fetch_add(sync, 6, 1) == n_tasks - 1:  # the last to finish: every chunk is done
             for row in range(n_rows):
-                usable[row] = codes[row].max() == OK and _curve(sums[row], heads[row], curves[row], targets[row])
+                if codes[row].max() != OK or not _curve(sums[row], heads[row], curves[row, t], targets[row, t]):
+                    targets[row, t] = math.nan
+                    sync[7] += 1
             fetch_add(sync, 6, 1)
     while fetch_add(sync, 6, 0) <= n_tasks:
         pass

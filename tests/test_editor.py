@@ -1,0 +1,143 @@
+"""The prompt of the chat, driven by keys, and the chat as a terminal sees it."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+import pytest
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from prompt_toolkit.input import PipeInput, create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+from edge_dlf import DecodeError
+from edge_dlf.cli.chat import converse
+from edge_dlf.cli.editor import CommandCompleter, Editor, _history
+
+from .fake_llm import FakeLlama, fake_session
+
+UP, CTRL_C, CTRL_D, ALT_ENTER, TAB = "\x1b[A", "\x03", "\x04", "\x1b\r", "\t"
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the history is kept."""
+    monkeypatch.setattr(platformdirs, "user_state_dir", lambda *_, **__: str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+@contextmanager
+def keyboard(*keys: str) -> Iterator[PipeInput]:
+    with create_pipe_input() as keys_input:
+        for key in keys:
+            keys_input.send_text(key)
+        yield keys_input
+
+
+def typed(*keys: str, notes: list[str] | None = None) -> str:
+    """What one `read` returns once these keys are pressed."""
+    with keyboard(*keys) as keys_input:
+        note = (notes if notes is not None else []).append
+        return Editor(["dynamic", "math"], note, keys_input, DummyOutput()).read()
+
+
+class TestEditor:
+    @pytest.mark.parametrize(
+        ("keys", "text"),
+        [
+            (["Hi", "\r"], "Hi"),
+            (["Hi", "\n"], "Hi"),
+            (["one", ALT_ENTER, "two", "\r"], "one\ntwo"),
+            (["one\\", "\r", "two", "\r"], "one\ntwo"),
+            (['"""one', "\r", "\r", "/two", "\r", '"""', "\r"], "one\n\n/two"),
+            (['"""/one"""', "\r"], "//one"),
+            (["\x1b[200~one\r\ntwo\n\tthree\x1b[201~", "\r"], "one\ntwo\n\tthree"),
+            (["a😀\x7fb", "\r"], "ab"),
+            (["a", TAB, "\r"], "a"),
+        ],
+    )
+    def test_keys(self, state: Path, keys: list[str], text: str) -> None:
+        assert typed(*keys) == text
+
+    def test_ctrl_d_and_ctrl_c(self, state: Path) -> None:
+        with pytest.raises(EOFError):
+            typed(CTRL_D)
+        with keyboard("text", CTRL_C) as keys_input:
+            editor = Editor([], print, keys_input, DummyOutput())
+            with pytest.raises(KeyboardInterrupt):
+                editor.read()
+            assert not editor.was_empty
+            keys_input.send_text(CTRL_C)
+            with pytest.raises(KeyboardInterrupt):
+                editor.read()
+            assert editor.was_empty
+
+    def test_history_is_kept_from_one_start_to_the_next(self, state: Path) -> None:
+        typed("one", ALT_ENTER, "two", "\r")
+        _history(print).append_string("bytes that are \udcff")
+        assert typed(UP, UP, "\r") == "one\ntwo"
+        assert stat.S_IMODE((state / "chat_history").stat().st_mode) == 0o600
+
+    def test_a_history_that_cannot_be_kept_is_a_note(self, state: Path) -> None:
+        state.write_text("a file, not a folder")
+        notes: list[str] = []
+        assert typed("Hi", "\r", notes=notes) == "Hi"
+        assert len(notes) == 1
+        assert "the history cannot be kept" in notes[0]
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("/s", ["system", "set", "save", "stats"]),
+            ("/met", ["method"]),
+            ("/method ", ["dynamic", "math"]),
+            ("/alpha o", ["on", "off"]),
+            ("/set top", ["top_k", "top_p"]),
+            ("", []),
+            ("sys", []),
+            ("a /sys", []),
+            ("/system\n/sys", []),
+            ("/help ", []),
+        ],
+    )
+    def test_completion(self, text: str, words: list[str]) -> None:
+        completions = CommandCompleter(["dynamic", "math"]).get_completions(Document(text), CompleteEvent())
+        assert [completion.text for completion in completions] == words
+
+    def test_completion_of_files(self, tmp_path: Path) -> None:
+        (tmp_path / "chat.json").touch()
+        (completion,) = CommandCompleter([]).get_completions(Document(f"/load {tmp_path}/ch"), CompleteEvent())
+        assert completion.text == "at.json"
+
+
+class TestTerminal:
+    def converse(self, llm: FakeLlama, *keys: str) -> int:
+        with keyboard(*keys) as keys_input:
+            return converse(fake_session(llm), Editor([], print, keys_input, DummyOutput()))
+
+    def test_talk_and_leave(self, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.converse(FakeLlama(), "Hi", "\r", CTRL_D) == 0
+        captured = capsys.readouterr()
+        assert captured.out == "ok\n"
+        assert captured.err.startswith("fake · method dynamic · /help lists the commands\n")
+
+    def test_exit(self, state: Path) -> None:
+        assert self.converse(FakeLlama(), "/exit", "\r") == 0
+
+    def test_an_error_is_one_line(self, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        llm = FakeLlama([DecodeError("large\nfailed")])
+        assert self.converse(llm, "Hi", "\r", "/set top-k -1", "\r", "Ho", "\r", CTRL_D) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[1:3] == ["edge-dlf: large failed", "edge-dlf: top_k must be 0 or more, not -1"]
+        assert llm.requests[-1][0] == "user: Ho\n"
+
+    def test_two_ctrl_c_on_an_empty_line_leave(self, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.converse(FakeLlama(), CTRL_C, CTRL_C) == 130
+        assert capsys.readouterr().err.endswith("Ctrl-C again leaves, as Ctrl-D does\n")
+
+    def test_ctrl_c_elsewhere_does_not_count(self, state: Path) -> None:
+        assert self.converse(FakeLlama(), CTRL_C, "text", CTRL_C, CTRL_C, "Hi", "\r", CTRL_C, CTRL_D) == 0
