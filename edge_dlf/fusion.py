@@ -253,36 +253,37 @@ class Fuser:
         """Tokens that top-k, top-p and min-p leave. Each keeps a head of the list sorted by logit: shortest wins."""
         cut = top + math.log(sampling.min_p) if sampling.min_p else -_LARGEST_FLOAT
         filtered = bool(sampling.top_k or sampling.min_p)
-        n = sampling.top_k or (256 if sampling.top_p < 1.0 and not filtered else self.n_vocab)
+        n = sampling.top_k or (max(64, len(self._maxima)) if sampling.top_p < 1.0 and not filtered else self.n_vocab)
         total = math.exp(kernels.log_sum(self._maxima, self._masses) - top)
         while True:
-            ids = self._largest(n, -_LARGEST_FLOAT if sampling.top_k else cut, ordered=sampling.top_p < 1.0)
+            ids = self._largest(n, -_LARGEST_FLOAT if sampling.top_k else cut)
             if sampling.top_p == 1.0:
                 break
-            cumulated = np.cumsum(np.exp(self.fused[ids].astype(np.float64) - top))
-            wanted = sampling.top_p * (cumulated[-1] if sampling.top_k else total)
-            if filtered or cumulated[-1] >= wanted or n >= self.n_vocab:
-                ids = ids[: int(np.searchsorted(cumulated, wanted)) + 1]
+            weights = np.exp(self.fused[ids].astype(np.float64) - top)
+            wanted = sampling.top_p * (float(weights.sum()) if sampling.top_k else total)
+            if filtered or weights.sum() >= wanted or n >= self.n_vocab:
+                order = np.argsort(-self.fused[ids], kind="stable")
+                ids = ids[order[: int(np.searchsorted(np.cumsum(weights[order]), wanted)) + 1]]
                 break
-            n *= 8
+            n *= 4
         return ids[self.fused[ids] >= cut]
 
-    def _largest(self, n: int, cut: float, ordered: bool = True) -> Ids:
-        """The n tokens with the largest logits of at least `cut`, best first, ties by id; by id where not `ordered`."""
+    def _largest(self, n: int, cut: float) -> Ids:
+        """The n tokens with the largest logits of at least `cut`, ties to the lower id; in order of id."""
         pool = self._maxima if n <= len(self._maxima) else self.fused
-        if n < len(pool):
+        if n < self.n_vocab:
             cut = max(cut, float(np.partition(pool, len(pool) - n)[len(pool) - n]))
         ids = self._ids[: kernels.gather(self.fused, self._maxima, np.float32(cut), self._ids)]
-        if not ordered and len(ids) <= n:
-            return ids
-        return ids[np.argsort(-self.fused[ids], kind="stable")[:n]]
+        return ids if len(ids) <= n else np.sort(ids[np.argsort(-self.fused[ids], kind="stable")[:n]])
 
     def top_logprobs(self, n: int) -> tuple[tuple[int, float], ...]:
         """The n most likely tokens of `fused`, (id, logprob), best first."""
         if n <= 0:
             return ()
         log_sum = kernels.log_sum(self._maxima, self._masses)
-        return tuple((int(i), float(self.fused[i]) - log_sum) for i in self._largest(n, -_LARGEST_FLOAT))
+        ids = self._largest(n, -_LARGEST_FLOAT)
+        ids = ids[np.argsort(-self.fused[ids], kind="stable")]
+        return tuple((int(i), float(self.fused[i]) - log_sum) for i in ids)
 
 
 @lru_cache

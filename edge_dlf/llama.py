@@ -35,29 +35,30 @@ N_UBATCH = 512
 """Tokens that one prefill batch evaluates at most."""
 
 AMX_NOTICE = (
-    "this build of llama.cpp has AMX code that crashes (llama.cpp issue 20824), so weights are not repacked; it costs "
-    "about a quarter of the decoding speed; to have it back: CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON "
-    "-DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON' pip install --force-reinstall --no-cache-dir "
-    f"--no-deps llama-cpp-python=={lib.__version__}"
+    "AMX is off, for it crashes in this build of llama.cpp: decoding is up to a third slower. To rebuild: CMAKE_ARGS="
+    "'-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON' "
+    f"pip install --force-reinstall --no-cache-dir --no-deps llama-cpp-python=={lib.__version__}"
 )
 
-CACHE_TYPES: Mapping[str, int] = {
-    "f32": lib.GGML_TYPE_F32,
-    "f16": lib.GGML_TYPE_F16,
-    "bf16": 30,  # GGML_TYPE_BF16, which llama_cpp does not name
-    "q8_0": lib.GGML_TYPE_Q8_0,
-    "q5_1": lib.GGML_TYPE_Q5_1,
-    "q5_0": lib.GGML_TYPE_Q5_0,
-    "q4_1": lib.GGML_TYPE_Q4_1,
-    "q4_0": lib.GGML_TYPE_Q4_0,
-    "iq4_nl": lib.GGML_TYPE_IQ4_NL,
+CACHE_TYPES: Mapping[str, tuple[int, float]] = {
+    "f32": (lib.GGML_TYPE_F32, 4),
+    "f16": (lib.GGML_TYPE_F16, 2),
+    "bf16": (30, 2),  # GGML_TYPE_BF16, which llama_cpp does not name
+    "q8_0": (lib.GGML_TYPE_Q8_0, 34 / 32),
+    "q5_1": (lib.GGML_TYPE_Q5_1, 24 / 32),
+    "q5_0": (lib.GGML_TYPE_Q5_0, 22 / 32),
+    "q4_1": (lib.GGML_TYPE_Q4_1, 20 / 32),
+    "q4_0": (lib.GGML_TYPE_Q4_0, 18 / 32),
+    "iq4_nl": (lib.GGML_TYPE_IQ4_NL, 18 / 32),
 }
+"""Types of a KV cache: ggml's number, bytes a value."""
 
 # llama.cpp asks at every node of a graph whether to abort. Asking Python would take the GIL a thousand times a step, so
 # it asks libc: strlen of this buffer is 0 ("go on") until `interrupt` makes it 1.
 _abort = ctypes.create_string_buffer(2)
 _abort_asked = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
 
+_MAX_POSITIONS = 2**31 - 1
 _ALLOCATION_FAILURES = ("alloc", "out of memory", "failed to fit", "cudaMalloc")
 
 
@@ -151,6 +152,13 @@ class Model:
         return not (lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model))
 
     @property
+    def n_kv_values(self) -> int:
+        """Keys (as many values again) that one position holds over all layers; 0 for a model without a KV cache."""
+        n_head = max(lib.llama_model_n_head(self._model), 1)
+        n_kv = lib.llama_model_n_head_kv(self._model) * lib.llama_model_n_embd(self._model) // n_head
+        return int(n_kv * lib.llama_model_n_layer(self._model))
+
+    @property
     def chat_template(self) -> str | None:
         """The jinja template of the model's file."""
         template = lib.llama_model_chat_template(self._model, None)
@@ -222,6 +230,20 @@ class Model:
             self._model = None
 
 
+def _require_memory(model: Model, name: str, n_cells: int, type_k: str | None, type_v: str | None) -> None:
+    """Raise OutOfMemoryError where a KV cache of `n_cells` cannot fit into the free memory: the process would be killed
+    while it fills the cache. A GPU's memory is its backend's to check."""
+    if lib.llama_supports_gpu_offload():
+        return
+    cell_bytes = model.n_kv_values * sum(CACHE_TYPES[kind or "f16"][1] for kind in (type_k, type_v))
+    free = psutil.virtual_memory().available
+    if n_cells * cell_bytes > free:
+        raise OutOfMemoryError(
+            f"{name}: a context of {n_cells} tokens needs {n_cells * cell_bytes / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free; {int(free / cell_bytes)} tokens would fit"
+        )
+
+
 class LlamaBackend:
     """One context over a model: a `Backend` whose rows lie in llama.cpp's own output buffer.
 
@@ -249,8 +271,9 @@ class LlamaBackend:
         for cache_type in (type_k, type_v):
             if cache_type is not None and cache_type not in CACHE_TYPES:
                 raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {cache_type!r}")
-        if n_ctx < 1:
-            raise InvalidParameterError(f"n_ctx must be 1 or more, not {n_ctx}")
+        if not 1 <= n_ctx <= _MAX_POSITIONS // n_seq_max:
+            raise InvalidParameterError(f"n_ctx must lie in 1 to {_MAX_POSITIONS // n_seq_max}, not {n_ctx}")
+        _require_memory(model, name, n_ctx * n_seq_max, type_k, type_v)
         self.name = name
         self.model = model
         self.loras = tuple(loras)
@@ -265,8 +288,8 @@ class LlamaBackend:
         params.n_outputs_max = self._n_rows
         params.n_threads = params.n_threads_batch = n_threads or default_n_threads()
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_AUTO
-        params.type_k = CACHE_TYPES[type_k or "f16"]
-        params.type_v = CACHE_TYPES[type_v or "f16"]
+        params.type_k, _ = CACHE_TYPES[type_k or "f16"]
+        params.type_v, _ = CACHE_TYPES[type_v or "f16"]
         params.no_perf = True
         params.abort_callback = _abort_asked
         params.abort_callback_data = ctypes.addressof(_abort)

@@ -74,6 +74,9 @@ class FakeLlama:
     def close(self) -> None:
         self.is_closed = True
 
+    def interrupt(self) -> None:
+        pass
+
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         return list(text.encode("utf-8", "surrogateescape"))

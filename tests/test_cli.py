@@ -139,7 +139,7 @@ class TestErrors:
         ("error", "code", "line"),
         [
             (ModelFileError("x.gguf", "no such file"), 3, "edge-dlf: x.gguf: no such file\n"),
-            (VocabMismatchError("a and b\ndiffer"), 3, "edge-dlf: a and b differ\n"),
+            (VocabMismatchError("a and b\x1b\ndiffer"), 3, "edge-dlf: a and b\ufffd differ\n"),
             (MemoryError(), 4, "edge-dlf: not enough memory\n"),
             (KeyboardInterrupt(), 130, ""),
         ],
@@ -293,6 +293,8 @@ class TestCompare:
             "== static\nCC\n[10.0 tokens/s · mean α 1.00 · math 100%]\n\n"
             "== dynamic\nDD\n[10.0 tokens/s · mean α 0.25 · math 50%]\n"
         )
+        seeds = {settings.pop("seed") for _, settings in llm.requests}
+        assert len(seeds) == 1  # all methods draw with the same noise
         assert [settings for _, settings in llm.requests] == [
             {"top_k": 3, "method": method} for method in ("large", "math", "static", "dynamic")
         ]
@@ -358,7 +360,7 @@ from edge_dlf.cli.screen import Screen
 def press():
     while True:
         os.kill(os.getpid(), signal.SIGINT)
-with interruptible(Screen()):
+with interruptible(Screen(), lambda: None):
     threading.Thread(target=press, daemon=True).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 """

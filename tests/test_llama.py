@@ -17,6 +17,7 @@ from edge_dlf import (
     LoadError,
     ModelFileError,
     NonFiniteLogitsError,
+    OutOfMemoryError,
 )
 from edge_dlf.llama import N_UBATCH, LlamaBackend, Model, interrupt
 
@@ -137,11 +138,23 @@ def test_more_rows_than_reserved_is_an_error_not_an_abort(base: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"type_k": "q9_9"}, "f16.*q8_0.*not 'q9_9'"), ({"n_ctx": 0}, "n_ctx must be 1 or more")]
+    ("settings", "message"),
+    [
+        ({"type_k": "q9_9"}, "f16.*q8_0.*not 'q9_9'"),
+        ({"n_ctx": 0}, "n_ctx must lie in 1 to"),
+        ({"n_ctx": 10**11}, "n_ctx must lie in 1 to 2147483647"),
+    ],
 )
 def test_settings_that_cannot_be(base: Model, settings: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidParameterError, match=message):
         backend(base, **settings)
+
+
+def test_a_context_that_memory_cannot_hold_is_refused_before_it_is_tried(base: Model) -> None:
+    with pytest.raises(
+        OutOfMemoryError, match=r"base: a context of 2000000000 tokens needs .* GB are free; \d+ tokens"
+    ):
+        backend(base, n_ctx=2 * 10**9)
 
 
 def test_cache_types(base: Model) -> None:

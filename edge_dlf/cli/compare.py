@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from json import dumps
@@ -39,14 +40,16 @@ def compare(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, **
     """
     options, screen = Options.of(ctx, shared), Screen()
     question = read_prompt(prompt, raw=raw, system=options.system)
-    with open_family(options, screen) as llm, interruptible(screen):
+    with open_family(options, screen) as llm, interruptible(screen, llm.interrupt):
         methods = ("large", *llm.experts, "static", "dynamic")
+        # One seed for all: methods that agree then draw the same token.
+        settings = {"seed": secrets.randbits(32), **options.settings}
         if json:
-            settings = {method: {**options.settings, "method": method} for method in methods}
-            screen.show(dumps({m: question.complete(llm, settings[m]) for m in methods}, ensure_ascii=False))
+            results = {method: question.complete(llm, {**settings, "method": method}) for method in methods}
+            screen.show(dumps(results, ensure_ascii=False))
             return
         answers = [Answer(method) for method in methods]
-        steps = _run(llm, question, options.settings, answers)
+        steps = _run(llm, question, settings, answers)
         if _is_wide(screen, len(methods)):
             show_columns(answers, steps)
         else:

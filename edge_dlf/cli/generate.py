@@ -30,7 +30,7 @@ def generate(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, *
     question = read_prompt(prompt, raw=raw, system=options.system)
     with open_family(options, screen) as llm:
         if json:
-            with interruptible(screen):
+            with interruptible(screen, llm.interrupt):
                 answer = question.complete(llm, options.settings)
             screen.show(dumps(answer, ensure_ascii=False))
         else:
@@ -42,7 +42,7 @@ def _stream(llm: FusedLlama, question: Prompt, settings: dict[str, Any], screen:
     stream = llm.stream(question.tokens(llm), **settings)
     text = ""
     try:
-        with interruptible(screen):
+        with interruptible(screen, llm.interrupt):
             for token in stream:
                 text += token.text
                 screen.write(token.text)

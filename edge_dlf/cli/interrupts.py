@@ -10,7 +10,7 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .screen import Screen
@@ -19,13 +19,14 @@ _PATIENCE_S = 0.5
 
 
 @contextmanager
-def interruptible(screen: Screen) -> Iterator[None]:
-    """While this lasts, the first Ctrl-C raises KeyboardInterrupt as soon as the running step ends, and `screen`
-    says so if that takes long; a second one ends the process with exit code 130."""
+def interruptible(screen: Screen, interrupt: Callable[[], None]) -> Iterator[None]:
+    """While this lasts, the first Ctrl-C calls `interrupt`, which makes llama.cpp return where it can, and raises
+    KeyboardInterrupt as soon as it has; `screen` says so if that takes long. A second one ends the process with exit
+    code 130."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(reader, screen), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(reader, screen, interrupt), daemon=True)
     watcher.start()
     try:
         yield
@@ -36,9 +37,10 @@ def interruptible(screen: Screen) -> Iterator[None]:
         os.close(reader)
 
 
-def _watch(reader: int, screen: Screen) -> None:
+def _watch(reader: int, screen: Screen, interrupt: Callable[[], None]) -> None:
     n_interrupts = 0
     while number := os.read(reader, 1):
+        interrupt()
         if number[0] != signal.SIGINT:
             continue
         n_interrupts += 1

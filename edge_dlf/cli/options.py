@@ -12,12 +12,12 @@ import click
 from click.core import ParameterSource
 
 from ..errors import InvalidParameterError
-from ..family import FamilySpec
 from ..params import SEARCHES
 from .settings import DEFAULTS, check, parse_numbers, show
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
+    from ..family import FamilySpec
 
 Decorator: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -50,6 +50,8 @@ class Options:
     @classmethod
     def of(cls, ctx: click.Context, values: Mapping[str, Any]) -> Options:
         """From the values of the shared options. Raises InvalidParameterError or FamilyError."""
+        from ..family import FamilySpec
+
         family, experts = _source(ctx, values), dict(values["expert"])
         if len(experts) < len(values["expert"]):
             raise InvalidParameterError("two experts have the same name")

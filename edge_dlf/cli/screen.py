@@ -18,8 +18,8 @@ _DIM, _PLAIN, _ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 
 
 def one_line(message: object) -> str:
-    """Text of an error or a notice with no line breaks."""
-    return " ".join(str(message).split())
+    """Text of an error or a notice, with no line breaks and nothing that would steer a terminal."""
+    return printable(" ".join(str(message).split()))
 
 
 def printable(text: str) -> str:

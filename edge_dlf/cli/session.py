@@ -65,7 +65,7 @@ class Session:
         text, stopped = "", False
         self.screen.begin_wait("…")
         try:
-            with interruptible(self.screen):
+            with interruptible(self.screen, self.llm.interrupt):
                 for token in stream:
                     text += token.text
                     self.screen.write(token.text, paint.brush(token.alpha, token.expert) if paint else None)

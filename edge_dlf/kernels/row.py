@@ -120,6 +120,10 @@ def draw(logits: Any, ids: Any, temperature: float, seed: Any, position: Any) ->
             continue
         noise = mix(state + (np.uint64(ids[i]) + np.uint64(1)) * golden) >> np.uint64(11)
         uniform = (F64(noise) + 0.5) * 2.0**-53
+        y = best_score - logit
+        # −log u > 1 − u and exp(y) > its first terms, so that this rules out logit − log(−log u) > best without a log
+        if y > 0.0 and (1.0 - uniform) * (1.0 + y * (1.0 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24))))) >= 1.0:
+            continue
         score = logit - math.log(-math.log(uniform))
         if score > best_score:
             best, best_score = i, score

@@ -28,7 +28,7 @@ CHUNK = 4096
 """Tokens that a thread takes at a time."""
 CHAIN = 30
 """Grid points reached by multiplication before the weights are computed afresh."""
-ROUNDING = 1.5e-7
+ROUNDING = 2e-7
 """Error of a KL by float32 terms, in nats, relative to 1 + α (|Λ'(α)| + |Λ'(0)|) + targets."""
 NOISE = 3e-7
 """Targets up to this, in nats, are rounding: the expert is the base, and α = 0."""
