@@ -2,7 +2,7 @@
 
     python benchmarks/floor.py --family FAMILY [--steps 40] [--rounds 5] [--prompt-tokens 200]
 
-Both are timed in turn in one process, on the same text at the same positions; the table has medians. A member's column
+Both are timed in turn, step by step, in one process, on the same text; the table has medians. A member's column
 is llama_decode on its context and the wait for its logits, nothing else; "fused" is `Decoder.step` as `edge-dlf` runs
 it: the same calls, the search for α, the fusion and the greedy choice.
 """
@@ -16,6 +16,7 @@ from statistics import median
 from edge_dlf import FusedLlama, FusionParams, SamplingParams
 from edge_dlf.decode import Decoder, Generation
 
+Times = dict[str, float]
 TEXT = "The quick brown fox jumps over the lazy dog. "
 
 
@@ -28,50 +29,54 @@ class Timer:
         self.ms = 1e3 * (time.perf_counter() - self.started)
 
 
-def measure(llm: FusedLlama, prompt: list[int], n_steps: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of one prefill and of each step, by what was timed: each member, and "fused"."""
+def measure(llm: FusedLlama, prompt: list[int], n_steps: int) -> tuple[list[Times], list[Times]]:
+    """Milliseconds of one prefill, and of each step, by what was timed: each member, and "fused"."""
     decoder: Decoder = llm._decoder
     ensemble = decoder.ensemble
     fusion = FusionParams()
     generation = Generation(0, ensemble.roles(fusion), fusion, SamplingParams(temperature=0.0))
-    prompts = dict.fromkeys(generation.roles.members, prompt)
-    prefill, step = {}, {}
+    names = generation.roles.members
 
-    empty(llm)
-    with Timer() as timer:
-        decoder.start(generation, prompts)
-    prefill["fused"] = timer.ms
-    times = []
-    for _ in range(n_steps):
-        with Timer() as timer:
-            decoder.step([generation])
-        times.append(timer.ms)
-    step["fused"] = median(times)
-    tokens = generation.tokens[len(prompt) :]
+    def rewind(n_tokens: int) -> None:
+        for name in names:
+            ensemble.members[name].trim(0, n_tokens)
+            del ensemble._held[name].setdefault(0, [])[n_tokens:]
 
-    for name in generation.roles.members:
-        member = ensemble.members[name]
-        member.trim(0, 0)
+    def fused(_: list[int]) -> Times:
         with Timer() as timer:
-            member.prefill(0, prompt)
-            member.logits()
-        prefill[name] = timer.ms
-    times_of = {name: [] for name in generation.roles.members}
-    for token in tokens[:n_steps]:
-        for name in generation.roles.members:
+            if generation.tokens:
+                decoder.step([generation])
+            else:
+                decoder.start(generation, dict.fromkeys(names, prompt))
+        return {"fused": timer.ms}
+
+    def alone(tokens: list[int]) -> Times:
+        times = {}
+        for name in names:
             with Timer() as timer:
-                ensemble.members[name].decode([(0, [token])])
+                ensemble.members[name].prefill(0, tokens)
                 ensemble.members[name].logits()
-            times_of[name].append(timer.ms)
-    step |= {name: median(times) for name, times in times_of.items()}
-    return prefill, step
+            times[name] = timer.ms
+            ensemble._held[name][0] += tokens
+        return times
 
-
-def empty(llm: FusedLlama) -> None:
-    """Forget all text, so that the next prompt is evaluated whole."""
-    for name, member in llm._ensemble.members.items():
-        member.trim(0, 0)
-        llm._ensemble._held[name].clear()
+    prefills = []
+    for order in ((fused, alone), (alone, fused)):
+        times: Times = {}
+        for run in order:
+            rewind(0)
+            generation.tokens = []
+            times |= run(prompt)
+        prefills.append(times)
+    steps = []
+    for step in range(n_steps):
+        tokens, n_held = generation.tokens[-1:], len(generation.tokens) - 1
+        times = {}
+        for run in (fused, alone) if step % 2 else (alone, fused):
+            rewind(n_held)
+            times |= run(tokens)
+        steps.append(times)
+    return prefills, steps
 
 
 def main() -> None:
@@ -85,15 +90,16 @@ def main() -> None:
         prompt = (llm.tokenize(TEXT) * options.prompt_tokens)[: options.prompt_tokens]
         measure(llm, prompt, 3)
         rounds = [measure(llm, prompt, options.steps) for _ in range(options.rounds)]
-    names = [name for name in rounds[0][1] if name != "fused"]
-    print("| ms | " + " | ".join(names) + " | sum | fused | fused / sum |")
+    prefills, steps = ([times for r in rounds for times in r[index]] for index in (0, 1))
+    names = [name for name in steps[0] if name != "fused"]
+    print(f"| ms | {' | '.join(names)} | sum | fused | fused / sum |")
     print("|---|" + "---|" * (len(names) + 3))
-    for index, label in enumerate((f"prefill of {options.prompt_tokens} tokens", "decoding step")):
-        each = {name: median(r[index][name] for r in rounds) for name in [*names, "fused"]}
-        ratio = median(r[index]["fused"] / sum(r[index][name] for name in names) for r in rounds)
-        cells = [f"{each[name]:.1f}" for name in names]
-        total = sum(each[name] for name in names)
-        print(f"| {label} | {' | '.join(cells)} | {total:.1f} | {each['fused']:.1f} | {ratio:.3f} |")
+    for label, rows in ((f"prefill of {options.prompt_tokens} tokens", prefills), ("decoding step", steps)):
+        cells = [f"{median(times[name] for times in rows):.1f}" for name in names]
+        total = median(sum(times[name] for name in names) for times in rows)
+        ratio = median(times["fused"] / sum(times[name] for name in names) for times in rows)
+        fused = median(times["fused"] for times in rows)
+        print(f"| {label} | {' | '.join(cells)} | {total:.1f} | {fused:.1f} | {ratio:.3f} |")
 
 
 if __name__ == "__main__":

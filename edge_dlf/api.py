@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .completion import ChatCompletionShape, CompletionShape, Dict
 from .decode import Decoder, Generation
@@ -17,11 +17,13 @@ from .ensemble import Ensemble
 from .errors import ContextOverflowError, EdgeDLFError, InvalidParameterError
 from .family import FamilySpec
 from .files import FamilyFiles, check_files
-from .fusion import Fuser
 from .llama import LlamaBackend, Model, default_n_threads, interrupt
 from .params import FusionParams, SamplingParams
 from .stream import TokenStream
 from .template import ChatTemplate, Message
+
+if TYPE_CHECKING:
+    from .fusion import Fuser
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +87,10 @@ class FusedLlama:
         self.name = spec.name
         self._defaults = dict(spec.defaults)
         with ExitStack() as stack:
-            kernels = threading.Thread(target=lambda: None)
-            kernels.start()
-            stack.callback(kernels.join)
+            # Importing numba and loading kernels takes as long as mapping the models: both at once.
+            background = ThreadPoolExecutor(1)
+            fuser = background.submit(_ready_fuser, files.n_vocab, n_threads)
+            background.shutdown(wait=False)
             loaded: dict[Path, Model] = {}
             models: dict[str, Model] = {}
             backends: dict[str, LlamaBackend] = {}
@@ -106,12 +109,12 @@ class FusedLlama:
                     loras=files.loras.get(name, ()),
                 )
                 stack.callback(backends[name].close)
-            kernels.join()
+            decoder = Decoder(Ensemble(backends, files.n_vocab), fuser.result())
             self._closing = stack.pop_all()
         self._large: Model | None = models["large"]
         self._models = tuple(loaded.values())
-        self._ensemble = Ensemble(backends, files.n_vocab)
-        self._decoder = Decoder(self._ensemble, Fuser(files.n_vocab, n_threads))
+        self._ensemble = decoder.ensemble
+        self._decoder = decoder
         self._template: ChatTemplate | None = None
         self._request = 0
         if n_ctx > self._model.n_ctx_train:
@@ -326,6 +329,13 @@ class FusedLlama:
             control={self._token_name(token): token for token in self._model.control_tokens()},
             tokenize=lambda text: self._model.tokenize(_to_bytes(text), special=False),
         )
+
+
+def _ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
+    from .fusion import Fuser, warm_up
+
+    warm_up()
+    return Fuser(n_vocab, n_threads)
 
 
 def _layers(n_gpu_layers: int | Mapping[str, int], files: FamilyFiles) -> dict[str, int]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .ensemble import Ensemble, Roles, Rows
-from .fusion import Fuser
 from .params import FusionParams, SamplingParams
+
+if TYPE_CHECKING:
+    from .fusion import Fuser
 
 
 @dataclass(frozen=True)

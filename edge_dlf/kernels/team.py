@@ -4,47 +4,39 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+_Jobs = SimpleQueue[Any]
+
 
 class Team:
-    """Helper threads that run a kernel beside the caller. The kernel shares out its work by counters in `sync`, so a
-    helper that wakes late finds less to do, and nobody waits for it."""
+    """Helper threads that run a kernel beside the caller. The kernel shares out its work by counters in `sync`, which
+    is new for each run: a helper that wakes late finds less to do, or nothing, and nobody waits for it."""
 
     def __init__(self, n_helpers: int) -> None:
-        self._sync = np.zeros(8, np.int64)
-        self._mailboxes: list[tuple[list[Any], threading.Lock, threading.Lock]] = []
-        for _ in range(n_helpers):
-            mailbox: tuple[list[Any], threading.Lock, threading.Lock] = ([], threading.Lock(), threading.Lock())
-            mailbox[1].acquire()
-            self._mailboxes.append(mailbox)
-            threading.Thread(target=_help, args=mailbox, name="edge-dlf-kernels", daemon=True).start()
+        self._queues: list[_Jobs] = [SimpleQueue() for _ in range(n_helpers)]
+        for jobs in self._queues:
+            threading.Thread(target=_help, args=(jobs,), name="edge-dlf-kernels", daemon=True).start()
 
     def run(self, kernel: Callable[..., None], *args: Any) -> npt.NDArray[np.int64]:
         """Run `kernel(*args, sync)` on every thread; returns `sync` as the kernel left it."""
-        for _, _, idle in self._mailboxes:
-            idle.acquire()
-        self._sync[:] = 0
-        for job, wake, _ in self._mailboxes:
-            job[:] = (kernel, *args, self._sync)
-            wake.release()
-        kernel(*args, self._sync)
-        return self._sync
+        sync = np.zeros(8, np.int64)
+        for jobs in self._queues:
+            jobs.put((kernel, args, sync))
+        kernel(*args, sync)
+        return sync
 
     def __del__(self) -> None:
-        for _, wake, idle in self._mailboxes:
-            idle.acquire()
-            wake.release()
+        for jobs in self._queues:
+            jobs.put(None)
 
 
-def _help(job: list[Any], wake: threading.Lock, idle: threading.Lock) -> None:
-    while True:
-        wake.acquire()
-        if not job:
-            return
-        job[0](*job[1:])
-        job.clear()
-        idle.release()
+def _help(jobs: _Jobs) -> None:
+    while (job := jobs.get()) is not None:
+        kernel, args, sync = job
+        kernel(*args, sync)
+        del kernel, args, sync, job
