@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 Prompt: TypeAlias = str | Sequence[int]
 ExpertFiles: TypeAlias = str | Path | Sequence[tuple[str | Path, float]]
 
+_PATIENCE_S = 4.0
 _SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _FUSION = frozenset(field.name for field in dataclasses.fields(FusionParams))
 
@@ -334,7 +336,14 @@ class FusedLlama:
 def _ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
     from .fusion import Fuser, warm_up
 
-    warm_up()
+    notice = "compiling kernels for this machine; they are kept, so later starts are quick"
+    timer = threading.Timer(_PATIENCE_S, logger.warning, [notice])
+    timer.daemon = True
+    timer.start()
+    try:
+        warm_up()
+    finally:
+        timer.cancel()
     return Fuser(n_vocab, n_threads)
 
 

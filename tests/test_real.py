@@ -63,7 +63,7 @@ def plain_loop(llm: FusedLlama, members: list[LlamaBackend], prompt: list[int]) 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
 def test_greedy_equals_a_plain_loop_with_the_oracle(llm: FusedLlama, prompt: str) -> None:
-    # llama.cpp rounds a batch by its shape (on Q4_K_M a logit moves by 0.1 and more), so both evaluate the prompt whole.
+    # llama.cpp rounds a batch by its shape (on Q4_K_M by 0.1 nats and more), so both evaluate the prompt whole.
     for held in llm._ensemble._held.values():
         held.clear()
     engine = [llm._ensemble.members[name] for name in ("large", "base", *llm.experts)]
