@@ -19,6 +19,7 @@ from .errors import (
     ModelFileError,
     NonFiniteLogitsError,
     OutOfMemoryError,
+    RequestInterruptedError,
     VocabMismatchError,
 )
 from .params import FusionParams, SamplingParams, Token
@@ -42,6 +43,7 @@ __all__ = [
     "ModelFileError",
     "NonFiniteLogitsError",
     "OutOfMemoryError",
+    "RequestInterruptedError",
     "SamplingParams",
     "Token",
     "VocabMismatchError",

@@ -18,7 +18,7 @@ from .ensemble import Ensemble
 from .errors import ContextOverflowError, EdgeDLFError, InvalidParameterError
 from .family import FamilySpec
 from .files import FamilyFiles, check_files
-from .llama import LlamaBackend, Model, default_n_threads, interrupt
+from .llama import Interrupt, LlamaBackend, Model, default_n_threads
 from .params import FusionParams, SamplingParams
 from .stream import TokenStream
 from .template import ChatTemplate, Message
@@ -88,6 +88,7 @@ class FusedLlama:
         layers = _layers(n_gpu_layers, files)
         self.name = spec.name
         self._defaults = dict(spec.defaults)
+        self._interrupt = Interrupt()
         with ExitStack() as stack:
             # Importing numba and loading kernels takes as long as mapping the models: both at once.
             background = ThreadPoolExecutor(1)
@@ -109,6 +110,7 @@ class FusedLlama:
                     type_k=type_k,
                     type_v=type_v,
                     loras=files.loras.get(name, ()),
+                    interrupt=self._interrupt,
                 )
                 stack.callback(backends[name].close)
             decoder = Decoder(Ensemble(backends, files.n_vocab), fuser.result())
@@ -139,9 +141,9 @@ class FusedLlama:
         self._closing.close()
 
     def interrupt(self) -> None:
-        """Stop what is evaluated now, even amid a long prompt; for other threads. The running request raises
-        DecodeError, unless KeyboardInterrupt comes first; a later one is not affected."""
-        interrupt()
+        """Stop the running request, even amid a long prompt; for other threads. It raises RequestInterruptedError; a
+        later one is not affected."""
+        self._interrupt.set()
 
     @property
     def _model(self) -> Model:
@@ -232,6 +234,7 @@ class FusedLlama:
         )
         self._request += 1
         request = self._request
+        self._interrupt.clear()
         return TokenStream(
             self._decoder,
             generation,

@@ -10,7 +10,8 @@ EdgeDLFError                     1  the work failed
 │   ├── ContextOverflowError     4  prompt, or prompt and answer, exceed the context
 │   └── OutOfMemoryError         4  weights, KV cache or compute buffers could not be allocated
 └── DecodeError                  1  a member failed while it evaluated tokens
-    └── NonFiniteLogitsError     1  a member returned NaN, +inf, or no finite logit at all
+    ├── NonFiniteLogitsError     1  a member returned NaN, +inf, or no finite logit at all
+    └── RequestInterruptedError  130  the request was interrupted by `FusedLlama.interrupt`
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = [
     "ModelFileError",
     "NonFiniteLogitsError",
     "OutOfMemoryError",
+    "RequestInterruptedError",
     "VocabMismatchError",
 ]
 
@@ -92,3 +94,9 @@ class NonFiniteLogitsError(DecodeError):
     def __init__(self, member: str, what: str) -> None:
         super().__init__(f"{member} returned {what} in its logits")
         self.member = member
+
+
+class RequestInterruptedError(DecodeError):
+    """The request was interrupted by `FusedLlama.interrupt`; the next one is not affected."""
+
+    exit_code = 130

@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .errors import (
     LoadError,
     ModelFileError,
     OutOfMemoryError,
+    RequestInterruptedError,
 )
 
 logger = logging.getLogger(__name__)
@@ -53,34 +55,40 @@ CACHE_TYPES: Mapping[str, tuple[int, float]] = {
 }
 """Types of a KV cache: ggml's number, bytes a value."""
 
-# llama.cpp asks at every node of a graph whether to abort. Asking Python would take the GIL a thousand times a step, so
-# it asks libc: strlen of this buffer is 0 ("go on") until `interrupt` makes it 1.
-_abort = ctypes.create_string_buffer(2)
-_abort_asked = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
-
+_LIBC = ctypes.CDLL(None)
 _MAX_POSITIONS = 2**31 - 1
 _ALLOCATION_FAILURES = ("alloc", "out of memory", "failed to fit", "cudaMalloc")
 
 
 class _Log:
-    """llama.cpp's one global logger: its last complaints, kept to explain a failure."""
+    """llama.cpp's one global logger. While `listening`, its complaints are kept to explain a failure; otherwise they go
+    to a C function that ignores them: in a Python callback a pending KeyboardInterrupt would be raised, and lost.
+    """
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=32)
-        self._callback = lib.llama_log_callback(self._keep)
-        lib.llama_log_set(self._callback, ctypes.c_void_p(0))
+        self._listen = lib.llama_log_callback(self._keep)
+        self._ignore = ctypes.cast(_LIBC.abs, lib.llama_log_callback)
+        lib.llama_log_set(self._ignore, ctypes.c_void_p(0))
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Keep what llama.cpp complains of meanwhile; what was kept before is dropped."""
+        self._lines.clear()
+        lib.llama_log_set(self._listen, ctypes.c_void_p(0))
+        try:
+            yield
+        finally:
+            lib.llama_log_set(self._ignore, ctypes.c_void_p(0))
 
     def _keep(self, level: int, text: bytes, _: object) -> None:
         if level >= 3:  # GGML_LOG_LEVEL_WARN
             line = text.decode("utf-8", "replace").strip()
-            if line:
+            if line.strip("."):
                 self._lines.append(line)
 
-    def clear(self) -> None:
-        self._lines.clear()
-
     def reason(self) -> str:
-        """The first complaint since `clear`, without the C function's name: later ones only follow from it."""
+        """The first complaint, without the C function's name: later ones only follow from it."""
         line = next(iter(self._lines), "llama.cpp gave no reason")
         head, _, tail = line.partition(": ")
         return " ".join((tail if tail and " " not in head else line).split())
@@ -105,15 +113,39 @@ def _start() -> _Log:
         return _log
 
 
+class Interrupt:
+    """A flag that stops what contexts evaluate, on the CPU within milliseconds and elsewhere before the next batch.
+
+    llama.cpp asks at every node of a graph whether to abort. Asking Python would take the GIL a thousand times a step,
+    so it asks libc: strlen of this buffer is 0, "go on", or 1.
+    """
+
+    asked = ctypes.cast(_LIBC.strlen, lib.ggml_abort_callback)
+
+    def __init__(self) -> None:
+        self._text = ctypes.create_string_buffer(2)
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._text)
+
+    def set(self) -> None:
+        """Stop; may be called from any thread."""
+        self._text[0] = b"\1"
+
+    def clear(self) -> None:
+        """Go on."""
+        self._text[0] = b"\0"
+
+    def check(self) -> None:
+        """Raise RequestInterruptedError if set."""
+        if self._text.value:
+            raise RequestInterruptedError("the request was interrupted")
+
+
 def amx_crashes() -> bool:
     """Whether this build of llama.cpp holds the AMX kernels that crash on quantized weights."""
     return b"AMX_INT8 = 1" in lib.llama_print_system_info()
-
-
-def interrupt() -> None:
-    """Make the `llama_decode` that runs now, on the CPU, return within milliseconds; a call that begins later is not
-    affected. For other threads."""
-    _abort[0] = b"\1"
 
 
 def default_n_threads() -> int:
@@ -131,13 +163,13 @@ class Model:
 
     def __init__(self, path: Path, n_gpu_layers: int = -1) -> None:
         log = _start()
-        log.clear()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.use_extra_bufts = not amx_crashes()
         self.path = path
         self._adapters: dict[Path, Any] = {}
-        self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
+        with log.listening():
+            self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             if log.says_memory():
                 raise OutOfMemoryError(f"{path}: not enough memory for its weights ({log.reason()})")
@@ -216,8 +248,8 @@ class Model:
         """Handle of the LoRA adapter in `path`, loaded once; it lives as long as the model."""
         if path not in self._adapters:
             log = _start()
-            log.clear()
-            handle = lib.llama_adapter_lora_init(self._model, os.fsencode(path))
+            with log.listening():
+                handle = lib.llama_adapter_lora_init(self._model, os.fsencode(path))
             if not handle:
                 raise ModelFileError(path, f"not a LoRA adapter for {self.path.name} ({log.reason()})")
             self._adapters[path] = handle
@@ -249,7 +281,8 @@ class LlamaBackend:
 
     name: role of the member, for errors. n_ctx: positions for each of n_seq_max sequences. n_rows: rows of logits
     that one `decode` may ask for; llama.cpp reserves n_rows x width, never n_ctx x width.
-    loras: (file, scale) pairs added to the weights. type_k, type_v: names from CACHE_TYPES.
+    loras: (file, scale) pairs added to the weights. interrupt: stops what is evaluated. type_k, type_v: names from
+    CACHE_TYPES.
     Raises ModelFileError for an adapter that does not fit, OutOfMemoryError where memory does not suffice, LoadError
     where llama.cpp refuses the settings for this model.
     """
@@ -266,6 +299,7 @@ class LlamaBackend:
         type_k: str | None = None,
         type_v: str | None = None,
         loras: Sequence[tuple[Path, float]] = (),
+        interrupt: Interrupt | None = None,
     ) -> None:
         log = _start()
         for cache_type in (type_k, type_v):
@@ -291,11 +325,12 @@ class LlamaBackend:
         params.type_k, _ = CACHE_TYPES[type_k or "f16"]
         params.type_v, _ = CACHE_TYPES[type_v or "f16"]
         params.no_perf = True
-        params.abort_callback = _abort_asked
-        params.abort_callback_data = ctypes.addressof(_abort)
+        self._interrupt = interrupt or Interrupt()
+        params.abort_callback = self._interrupt.asked
+        params.abort_callback_data = self._interrupt.address
         adapters = [(model.adapter(path), scale) for path, scale in loras]
-        log.clear()
-        self._ctx = lib.llama_init_from_model(model._model, params)
+        with log.listening():
+            self._ctx = lib.llama_init_from_model(model._model, params)
         if not self._ctx:
             if log.says_memory():
                 raise OutOfMemoryError(f"{name}: no memory for a context of {n_ctx} tokens ({log.reason()})")
@@ -365,20 +400,18 @@ class LlamaBackend:
         self._wanted[start:stop] = wanted
 
     def _run(self, n_tokens: int, n_logits: int) -> None:
-        log = _start()
-        log.clear()
-        _abort[0] = b"\0"
+        self._interrupt.check()
         self._n_logits = 0
         self._batch.n_tokens = n_tokens
         code = lib.llama_decode(self._ctx, self._batch)
         if code == 1:
             raise ContextOverflowError(f"{self.name}: no free KV cells for {n_tokens} more tokens")
         if code == 2:
-            raise DecodeError(f"{self.name}: interrupted while it evaluated {n_tokens} tokens")
+            raise RequestInterruptedError(f"{self.name}: interrupted while it evaluated {n_tokens} tokens")
+        if code == -2:
+            raise OutOfMemoryError(f"{self.name}: no memory to evaluate {n_tokens} tokens")
         if code != 0:
-            raise (OutOfMemoryError if log.says_memory() else DecodeError)(
-                f"{self.name}: llama_decode failed with code {code} ({log.reason()})"
-            )
+            raise DecodeError(f"{self.name}: llama_decode failed with code {code}")
         self._n_logits = n_logits
 
     def logits(self) -> Logits:

@@ -109,6 +109,7 @@ def test_the_public_face() -> None:
         "ModelFileError",
         "NonFiniteLogitsError",
         "OutOfMemoryError",
+        "RequestInterruptedError",
         "SamplingParams",
         "Token",
         "VocabMismatchError",

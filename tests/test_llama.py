@@ -11,15 +11,15 @@ import pytest
 
 from edge_dlf import (
     ContextOverflowError,
-    DecodeError,
     FusedLlama,
     InvalidParameterError,
     LoadError,
     ModelFileError,
     NonFiniteLogitsError,
     OutOfMemoryError,
+    RequestInterruptedError,
 )
-from edge_dlf.llama import N_UBATCH, LlamaBackend, Model, interrupt
+from edge_dlf.llama import N_UBATCH, Interrupt, LlamaBackend, Model
 
 from .tiny import tiny_lora, tiny_model
 
@@ -175,26 +175,36 @@ def test_a_lora_for_another_width_is_refused(tmp_path: Path, base: Model) -> Non
         backend(base, loras=[(lora, 1.0)])
 
 
-def test_an_interrupt_stops_the_evaluation_and_the_next_one_is_right(base: Model) -> None:
-    member = backend(base)
+def evaluate_for_ever(member: LlamaBackend) -> None:
+    while True:
+        member.prefill(0, TEXT[:10])
+        member.trim(0, 10)
+
+
+def test_an_interrupt_stops_an_evaluation_and_the_next_one_is_right(base: Model) -> None:
+    interrupt = Interrupt()
+    member = backend(base, interrupt=interrupt)
     member.prefill(0, TEXT[:10])
-    done = threading.Event()
-
-    def keep_interrupting() -> None:
-        while not done.is_set():
-            interrupt()
-
-    other = threading.Thread(target=keep_interrupting)
+    other = threading.Thread(target=interrupt.set)
     other.start()
-    try:
-        with pytest.raises(DecodeError, match="base: interrupted while it evaluated 500 tokens"):
-            member.prefill(0, (TEXT * 10)[:500])
-    finally:
-        done.set()
-        other.join()
+    with pytest.raises(RequestInterruptedError, match="interrupted"):
+        evaluate_for_ever(member)
+    other.join()
+    interrupt.clear()
     member.trim(0, 10)
     member.prefill(0, TEXT[10:20])
     np.testing.assert_allclose(member.logits()[0], fresh(base, TEXT[:20]), atol=ROUNDING)
+    member.close()
+
+
+def test_llama_cpp_asks_the_flag_while_it_evaluates(base: Model) -> None:
+    """Set without the check before a batch: it is llama.cpp itself that stops."""
+    interrupt = Interrupt()
+    member = backend(base, interrupt=interrupt)
+    interrupt.set()
+    interrupt.check = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(RequestInterruptedError, match="base: interrupted while it evaluated 10 tokens"):
+        member.prefill(0, TEXT[:10])
     member.close()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from .interrupts import interruptible
 from .options import Options
 from .screen import Screen, one_line
 
@@ -23,7 +24,8 @@ def open_family(options: Options, screen: Screen) -> Iterator[FusedLlama]:
     try:
         screen.begin_wait(f"loading {options.spec.name}{_sizes(options.spec)} …")
         try:
-            llm = options.load()
+            with interruptible(screen, lambda: None):
+                llm = options.load()
         finally:
             screen.end_wait()
         with llm:
