@@ -11,7 +11,7 @@ from edge_dlf.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/*.md")])
-_BLOCK = re.compile(r"^\$ edge-dlf (.*--help)\n.*?(?=^```$)", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^\$ edge-dlf ([^\n]*--help)\n.*?(?=^```$)", re.MULTILINE | re.DOTALL)
 
 
 def updated(page: str) -> str:
