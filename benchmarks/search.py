@@ -1,9 +1,8 @@
 """The cost of one fused step without its models: α search, fused row and greedy selection, beside a plain NumPy loop.
 
-    python benchmarks/search.py [--rows FILE.npz]
+    python benchmarks/search.py [--family FAMILY]
 
-FILE.npz holds arrays `large`, `base` (N, V) and `experts` (N, T, V) of logits recorded from models; without it the
-rows are random. Timings interleave what they compare and are medians; each table says of how many.
+The rows are random, or those of a family's own decoding steps. Timings interleave what they compare and are medians; each table says of how many.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from edge_dlf import FusionParams, SamplingParams
+from edge_dlf import FusedLlama, FusionParams, SamplingParams
 from edge_dlf.fusion import Fuser
 from tests import naive
 
@@ -41,10 +40,15 @@ def random_rows(n_vocab: int, n_experts: int, n: int = 8) -> list[Rows]:
     return rows
 
 
-def recorded_rows(path: Path) -> list[Rows]:
-    with np.load(path) as file:
-        arrays = [np.ascontiguousarray(file[name], np.float32) for name in ("large", "base", "experts")]
-    return list(zip(*arrays, strict=True))
+def rows_of_family(family: str, n: int = 24) -> list[Rows]:
+    """Rows of `n` decoding steps of real models."""
+    rows = []
+    with FusedLlama.from_family(family, n_ctx=256) as llm:
+        members = [llm._ensemble.members[name] for name in ("large", "base", *llm.experts)]
+        for _ in llm.stream("Question: How much is 17 * 23?\nAnswer:", temperature=0.0, max_tokens=n):
+            large, base, *experts = (member.logits()[0, : llm.n_vocab].copy() for member in members)
+            rows.append((large, base, np.stack(experts)))
+    return rows
 
 
 def stepper(n_vocab: int, n_threads: int, search: str = "grid") -> Callable[[Rows], None]:
@@ -76,10 +80,10 @@ def medians(steps: list[Callable[[Rows], None]], rows: list[Rows], n_rounds: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=Path, help="recorded rows, .npz")
+    parser.add_argument("--family", help="take the rows from these models")
     parser.add_argument("--rounds", type=int, default=20, help="rounds over all rows")
     arguments = parser.parse_args()
-    rows = recorded_rows(arguments.rows) if arguments.rows else random_rows(151_936, 1)
+    rows = rows_of_family(arguments.family) if arguments.family else random_rows(151_936, 1)
     n_vocab = rows[0][0].size
 
     def loop(row: Rows) -> None:
