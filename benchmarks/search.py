@@ -2,7 +2,8 @@
 
     python benchmarks/search.py [--family FAMILY]
 
-The rows are random, or those of a family's own decoding steps. Timings interleave what they compare and are medians; each table says of how many.
+The rows are random, or those of a family's own decoding steps. Timings interleave what they compare and are medians;
+each table says of how many.
 """
 
 from __future__ import annotations
