@@ -27,7 +27,7 @@ def models_alone(family: str) -> None:
     from edge_dlf.llama import LlamaBackend, Model
 
     files = check_files(FamilySpec.load(family))
-    models = {info.path: Model(info.path) for info in files.models.values()}
+    models = {path: Model(path) for path in {info.path for info in files.models.values()}}
     members = [
         LlamaBackend(models[info.path], name, n_ctx=N_CTX, loras=files.loras.get(name, ()))
         for name, info in files.models.items()
