@@ -31,6 +31,11 @@ class Rows:
     base: Logits | None
     experts: tuple[Logits, ...]
 
+    def part(self, start: int, stop: int | None) -> Rows:
+        """Rows `start` to `stop` of every member."""
+        base = None if self.base is None else self.base[start:stop]
+        return Rows(self.primary[start:stop], base, tuple(expert[start:stop] for expert in self.experts))
+
 
 class Ensemble:
     """The members of a family by role name: "large", "base" and the experts' own names.
@@ -87,10 +92,20 @@ class Ensemble:
             n_evaluated = max(n_evaluated, len(tokens) - n_kept)
         return n_evaluated
 
-    def decode(self, roles: Roles, tokens: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """Append the same new tokens to every member of `roles`, one batch each."""
-        for name in roles.members:
-            self._append(name, tokens)
+    def decode(self, name: str, tokens: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Append new tokens to the member `name`, in one batch."""
+        self._append(name, tokens)
+
+    def n_held(self, name: str, seq: int) -> int:
+        """Tokens of `seq` that the member `name` has evaluated."""
+        return len(self._held[name].get(seq, ()))
+
+    def shorten(self, name: str, seq: int, n_tokens: int) -> None:
+        """Let the member `name` forget all of `seq` from position `n_tokens` on."""
+        held = self._held[name][seq]
+        if n_tokens < len(held):
+            self.members[name].trim(seq, n_tokens)
+            del held[n_tokens:]
 
     def rows(self, roles: Roles) -> Rows:
         """Rows of the last `prefill` or `decode`."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import FamilyError, VocabMismatchError
+from .errors import FamilyError, InvalidParameterError, VocabMismatchError
 from .family import ExpertSpec, FamilySpec
 from .gguf import GGUFInfo, check_lora_fits, read_info
 from .gguf_header import show
@@ -27,6 +27,19 @@ class FamilyFiles:
     models: Mapping[str, GGUFInfo]
     loras: Mapping[str, tuple[tuple[Path, float], ...]]
     n_vocab: int
+
+    def layers(self, n_gpu_layers: int | Mapping[str, int]) -> dict[str, int]:
+        """Layers to offload for each role; members that a mapping leaves out are offloaded whole.
+
+        Raises InvalidParameterError for a name that has no layers of its own.
+        """
+        if isinstance(n_gpu_layers, int):
+            return dict.fromkeys(self.models, n_gpu_layers)
+        if unknown := sorted(set(n_gpu_layers) - set(self.models)):
+            raise InvalidParameterError(f"n_gpu_layers names {unknown[0]!r}; the members are {', '.join(self.models)}")
+        if shared := sorted(set(n_gpu_layers) & set(self.loras)):
+            raise InvalidParameterError(f"n_gpu_layers names {shared[0]!r}, a LoRA that has its layers from the base")
+        return {name: n_gpu_layers.get(name, -1) for name in self.models}
 
 
 def check_files(spec: FamilySpec) -> FamilyFiles:

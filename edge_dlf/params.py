@@ -93,6 +93,16 @@ class SamplingParams:
         )
 
 
+MAX_DRAFT = 8
+"""Most tokens that are drafted at once."""
+
+
+def check_draft(draft: int | str) -> None:
+    """Raise InvalidParameterError unless `draft` is "auto", "off" or a number of tokens up to MAX_DRAFT."""
+    is_number = isinstance(draft, int) and not isinstance(draft, bool) and 0 <= draft <= MAX_DRAFT
+    _require(is_number or draft in ("auto", "off"), f"draft must be auto, off or 0 to {MAX_DRAFT}, not {draft!r}")
+
+
 @dataclass(frozen=True)
 class AlphaChoice:
     """Result of one α search: the pair (expert, α) and the quantities that it was chosen by.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ class Report:
     """What one request did, filled in while its tokens are consumed.
 
     n_prompt: tokens of the prompt. n_prefilled: those that were not in the KV cache yet, evaluated in prefill_s.
-    n_steps: decoding steps after it, in decode_s. finish_reason: None until the request has ended.
+    n_steps: decoding steps after it, which gave n_decoded tokens in decode_s. n_drafted, n_accepted: tokens that were
+    drafted, and those that were kept: as many steps were saved. finish_reason: None until the request has ended.
     prompt_tps, generation_tps: tokens a second of both parts; 0 where there were none.
     """
 
@@ -31,6 +32,9 @@ class Report:
     finish_reason: FinishReason | None = None
     n_generated: int = 0
     n_steps: int = 0
+    n_decoded: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
     n_prefilled: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -58,7 +62,7 @@ class Report:
 
     @property
     def generation_tps(self) -> float:
-        return self.n_steps / self.decode_s if self.decode_s else 0.0
+        return self.n_decoded / self.decode_s if self.decode_s else 0.0
 
     def usage(self) -> dict[str, Any]:
         return {
@@ -75,6 +79,8 @@ class Report:
             "expert_share": self.expert_share,
             "prompt_tps": self.prompt_tps,
             "generation_tps": self.generation_tps,
+            "n_drafted": self.n_drafted,
+            "n_accepted": self.n_accepted,
         }
 
 
@@ -103,16 +109,16 @@ class TokenStream(Iterator[Token]):
         self._generation = generation
         self._prompts = prompts
         self._is_current = is_current
-        self._tokens = self._run(max_tokens, TextStream(stop), piece, ends)
+        self._max_tokens = max_tokens
+        self._tokens = self._run(TextStream(stop), piece, ends)
 
     def __next__(self) -> Token:
         return next(self._tokens)
 
-    def _run(
-        self, max_tokens: int, text: TextStream, piece: Callable[[int], bytes], ends: Callable[[int], bool]
-    ) -> Iterator[Token]:
+    def _run(self, text: TextStream, piece: Callable[[int], bytes], ends: Callable[[int], bool]) -> Iterator[Token]:
         waiting: Token | None = None
-        for pick in self._picks():
+        picks = self._picks()
+        for pick in picks:
             if ends(pick.token):
                 self.report.finish_reason = "stop"
                 break
@@ -121,30 +127,44 @@ class TokenStream(Iterator[Token]):
             if waiting:
                 yield waiting
             waiting = token
-            if text.stopped or self.report.n_generated == max_tokens:
+            if text.stopped or self.report.n_generated == self._max_tokens:
                 self.report.finish_reason = "stop" if text.stopped else "length"
                 break
             if not text.holding:
                 yield waiting
                 waiting = None
+        picks.close()
         rest = text.finish()
         if waiting:
             yield dataclasses.replace(waiting, text=waiting.text + rest)
 
-    def _picks(self) -> Iterator[Pick]:
+    def _picks(self) -> Generator[Pick, None, None]:
         """Every pick of the generation, timed."""
-        report = self.report
+        report, generation = self.report, self._generation
         self._require_current()
         started = time.perf_counter()
-        pick, report.n_prefilled = self._decoder.start(self._generation, self._prompts)
+        pick, report.n_prefilled = self._decoder.start(generation, self._prompts)
         report.prefill_s = time.perf_counter() - started
+        yield pick
         while True:
-            yield pick
             self._require_current()
+            generation.n_most = self._max_tokens - report.n_generated
             started = time.perf_counter()
-            (pick,) = self._decoder.step([self._generation])
+            (picks,) = self._decoder.step([generation])
             report.decode_s += time.perf_counter() - started
             report.n_steps += 1
+            report.n_decoded += len(picks)
+            report.n_drafted, report.n_accepted = generation.n_drafted, generation.n_accepted
+            n_taken = 0
+            try:
+                for n_taken, pick in enumerate(picks, 1):
+                    if n_taken > 1:
+                        self._require_current()
+                    yield pick
+            finally:
+                # Whoever stops in the middle of a draft leaves no trace of the rest.
+                if n_taken < len(picks) and self._is_current():
+                    self._decoder.rewind(generation, len(generation.tokens) - len(picks) + n_taken)
 
     def _require_current(self) -> None:
         if not self._is_current():
@@ -156,4 +176,4 @@ class TokenStream(Iterator[Token]):
         t = max(range(len(pick.alphas)), key=pick.alphas.__getitem__, default=None)
         alpha = 0.0 if t is None else pick.alphas[t]
         expert = experts[t] if t is not None and alpha > 0 else None
-        return Token(pick.token, text, pick.logprob, alpha, expert, top_logprobs=pick.top_logprobs)
+        return Token(pick.token, text, pick.logprob, alpha, expert, pick.from_draft, pick.top_logprobs)

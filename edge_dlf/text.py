@@ -1,4 +1,4 @@
-"""From pieces of tokens to visible text: characters that span tokens, and stop strings that span tokens."""
+"""Between text and bytes: characters and stop strings that span tokens, and text that is no Unicode."""
 
 from __future__ import annotations
 
@@ -52,3 +52,11 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def to_bytes(text: str) -> bytes:
+    """UTF-8; bytes that the terminal passed on undecoded come back as they were, lone surrogates as U+FFFD."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")

@@ -14,7 +14,7 @@ class FakeBackend:
 
     Keeps `calls` as (name, arguments) and fails on any use that llama.cpp would punish. fail_at: calls of `prefill` or
     `decode` until one raises KeyboardInterrupt after the cache has grown, as Ctrl-C does. poison: (token, value) puts
-    `value` into every row after a text that ends in `token`.
+    `value` into every row after a text that ends in `token`. common: share of each row that all members have alike.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class FakeBackend:
         self.calls: list[tuple[str, object]] = []
         self.fail_at: int | None = None
         self.poison: tuple[int, float] | None = None
+        self.common = 0.0
         self.n_evaluated = 0
         self.closed = False
         self._past = dict.fromkeys(self.cache, 0)
@@ -41,7 +42,11 @@ class FakeBackend:
     def row(self, text: Sequence[int]) -> Logits:
         """Logits after `text`, (n_vocab,)."""
         generator = np.random.default_rng([self.seed, *text])
-        row = (self.scale * generator.standard_normal(self.n_vocab)).astype(np.float32)
+        row = self.scale * generator.standard_normal(self.n_vocab)
+        if self.common:
+            shared = np.random.default_rng([7, *text]).standard_normal(1000)[: self.n_vocab]
+            row = (1 - self.common) * row + self.common * self.scale * shared
+        row = row.astype(np.float32)
         if self.poison and text and text[-1] == self.poison[0]:
             row[7] = self.poison[1]
         return row

@@ -42,6 +42,7 @@ class FakeStream(Iterator[Token]):
         report.add(token, [alpha if expert == name else 0.0 for expert in report.experts])
         if report.n_generated > 1:
             report.n_steps += 1
+            report.n_decoded += 1
             report.decode_s += 0.1
         if report.n_generated == self._max_tokens:
             report.finish_reason = "length"

@@ -74,6 +74,38 @@ def test_streaming_and_not_give_the_same_text(tiny_llm: FusedLlama, method: str)
     assert whole["usage"]["prompt_tokens"] == len(tiny_llm.tokenize(PROMPT))
 
 
+@pytest.mark.parametrize("draft", [1, 3, 8, "auto"])
+@pytest.mark.parametrize("method", ["dynamic", "static", "large", "tuned"])
+def test_drafting_changes_no_token_but_at_near_ties(tiny_llm: FusedLlama, method: str, draft: int | str) -> None:
+    for prompt in (PROMPT, "The cat", "1 2 3 1 2 3 1 2"):
+        settings = {"max_tokens": 40, "method": method, "top_logprobs": 2}
+        plain = list(tiny_llm.stream(prompt, **settings))
+        stream = tiny_llm.stream(prompt, draft=draft, **settings)
+        for ours, theirs in zip(stream, plain, strict=False):
+            if ours.id != theirs.id:
+                first, second = (logprob for _, logprob in theirs.top_logprobs)
+                assert first - second < 0.1  # within what llama.cpp rounds batches by
+                break
+        if draft != "auto" and method != "tuned":
+            assert stream.report.n_drafted > 0
+
+
+def test_a_stop_amid_a_draft_leaves_every_member_at_the_text_shown(tiny_llm: FusedLlama) -> None:
+    whole = text(tiny_llm.create_completion("The cat", max_tokens=40))
+    stream = tiny_llm.stream("The cat", max_tokens=40, stop=whole[5:7], draft=8)
+    shown = list(stream)
+    n_prompt = stream.report.n_prompt
+    assert {tiny_llm._ensemble.n_held(name, 0) for name in tiny_llm._ensemble.members} == {n_prompt + len(shown) - 1}
+    for name, member in tiny_llm._ensemble.members.items():
+        assert member.n_past(0) == tiny_llm._ensemble.n_held(name, 0)
+
+
+@pytest.mark.parametrize("draft", [9, -1, "fast", True])
+def test_a_draft_that_cannot_be(tiny_llm: FusedLlama, draft: object) -> None:
+    with pytest.raises(InvalidParameterError, match="draft must be auto, off or 0 to 8"):
+        tiny_llm.create_completion(PROMPT, draft=draft)
+
+
 def test_methods_differ(tiny_llm: FusedLlama) -> None:
     methods = ("dynamic", "large", "base", "lora", "tuned")
     texts = {method: text(tiny_llm.create_completion(PROMPT, max_tokens=24, method=method)) for method in methods}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,14 @@ def family(n_experts: int = 2, **settings: Any) -> dict[str, FakeBackend]:
     return {name: FakeBackend(seed, N_VOCAB + 3 * seed, **settings) for seed, name in enumerate(names)}
 
 
+def alike(n_experts: int, agreement: float) -> dict[str, FakeBackend]:
+    """A family whose rows are a common part, and the rest of them each member's own."""
+    members = family(n_experts)
+    for member in members.values():
+        member.common = agreement
+    return members
+
+
 def generate(
     members: Mapping[str, FakeBackend],
     prompt: list[int],
@@ -40,7 +49,8 @@ def generate(
     pick, _ = decoder.start(generation, {**dict.fromkeys(members, prompt), **(prompts or {})})
     picks = [pick]
     while len(picks) < n_tokens:
-        picks += decoder.step([generation])
+        generation.n_most = n_tokens - len(picks)
+        picks += decoder.step([generation])[0]
     return picks
 
 
@@ -139,8 +149,8 @@ def test_sequences_decoded_together_equal_each_alone() -> None:
     together = [Generation(seq, roles, fusion, sampling) for seq, sampling in enumerate(samplings)]
     picks = [[decoder.start(g, dict.fromkeys(roles.members, p))[0]] for g, p in zip(together, starts, strict=True)]
     for _ in range(14):
-        for mine, pick in zip(picks, decoder.step(together), strict=True):
-            mine.append(pick)
+        for mine, new in zip(picks, decoder.step(together), strict=True):
+            mine += new
     assert [[pick.token for pick in mine] for mine in picks] == [[pick.token for pick in mine] for mine in alone]
 
 
@@ -164,3 +174,31 @@ def test_a_single_member_that_returns_inf_is_named() -> None:
     members["e1"].poison = (2, float("inf"))
     with pytest.raises(NonFiniteLogitsError, match=r"^e1 returned \+inf"):
         generate(members, [1, 2], 3, FusionParams(method="e1"), SamplingParams(temperature=0.0))
+
+
+SAMPLINGS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "penalties": SamplingParams(temperature=0.0, repeat_penalty=1.5, frequency_penalty=0.3, repeat_last_n=6),
+    "filters": SamplingParams(temperature=0.8, seed=5),
+    "hot": SamplingParams(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=6, presence_penalty=0.5),
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("method", ["dynamic", "static", "large", "base", "e0"])
+@pytest.mark.parametrize("n_experts", [1, 2, 3])
+def test_drafting_changes_no_token(n_experts: int, method: str, sampling: SamplingParams) -> None:
+    """For every length, and for members that agree never, sometimes and often."""
+    sampling = dataclasses.replace(sampling, seed=sampling.seed or 1)
+    fusion = FusionParams(method=method, alpha=0.9)
+    for agreement in (0.0, 0.7, 1.0):
+        plain_picks = generate(alike(n_experts, agreement), [1, 2], 30, fusion, sampling)
+        for n_draft in (None, 1, 2, 3, 5, 8):
+            members = alike(n_experts, agreement)
+            picks = generate(members, [1, 2], 30, fusion, sampling, n_draft=n_draft)
+            assert [pick.token for pick in picks] == [pick.token for pick in plain_picks]
+            assert [pick.alphas for pick in picks] == [pick.alphas for pick in plain_picks]
+            np.testing.assert_allclose([p.logprob for p in picks], [p.logprob for p in plain_picks], atol=1e-5)
+            text = [1, 2, *(pick.token for pick in picks)]
+            for name in {"dynamic": members, "static": members}.get(method, [method]):
+                assert members[name].cache[0] == text[:-1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edge_dlf import ContextOverflowError, FusionParams, InvalidParameterError
-from edge_dlf.ensemble import Ensemble
+from edge_dlf.ensemble import Ensemble, Roles
 
 from .fake_backend import FakeBackend
 
@@ -18,6 +18,11 @@ def family(**settings: bool) -> tuple[Ensemble, dict[str, FakeBackend]]:
 
 def prompts(tokens: list[int], *names: str) -> dict[str, list[int]]:
     return dict.fromkeys(names or ("large", "base", "maths", "law"), tokens)
+
+
+def decode(ensemble: Ensemble, roles: Roles, tokens: list[tuple[int, list[int]]]) -> None:
+    for name in roles.members:
+        ensemble.decode(name, tokens)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +58,7 @@ def test_rows_are_those_of_each_member_after_the_same_text() -> None:
     ensemble, members = family()
     roles = ensemble.roles(FusionParams())
     ensemble.prefill(0, prompts([1, 2, 3]))
-    ensemble.decode(roles, [(0, [4])])
+    decode(ensemble, roles, [(0, [4])])
     rows = ensemble.rows(roles)
     np.testing.assert_array_equal(rows.primary[0], members["large"].row([1, 2, 3, 4]))
     np.testing.assert_array_equal(rows.experts[1][0], members["law"].row([1, 2, 3, 4]))
@@ -78,7 +83,7 @@ def test_a_member_that_sat_out_catches_up() -> None:
     ensemble, members = family()
     large = ensemble.roles(FusionParams(method="large"))
     ensemble.prefill(0, prompts([1, 2], "large"))
-    ensemble.decode(large, [(0, [3])])
+    decode(ensemble, large, [(0, [3])])
     assert ensemble.prefill(0, prompts([1, 2, 3, 4])) == 4
     assert members["large"].calls[-1] == ("prefill", (0, [4]))
     assert members["law"].calls == [("prefill", (0, [1, 2, 3, 4]))]
@@ -101,7 +106,7 @@ def test_an_interrupt_leaves_caches_that_the_next_request_puts_right(during: str
     members["maths"].fail_at = 0
     interrupted = {
         "prefill": lambda: ensemble.prefill(0, prompts([1, 2, 3, 4, 5])),
-        "decode": lambda: ensemble.decode(roles, [(0, [4])]),
+        "decode": lambda: decode(ensemble, roles, [(0, [4])]),
     }
     with pytest.raises(KeyboardInterrupt):
         interrupted[during]()
@@ -123,7 +128,7 @@ def test_sequences_are_kept_apart() -> None:
     roles = ensemble.roles(FusionParams(method="large"))
     ensemble.prefill(0, prompts([1, 2], "large"))
     ensemble.prefill(1, prompts([5], "large"))
-    ensemble.decode(roles, [(0, [3]), (1, [6])])
+    decode(ensemble, roles, [(0, [3]), (1, [6])])
     rows = ensemble.rows(roles).primary
     np.testing.assert_array_equal(rows[0], members["large"].row([1, 2, 3]))
     np.testing.assert_array_equal(rows[1], members["large"].row([5, 6]))

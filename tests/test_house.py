@@ -26,6 +26,8 @@ LEVELS = {
     "gguf": 4,
     "llama": 3,
     "ensemble": 3,
+    "draft": 3,
+    "pace": 0,
     "decode": 4,
     "files": 5,
     "stream": 5,

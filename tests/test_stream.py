@@ -27,8 +27,11 @@ class ScriptedDecoder(Decoder):
     def start(self, generation: Any, prompts: Any) -> tuple[Pick, int]:
         return self._next(), 3
 
-    def step(self, generations: Any) -> list[Pick]:
-        return [self._next()]
+    def step(self, generations: Any) -> list[list[Pick]]:
+        return [[self._next()]]
+
+    def rewind(self, generation: Any, n_tokens: int) -> None:
+        pass
 
 
 class OneExpert:

@@ -151,6 +151,11 @@ def _stats(session: Session, _: str) -> None:
             f"{last.prompt_tps:.1f} tokens/s · {last.n_generated} tokens at {last.generation_tps:.1f} tokens/s · "
             f"context {used / session.llm.n_ctx:.0%} used"
         )
+        if last.n_drafted:
+            say(
+                f"drafted {last.n_drafted} tokens, {last.n_accepted} accepted: {last.n_steps} steps in place of "
+                f"{last.n_steps + last.n_accepted}"
+            )
 
 
 COMMANDS = {

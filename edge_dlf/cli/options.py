@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from ..errors import InvalidParameterError
 from ..params import SEARCHES
-from .settings import DEFAULTS, check, parse_numbers, show
+from .settings import DEFAULTS, check, parse, parse_numbers, show
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
@@ -122,6 +122,15 @@ class _Expert(click.ParamType):  # type: ignore[type-arg]
         return name, Path(file).expanduser()
 
 
+class _Draft(click.ParamType):  # type: ignore[type-arg]
+    """auto, off or a number."""
+
+    name = "auto|off|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return parse("draft", value) if isinstance(value, str) else value
+
+
 class _StopString(click.ParamType):  # type: ignore[type-arg]
     """A text; in the environment just one."""
 
@@ -158,6 +167,7 @@ _SETTINGS: Sequence[Decorator] = (
     _setting("--min-p", float, "Least probability, relative to the likeliest token."),
     _setting("--repeat-penalty", float, "Penalty on recent tokens; 1 for none."),
     _setting("--seed", int, "Makes runs repeat [a new one each time]."),
+    _setting("--draft", _Draft(), "Tokens that an expert runs ahead at each step: a number, auto or off."),
     click.option("--stop", type=_StopString(), multiple=True, help="Text that ends the answer. Repeatable."),
     click.option("--system", help="System prompt."),
 )

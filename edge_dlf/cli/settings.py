@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import InvalidParameterError
-from ..params import METHODS, FusionParams, SamplingParams
+from ..params import METHODS, FusionParams, SamplingParams, check_draft
 
 _FUSION = {field.name: field.default for field in dataclasses.fields(FusionParams)}
 _SAMPLING = {field.name: field.default for field in dataclasses.fields(SamplingParams) if field.name != "logit_bias"}
 
-DEFAULTS: Mapping[str, Any] = {**_FUSION, **_SAMPLING, "max_tokens": None, "stop": None}
+DEFAULTS: Mapping[str, Any] = {**_FUSION, **_SAMPLING, "max_tokens": None, "stop": None, "draft": "off"}
 """Every setting that can be typed, and the value it has where neither the user nor the family gives one."""
 
 _COUNTS = {"seed", "max_tokens"}
@@ -27,6 +27,8 @@ def parse(name: str, text: str) -> Any:
         return parse_numbers(text, float)
     if name == "stop":
         return (text,)
+    if name == "draft":
+        return int(text) if text.isascii() and text.isdigit() else text
     kind = int if name in _COUNTS else type(DEFAULTS[name])
     try:
         return kind(text)
@@ -70,6 +72,7 @@ def check(settings: Mapping[str, Any], experts: Sequence[str]) -> None:
     alpha = settings.get("alpha")
     if isinstance(alpha, Mapping) and (unknown := [name for name in alpha if name not in experts]):
         raise InvalidParameterError(f"alpha names {unknown[0]!r}; the experts are {', '.join(experts)}")
+    check_draft(settings.get("draft", 0))
     max_tokens = settings.get("max_tokens")
     if max_tokens is not None and max_tokens < 1:
         raise InvalidParameterError(f"max_tokens must be 1 or more, not {max_tokens}")

@@ -1,0 +1,213 @@
+"""One context over a model: a member of the ensemble."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as lib
+import numpy as np
+import psutil
+
+from ..backend import Logits
+from ..errors import (
+    ContextOverflowError,
+    DecodeError,
+    InvalidParameterError,
+    LoadError,
+    OutOfMemoryError,
+    RequestInterruptedError,
+)
+from .model import Model
+from .runtime import Interrupt, default_n_threads, initialise
+
+N_UBATCH = 512
+"""Tokens that one prefill batch evaluates at most."""
+
+CACHE_TYPES: Mapping[str, tuple[int, float]] = {
+    "f32": (lib.GGML_TYPE_F32, 4),
+    "f16": (lib.GGML_TYPE_F16, 2),
+    "bf16": (30, 2),  # GGML_TYPE_BF16, which llama_cpp does not name
+    "q8_0": (lib.GGML_TYPE_Q8_0, 34 / 32),
+    "q5_1": (lib.GGML_TYPE_Q5_1, 24 / 32),
+    "q5_0": (lib.GGML_TYPE_Q5_0, 22 / 32),
+    "q4_1": (lib.GGML_TYPE_Q4_1, 20 / 32),
+    "q4_0": (lib.GGML_TYPE_Q4_0, 18 / 32),
+    "iq4_nl": (lib.GGML_TYPE_IQ4_NL, 18 / 32),
+}
+"""Types of a KV cache: ggml's number, bytes a value."""
+
+_MAX_POSITIONS = 2**31 - 1
+
+
+def _require_memory(model: Model, name: str, n_cells: int, type_k: str | None, type_v: str | None) -> None:
+    """Raise OutOfMemoryError where a KV cache of `n_cells` cannot fit into the free memory: the process would be killed
+    while it fills the cache. A GPU's memory is its backend's to check."""
+    if lib.llama_supports_gpu_offload():
+        return
+    cell_bytes = model.n_kv_values * sum(CACHE_TYPES[kind or "f16"][1] for kind in (type_k, type_v))
+    free = psutil.virtual_memory().available
+    if n_cells * cell_bytes > free:
+        raise OutOfMemoryError(
+            f"{name}: a context of {n_cells} tokens needs {n_cells * cell_bytes / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free; {int(free / cell_bytes)} tokens would fit"
+        )
+
+
+class LlamaBackend:
+    """One context over a model: a `Backend` whose rows lie in llama.cpp's own output buffer.
+
+    name: role of the member, for errors. n_ctx: positions for each of n_seq_max sequences. n_rows: rows of logits
+    that one `decode` may ask for; llama.cpp reserves n_rows x width, never n_ctx x width.
+    loras: (file, scale) pairs added to the weights. interrupt: stops what is evaluated. type_k, type_v: names from
+    CACHE_TYPES.
+    Raises ModelFileError for an adapter that does not fit, OutOfMemoryError where memory does not suffice, LoadError
+    where llama.cpp refuses the settings for this model.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        *,
+        n_ctx: int,
+        n_seq_max: int = 1,
+        n_rows: int = 16,
+        n_threads: int | None = None,
+        type_k: str | None = None,
+        type_v: str | None = None,
+        loras: Sequence[tuple[Path, float]] = (),
+        interrupt: Interrupt | None = None,
+    ) -> None:
+        log = initialise()
+        for cache_type in (type_k, type_v):
+            if cache_type is not None and cache_type not in CACHE_TYPES:
+                raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {cache_type!r}")
+        if not 1 <= n_ctx <= _MAX_POSITIONS // n_seq_max:
+            raise InvalidParameterError(f"n_ctx must lie in 1 to {_MAX_POSITIONS // n_seq_max}, not {n_ctx}")
+        _require_memory(model, name, n_ctx * n_seq_max, type_k, type_v)
+        self.name = name
+        self.model = model
+        self.loras = tuple(loras)
+        self.n_ctx = n_ctx
+        self.n_seq_max = n_seq_max
+        self.can_trim = model.can_trim
+        self._n_rows = max(n_rows, n_seq_max)
+        params = lib.llama_context_default_params()
+        params.n_ctx = n_ctx * n_seq_max
+        params.n_batch = params.n_ubatch = N_UBATCH
+        params.n_seq_max = n_seq_max
+        params.n_outputs_max = self._n_rows
+        params.n_threads = params.n_threads_batch = n_threads or default_n_threads()
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_AUTO
+        params.type_k, _ = CACHE_TYPES[type_k or "f16"]
+        params.type_v, _ = CACHE_TYPES[type_v or "f16"]
+        params.no_perf = True
+        self._interrupt = interrupt or Interrupt()
+        params.abort_callback = self._interrupt.asked
+        params.abort_callback_data = self._interrupt.address
+        adapters = [(model.adapter(path), scale) for path, scale in loras]
+        with log.listening():
+            self._ctx = lib.llama_init_from_model(model.handle, params)
+        if not self._ctx:
+            if log.says_memory():
+                raise OutOfMemoryError(f"{name}: no memory for a context of {n_ctx} tokens ({log.reason()})")
+            raise LoadError(f"{name}: llama.cpp cannot make a context of {n_ctx} tokens ({log.reason()})")
+        if adapters:
+            handles: Any = (lib.llama_adapter_lora_p_ctypes * len(adapters))(*[handle for handle, _ in adapters])
+            scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+            lib.llama_set_adapters_lora(self._ctx, handles, len(adapters), scales)
+        self._memory = lib.llama_get_memory(self._ctx)
+        self._n_past = [0] * n_seq_max
+        self._n_logits = 0
+        self._allocate_batch()
+
+    def _allocate_batch(self) -> None:
+        """One `llama_batch` over arrays of ours, reused for every call."""
+        size = N_UBATCH
+        self._token = np.zeros(size, np.int32)
+        self._pos = np.zeros(size, np.int32)
+        self._seq_id = np.zeros(size, np.int32)
+        self._wanted = np.zeros(size, np.int8)
+        self._n_seq_id = np.ones(size, np.int32)
+        self._seq_ids = self._seq_id.ctypes.data + 4 * np.arange(size, dtype=np.uintp)
+        self._batch = lib.llama_batch(
+            n_tokens=0,
+            token=self._token.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            embd=None,
+            pos=self._pos.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            n_seq_id=self._n_seq_id.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._seq_ids.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+            logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def prefill(self, seq: int, tokens: Sequence[int]) -> None:
+        self._require_room(seq, len(tokens))
+        for start in range(0, len(tokens), N_UBATCH):
+            chunk = tokens[start : start + N_UBATCH]
+            self._fill(0, seq, chunk, wanted=0)
+            last = start + len(chunk) == len(tokens)
+            self._wanted[len(chunk) - 1] = last
+            self._run(len(chunk), n_logits=int(last))
+            self._n_past[seq] += len(chunk)
+
+    def decode(self, tokens: Sequence[tuple[int, Sequence[int]]]) -> None:
+        n_rows = sum(len(ids) for _, ids in tokens)
+        if n_rows > self._n_rows:
+            raise InvalidParameterError(f"{self.name}: {n_rows} rows in one decode, {self._n_rows} were reserved")
+        start = 0
+        for seq, ids in tokens:
+            self._require_room(seq, len(ids))
+            self._fill(start, seq, ids, wanted=1)
+            start += len(ids)
+        self._run(n_rows, n_logits=n_rows)
+        for seq, ids in tokens:
+            self._n_past[seq] += len(ids)
+
+    def _require_room(self, seq: int, n_tokens: int) -> None:
+        if self._n_past[seq] + n_tokens > self.n_ctx:
+            raise ContextOverflowError(
+                f"{self.name}: {self._n_past[seq]} tokens and {n_tokens} more exceed its context of {self.n_ctx}"
+            )
+
+    def _fill(self, start: int, seq: int, tokens: Sequence[int], *, wanted: int) -> None:
+        stop = start + len(tokens)
+        self._token[start:stop] = tokens
+        self._pos[start:stop] = range(self._n_past[seq], self._n_past[seq] + len(tokens))
+        self._seq_id[start:stop] = seq
+        self._wanted[start:stop] = wanted
+
+    def _run(self, n_tokens: int, n_logits: int) -> None:
+        self._interrupt.check()
+        self._n_logits = 0
+        self._batch.n_tokens = n_tokens
+        code = lib.llama_decode(self._ctx, self._batch)
+        if code == 1:
+            raise ContextOverflowError(f"{self.name}: no free KV cells for {n_tokens} more tokens")
+        if code == 2:
+            raise RequestInterruptedError(f"{self.name}: interrupted while it evaluated {n_tokens} tokens")
+        if code == -2:
+            raise OutOfMemoryError(f"{self.name}: no memory to evaluate {n_tokens} tokens")
+        if code != 0:
+            raise DecodeError(f"{self.name}: llama_decode failed with code {code}")
+        self._n_logits = n_logits
+
+    def logits(self) -> Logits:
+        # Rows lie one after the other in batch order; asking for any of them waits for the GPU.
+        row = lib.llama_get_logits_ith(self._ctx, -self._n_logits)
+        return np.ctypeslib.as_array(row, shape=(self._n_logits, self.model.n_vocab))
+
+    def n_past(self, seq: int) -> int:
+        return self._n_past[seq]
+
+    def trim(self, seq: int, n_past: int) -> None:
+        if not lib.llama_memory_seq_rm(self._memory, seq, n_past, -1):
+            raise DecodeError(f"{self.name}: this model cannot forget part of a text")
+        self._n_past[seq] = n_past
+
+    def close(self) -> None:
+        if self._ctx:
+            lib.llama_free(self._ctx)
+            self._ctx = None

@@ -1,0 +1,121 @@
+"""Weights and vocabulary of one GGUF."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as lib
+
+from ..errors import InvalidParameterError, ModelFileError, OutOfMemoryError
+from .runtime import amx_crashes, initialise
+
+
+class Model:
+    """Weights and vocabulary of one GGUF, memory-mapped where the system can.
+
+    path: the first shard where the model is split. n_gpu_layers: layers to offload; -1 is all of them.
+    Raises ModelFileError or OutOfMemoryError.
+    """
+
+    def __init__(self, path: Path, n_gpu_layers: int = -1) -> None:
+        log = initialise()
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        params.use_extra_bufts = not amx_crashes()
+        self.path = path
+        self._adapters: dict[Path, Any] = {}
+        with log.listening():
+            self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.handle:
+            if log.says_memory():
+                raise OutOfMemoryError(f"{path}: not enough memory for its weights ({log.reason()})")
+            raise ModelFileError(path, f"llama.cpp cannot load it ({log.reason()})")
+        self._vocab = lib.llama_model_get_vocab(self.handle)
+        self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
+        self.n_ctx_train: int = lib.llama_model_n_ctx_train(self.handle)
+
+    @property
+    def can_trim(self) -> bool:
+        """Whether the KV cache can be rolled back; recurrent and hybrid models keep a state that cannot."""
+        return not (lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
+
+    @property
+    def n_kv_values(self) -> int:
+        """Keys (as many values again) that one position holds over all layers; 0 for a model without a KV cache."""
+        n_head = max(lib.llama_model_n_head(self.handle), 1)
+        n_kv = lib.llama_model_n_head_kv(self.handle) * lib.llama_model_n_embd(self.handle) // n_head
+        return int(n_kv * lib.llama_model_n_layer(self.handle))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja template of the model's file."""
+        template = lib.llama_model_chat_template(self.handle, None)
+        return template.decode("utf-8", "replace") if template else None
+
+    @property
+    def bos(self) -> int | None:
+        """The token that begins a text, where the vocabulary has one."""
+        token = lib.llama_vocab_bos(self._vocab)
+        return token if token >= 0 else None
+
+    @property
+    def eos(self) -> int | None:
+        """The token that ends a text, where the vocabulary has one."""
+        token = lib.llama_vocab_eos(self._vocab)
+        return token if token >= 0 else None
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the model expects its BOS token before every text."""
+        return bool(lib.llama_vocab_get_add_bos(self._vocab)) and self.bos is not None
+
+    def is_eog(self, token: int) -> bool:
+        """Whether `token` ends generation."""
+        return bool(lib.llama_vocab_is_eog(self._vocab, token))
+
+    def control_tokens(self) -> list[int]:
+        """Every control token, which text from a user must never become."""
+        is_control = lib.llama_vocab_is_control
+        return [token for token in range(self.n_vocab) if is_control(self._vocab, token)]
+
+    def tokenize(self, text: bytes, *, special: bool) -> list[int]:
+        """Token ids of `text`, with no BOS added; `special` reads the names of control tokens as these tokens."""
+        size = len(text) + 8
+        while True:
+            tokens = (lib.llama_token * size)()
+            n_tokens = lib.llama_tokenize(self._vocab, text, len(text), tokens, size, False, special)
+            if n_tokens >= 0:
+                return list(tokens[:n_tokens])
+            if n_tokens == -(2**31):
+                raise InvalidParameterError("the text has more tokens than llama.cpp can count")
+            size = -n_tokens
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """Bytes of `token`; control tokens are empty unless `special`."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n_bytes = lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            if n_bytes >= 0:
+                return buffer.raw[:n_bytes]
+            size = -n_bytes
+
+    def adapter(self, path: Path) -> Any:
+        """Handle of the LoRA adapter in `path`, loaded once; it lives as long as the model."""
+        if path not in self._adapters:
+            log = initialise()
+            with log.listening():
+                handle = lib.llama_adapter_lora_init(self.handle, os.fsencode(path))
+            if not handle:
+                raise ModelFileError(path, f"not a LoRA adapter for {self.path.name} ({log.reason()})")
+            self._adapters[path] = handle
+        return self._adapters[path]
+
+    def close(self) -> None:
+        """Free weights and adapters; every context over the model must be closed before."""
+        if self.handle:
+            lib.llama_model_free(self.handle)
+            self.handle = None

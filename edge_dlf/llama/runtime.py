@@ -1,0 +1,122 @@
+"""llama.cpp as one per process: its initialisation, its logger, what this build can do, and how it is interrupted."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import llama_cpp as lib
+import psutil
+
+from ..errors import RequestInterruptedError
+
+logger = logging.getLogger(__name__)
+
+AMX_NOTICE = (
+    "AMX is off, for it crashes in this build of llama.cpp; that can cost a quarter of the speed. To rebuild: "
+    "CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON "
+    "-DGGML_AVX512_BF16=ON' pip install --force-reinstall --no-cache-dir --no-deps "
+    f"llama-cpp-python=={lib.__version__}"
+)
+
+_LIBC = ctypes.CDLL(None)
+_ALLOCATION_FAILURES = ("alloc", "out of memory", "failed to fit", "cudaMalloc")
+
+
+class Log:
+    """llama.cpp's one global logger. While `listening`, its complaints are kept to explain a failure; otherwise they go
+    to a C function that ignores them: in a Python callback a pending KeyboardInterrupt would be raised, and lost.
+    """
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=32)
+        self._listen = lib.llama_log_callback(self._keep)
+        self._ignore = ctypes.cast(_LIBC.abs, lib.llama_log_callback)
+        lib.llama_log_set(self._ignore, ctypes.c_void_p(0))
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Keep what llama.cpp complains of meanwhile; what was kept before is dropped."""
+        self._lines.clear()
+        lib.llama_log_set(self._listen, ctypes.c_void_p(0))
+        try:
+            yield
+        finally:
+            lib.llama_log_set(self._ignore, ctypes.c_void_p(0))
+
+    def _keep(self, level: int, text: bytes, _: object) -> None:
+        if level >= 3:  # GGML_LOG_LEVEL_WARN
+            line = text.decode("utf-8", "replace").strip()
+            if line.strip("."):
+                self._lines.append(line)
+
+    def reason(self) -> str:
+        """The first complaint, without the C function's name: later ones only follow from it."""
+        line = next(iter(self._lines), "llama.cpp gave no reason")
+        head, _, tail = line.partition(": ")
+        return " ".join((tail if tail and " " not in head else line).split())
+
+    def says_memory(self) -> bool:
+        return any(word in line for line in self._lines for word in _ALLOCATION_FAILURES)
+
+
+_log: Log | None = None
+_log_lock = threading.Lock()
+
+
+def initialise() -> Log:
+    """Initialise llama.cpp once in this process and take over its logger."""
+    global _log
+    with _log_lock:
+        if _log is None:
+            _log = Log()
+            lib.llama_backend_init()
+            if amx_crashes():
+                logger.warning(AMX_NOTICE)
+        return _log
+
+
+class Interrupt:
+    """A flag that stops what contexts evaluate, on the CPU within milliseconds and elsewhere before the next batch.
+
+    llama.cpp asks at every node of a graph whether to abort. Asking Python would take the GIL a thousand times a step,
+    so it asks libc: strlen of this buffer is 0, "go on", or 1.
+    """
+
+    asked = ctypes.cast(_LIBC.strlen, lib.ggml_abort_callback)
+
+    def __init__(self) -> None:
+        self._text = ctypes.create_string_buffer(2)
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._text)
+
+    def set(self) -> None:
+        """Stop; may be called from any thread."""
+        self._text[0] = b"\1"
+
+    def clear(self) -> None:
+        """Go on."""
+        self._text[0] = b"\0"
+
+    def check(self) -> None:
+        """Raise RequestInterruptedError if set."""
+        if self._text.value:
+            raise RequestInterruptedError("the request was interrupted")
+
+
+def amx_crashes() -> bool:
+    """Whether this build of llama.cpp holds the AMX kernels that crash on quantized weights."""
+    return b"AMX_INT8 = 1" in lib.llama_print_system_info()
+
+
+def default_n_threads() -> int:
+    """Physical cores that this process may run on."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or usable, usable))
