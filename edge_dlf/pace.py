@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from statistics import median
 
 _SLOPE = 0.15
-"""Guess for what one more token in a batch costs, relative to a batch of one, until it has been measured: a low one, for
-a length that is never tried is never measured."""
+"""Guess for what one more token in a batch costs, relative to a batch of one, until it has been measured: a low one,
+since a length that is never tried is never measured."""
 _MEMORY = 12
 """Timings of one member at one batch size that count."""
 _DECAY = 0.97
