@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from .backend import Backend, Logits
 from .errors import ContextOverflowError, InvalidParameterError
@@ -88,13 +89,14 @@ class Ensemble:
                 n_kept = 0
             member.trim(seq, n_kept)
             self._held[name][seq] = list(tokens[:n_kept])
-            self._append(name, [(seq, tokens[n_kept:])], prefill=True)
-            n_evaluated = max(n_evaluated, len(tokens) - n_kept)
+            rest = tokens[n_kept:]
+            self._append(name, [(seq, rest)], partial(member.prefill, seq, rest))
+            n_evaluated = max(n_evaluated, len(rest))
         return n_evaluated
 
     def decode(self, name: str, tokens: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Append new tokens to the member `name`, in one batch."""
-        self._append(name, tokens)
+        self._append(name, tokens, partial(self.members[name].decode, tokens))
 
     def n_held(self, name: str, seq: int) -> int:
         """Tokens of `seq` that the member `name` has evaluated."""
@@ -115,17 +117,13 @@ class Ensemble:
             tuple(self.members[name].logits() for name in roles.experts),
         )
 
-    def _append(self, name: str, tokens: Sequence[tuple[int, Sequence[int]]], *, prefill: bool = False) -> None:
-        member = self.members[name]
+    def _append(self, name: str, tokens: Sequence[tuple[int, Sequence[int]]], evaluate: Callable[[], None]) -> None:
+        """Call `evaluate`, by which the member `name` appends `tokens`, and keep account of what it holds."""
         before = {seq: self._held[name].pop(seq) for seq, _ in tokens}
-        if member.can_trim:
+        if self.members[name].can_trim:
             # An interrupt may strike after the member's cache has grown; the next prefill trims it back to this.
             self._held[name].update(before)
-        if prefill:
-            ((seq, ids),) = tokens
-            member.prefill(seq, ids)
-        else:
-            member.decode(tokens)
+        evaluate()
         for seq, ids in tokens:
             before[seq].extend(ids)
         self._held[name].update(before)

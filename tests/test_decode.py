@@ -202,3 +202,24 @@ def test_drafting_changes_no_token(n_experts: int, method: str, sampling: Sampli
             text = [1, 2, *(pick.token for pick in picks)]
             for name in {"dynamic": members, "static": members}.get(method, [method]):
                 assert members[name].cache[0] == text[:-1]
+
+
+@pytest.mark.parametrize("n_taken", [1, 2, 3])
+def test_a_step_of_several_picks_can_be_taken_back_in_part(n_taken: int) -> None:
+    fusion, sampling = FusionParams(), SamplingParams(temperature=0.0)
+    expected = [pick.token for pick in generate(alike(2, 1.0), [1, 2], 12, fusion, sampling)]
+    members = alike(2, 1.0)
+    ensemble = Ensemble(members, N_VOCAB)
+    decoder = Decoder(ensemble, Fuser(N_VOCAB))
+    generation = Generation(0, ensemble.roles(fusion), fusion, sampling, n_draft=3)
+    decoder.start(generation, {name: [1, 2] for name in members})
+    (picks,) = decoder.step([generation])
+    assert [pick.from_draft for pick in picks] == [True, True, True, False]
+    decoder.rewind(generation, 3 + n_taken)
+    text = [1, 2, *expected]
+    assert generation.tokens == text[: 3 + n_taken]
+    for member in members.values():
+        assert member.cache[0] == text[: 2 + n_taken]
+    while len(generation.tokens) < len(text):
+        decoder.step([generation])
+    assert generation.tokens[: len(text)] == text
