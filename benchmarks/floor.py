@@ -14,7 +14,8 @@ import time
 from statistics import median
 
 from edge_dlf import FusedLlama, FusionParams, SamplingParams
-from edge_dlf.decode import Decoder, Generation
+from edge_dlf.backend import Run
+from edge_dlf.decode import Generation
 
 Times = dict[str, float]
 TEXT = "The quick brown fox jumps over the lazy dog. "
@@ -31,33 +32,31 @@ class Timer:
 
 def measure(llm: FusedLlama, prompt: list[int], n_steps: int) -> tuple[list[Times], list[Times]]:
     """Milliseconds of one prefill, and of each step, by what was timed: each member, and "fused"."""
-    decoder: Decoder = llm._decoder
+    decoder = llm._scheduler.decoder
     ensemble = decoder.ensemble
-    fusion = FusionParams()
-    generation = Generation(0, ensemble.roles(fusion), fusion, SamplingParams(temperature=0.0))
+    fusion, sampling = FusionParams(), SamplingParams(temperature=0.0)
+    roles = ensemble.roles(fusion)
+    generation = Generation(roles, dict.fromkeys(roles.members, prompt), fusion, sampling)
     names = generation.roles.members
 
     def rewind(n_tokens: int) -> None:
         for name in names:
-            ensemble.members[name].trim(0, n_tokens)
-            del ensemble._held[name].setdefault(0, [])[n_tokens:]
+            ensemble.shorten(name, 0, n_tokens)
 
     def fused(_: list[int]) -> Times:
         with Timer() as timer:
-            if generation.tokens:
-                decoder.step([generation])
-            else:
-                decoder.start(generation, dict.fromkeys(names, prompt))
+            if not ensemble.n_held("large", 0):
+                decoder.begin(generation)
+            decoder.step([generation])
         return {"fused": timer.ms}
 
     def alone(tokens: list[int]) -> Times:
         times = {}
         for name in names:
             with Timer() as timer:
-                ensemble.members[name].prefill(0, tokens)
+                ensemble.decode(name, [Run(0, tokens, 1)])
                 ensemble.members[name].logits()
             times[name] = timer.ms
-            ensemble._held[name][0] += tokens
         return times
 
     prefills = []
@@ -65,7 +64,7 @@ def measure(llm: FusedLlama, prompt: list[int], n_steps: int) -> tuple[list[Time
         times: Times = {}
         for run in order:
             rewind(0)
-            generation.tokens = []
+            generation.tokens = list(prompt)
             times |= run(prompt)
         prefills.append(times)
     steps = []

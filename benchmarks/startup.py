@@ -22,6 +22,7 @@ N_CTX = 4096
 
 
 def models_alone(family: str) -> None:
+    from edge_dlf.backend import Run
     from edge_dlf.family import FamilySpec
     from edge_dlf.files import check_files
     from edge_dlf.llama import LlamaBackend, Model
@@ -34,7 +35,7 @@ def models_alone(family: str) -> None:
     ]
     tokens = members[0].model.tokenize(PROMPT.encode(), special=True)
     for member in members:
-        member.prefill(0, tokens)
+        member.decode([Run(0, tokens, 1)])
         member.logits()
 
 

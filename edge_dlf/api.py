@@ -5,31 +5,33 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from .batch import row_seed, run_batch
 from .completion import ChatCompletionShape, CompletionShape, Dict
 from .decode import Decoder, Generation
 from .ensemble import Ensemble
 from .errors import ContextOverflowError, EdgeDLFError, InvalidParameterError
 from .family import FamilySpec
 from .files import check_files
-from .llama import Interrupt, LlamaBackend, Model, default_n_threads
+from .llama import default_n_threads
+from .members import Members
 from .params import FusionParams, SamplingParams, check_draft
-from .stream import TokenStream
-from .template import ChatTemplate, Message
-from .text import to_bytes
+from .requests import Request
+from .scheduler import Scheduler
+from .stream import Answer, TokenStream
+from .template import Message
+from .tokenizer import Prompt, Tokenizer
 
 if TYPE_CHECKING:
     from .fusion import Fuser
 
 logger = logging.getLogger(__name__)
 
-Prompt: TypeAlias = str | Sequence[int]
 ExpertFiles: TypeAlias = str | Path | Sequence[tuple[str | Path, float]]
 
 _PATIENCE_S = 4.0
@@ -44,6 +46,8 @@ class FusedLlama:
     n_ctx: positions of the context, for every member. n_gpu_layers: layers to offload, -1 for all; one number, or a
     mapping from member to a number (LoRA experts have the base's layers).
     n_threads: None takes the physical cores. type_k, type_v: types of the KV cache, such as "f16" (default) or "q8_0".
+    n_parallel: requests that `batch` decodes at once, which share a KV cache of at least n_ctx positions; "auto" takes
+    what memory allows.
 
     Raises LoadError (ModelFileError, FamilyError, VocabMismatchError) or OutOfMemoryError. One request at a time: a new
     one ends the one before. A context manager.
@@ -60,9 +64,17 @@ class FusedLlama:
         n_threads: int | None = None,
         type_k: str | None = None,
         type_v: str | None = None,
+        n_parallel: int | Literal["auto"] = 1,
     ) -> None:
-        spec = FamilySpec.from_files(large, base, experts)
-        self._load(spec, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads, type_k=type_k, type_v=type_v)
+        self._load(
+            FamilySpec.from_files(large, base, experts),
+            n_ctx=n_ctx,
+            n_gpu_layers=n_gpu_layers,
+            n_threads=n_threads,
+            type_k=type_k,
+            type_v=type_v,
+            n_parallel=n_parallel,
+        )
 
     @classmethod
     def from_family(cls, family: str | Path, **settings: Any) -> FusedLlama:
@@ -83,51 +95,40 @@ class FusedLlama:
         n_threads: int | None = None,
         type_k: str | None = None,
         type_v: str | None = None,
+        n_parallel: int | Literal["auto"] = 1,
     ) -> None:
         n_threads = n_threads or default_n_threads()
         files = check_files(spec)
-        layers = files.layers(n_gpu_layers)
         self.name = spec.name
         self._defaults = dict(spec.defaults)
-        self._interrupt = Interrupt()
-        with ExitStack() as stack:
-            # Importing numba and loading kernels takes as long as mapping the models: both at once.
-            background = ThreadPoolExecutor(1)
-            fuser = background.submit(_ready_fuser, files.n_vocab, n_threads)
-            background.shutdown(wait=False)
-            loaded: dict[Path, Model] = {}
-            models: dict[str, Model] = {}
-            backends: dict[str, LlamaBackend] = {}
-            for name, info in files.models.items():
-                if info.path not in loaded:
-                    loaded[info.path] = Model(info.path, layers[name])
-                    stack.callback(loaded[info.path].close)
-                models[name] = loaded[info.path]
-                backends[name] = LlamaBackend(
-                    models[name],
-                    name,
-                    n_ctx=n_ctx,
-                    n_threads=n_threads,
-                    type_k=type_k,
-                    type_v=type_v,
-                    loras=files.loras.get(name, ()),
-                    interrupt=self._interrupt,
-                )
-                stack.callback(backends[name].close)
-            decoder = Decoder(Ensemble(backends, files.n_vocab), fuser.result())
-            self._closing = stack.pop_all()
-        self._large: Model | None = models["large"]
-        self._models = tuple(loaded.values())
+        # Importing numba and loading kernels takes as long as mapping the models: both at once.
+        background = ThreadPoolExecutor(1)
+        fuser = background.submit(_ready_fuser, files.n_vocab, n_threads)
+        background.shutdown(wait=False)
+        self._members = Members(
+            files,
+            n_ctx=n_ctx,
+            n_parallel=n_parallel,
+            n_gpu_layers=n_gpu_layers,
+            n_threads=n_threads,
+            type_k=type_k,
+            type_v=type_v,
+        )
+        try:
+            decoder = Decoder(Ensemble(self._members.backends, files.n_vocab), fuser.result())
+        except BaseException:
+            self._members.close()
+            raise
+        large = self._members.models[0]
+        self._open_tokenizer: Tokenizer | None = Tokenizer(large, files.n_vocab)
         self._ensemble = decoder.ensemble
-        self._decoder = decoder
-        self._template: ChatTemplate | None = None
-        self._request = 0
+        self._scheduler = Scheduler(decoder)
         self._said_stuck = False
-        if n_ctx > self._model.n_ctx_train:
+        if n_ctx > large.n_ctx_train:
             logger.warning(
                 "a context of %d tokens is more than the %d that the large model was trained for",
                 n_ctx,
-                self._model.n_ctx_train,
+                large.n_ctx_train,
             )
 
     def __enter__(self) -> FusedLlama:
@@ -138,21 +139,20 @@ class FusedLlama:
 
     def close(self) -> None:
         """Free contexts and weights. Calling it twice is no error."""
-        self._request += 1
-        self._large = None
-        self._closing.close()
+        self._scheduler.clear()
+        self._open_tokenizer = None
+        self._members.close()
 
     def interrupt(self) -> None:
         """Stop the running request, even amid a long prompt; for other threads. It raises RequestInterruptedError; a
         later one is not affected."""
-        self._interrupt.set()
+        self._members.interrupt.set()
 
     @property
-    def _model(self) -> Model:
-        """The large model, whose vocabulary and chat template are the family's."""
-        if self._large is None:
+    def _tokenizer(self) -> Tokenizer:
+        if self._open_tokenizer is None:
             raise EdgeDLFError("this FusedLlama has been closed")
-        return self._large
+        return self._open_tokenizer
 
     @property
     def n_ctx(self) -> int:
@@ -172,24 +172,16 @@ class FusedLlama:
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text` as a raw prompt: with BOS where the model expects one, and, if `special`, the names of
         control tokens read as these tokens."""
-        tokens = self._model.tokenize(to_bytes(text), special=special)
-        if self._model.adds_bos and tokens[:1] != [self._model.bos]:
-            tokens.insert(0, self._bos())
-        return tokens
+        return self._tokenizer.tokenize(text, special=special)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Text of `tokens`, names of control tokens included."""
-        return b"".join(map(self._special_piece, tokens)).decode("utf-8", "replace")
+        return self._tokenizer.detokenize(tokens)
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """Prompt tokens for the assistant's answer to `messages`, by the large model's own chat template. No text in a
         message can become a control token."""
-        if self._template is None:
-            self._template = self._compile_template()
-        tokens = self._template.tokens(messages)
-        if self._model.adds_bos and tokens[:1] != [self._model.bos]:
-            tokens.insert(0, self._bos())
-        return tokens
+        return self._tokenizer.conversation(messages)
 
     def stream(
         self,
@@ -211,46 +203,68 @@ class FusedLlama:
         SamplingParams and FusionParams. Generation ends at any token that ends generation for any member.
         Raises InvalidParameterError, ContextOverflowError (before anything is evaluated), TypeError for unknown names.
         """
-        sampling, fusion = self._params("stream", settings)
+        answer = self._answer(
+            "stream",
+            prompt,
+            max_tokens=max_tokens,
+            stop=stop,
+            top_logprobs=top_logprobs,
+            prompts=prompts,
+            draft=draft,
+            settings=settings,
+        )
+        self._begin()
+        return TokenStream(self._scheduler, answer)
+
+    def _begin(self) -> None:
+        """End the request before."""
+        self._scheduler.clear()
+        self._members.interrupt.clear()
+
+    def _answer(
+        self,
+        function: str,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None,
+        stop: str | Sequence[str] | None,
+        top_logprobs: int,
+        prompts: Mapping[str, Prompt] | None,
+        draft: int | str,
+        settings: Mapping[str, Any],
+    ) -> Answer:
+        """The answer to one request, checked, of which nothing has been evaluated yet."""
+        sampling, fusion = self._params(function, settings)
         _require_count("max_tokens", max_tokens, least=1)
         _require_count("top_logprobs", top_logprobs, least=0)
-        roles = self._ensemble.roles(fusion)
         own = prompts or {}
-        piece = self._model.piece
         if unknown := sorted(set(own) - set(self._ensemble.members)):
             raise InvalidParameterError(
                 f"prompts names {unknown[0]!r}; the members are {', '.join(self._ensemble.members)}"
             )
-        shared = self._prompt_tokens(prompt)
-        n_draft = self._n_draft(draft)
+        shared = self._tokenizer.prompt(prompt)
+        tokens = {name: self._tokenizer.prompt(own[name]) if name in own else shared for name in self._ensemble.members}
         generation = Generation(
-            seq=0,
-            roles=roles,
+            roles=self._ensemble.roles(fusion),
+            prompts=tokens,
             fusion=fusion,
             sampling=sampling,
             alphas=self._ensemble.static_alphas(fusion) if fusion.method == "static" else (),
             n_top=min(top_logprobs, self.n_vocab),
-            n_draft=n_draft,
+            n_draft=self._n_draft(draft),
         )
-        tokens = {name: self._prompt_tokens(own[name]) if name in own else shared for name in generation.members()}
-        longest = max(map(len, tokens.values()))
+        longest = max(len(tokens[name]) for name in generation.members())
         if longest + (max_tokens or 1) > self.n_ctx:
             raise ContextOverflowError(
                 f"the prompt has {longest} tokens and the answer may have {max_tokens or 1}: together "
                 f"{longest + (max_tokens or 1)}, more than the context of {self.n_ctx}"
             )
-        self._request += 1
-        request = self._request
-        self._interrupt.clear()
-        return TokenStream(
-            self._decoder,
+        return Answer(
             generation,
-            tokens,
             max_tokens=max_tokens or self.n_ctx - longest,
             stop=_stop_strings(stop),
-            piece=piece,
-            ends=lambda token: any(model.is_eog(token) for model in self._models),
-            is_current=lambda: self._request == request,
+            piece=self._tokenizer.piece,
+            ends=lambda token: any(model.is_eog(token) for model in self._members.models),
         )
 
     def create_completion(
@@ -277,7 +291,7 @@ class FusedLlama:
             draft=draft,
             **settings,
         )
-        shape = CompletionShape(self.name, logprobs is not None, self._special_piece)
+        shape = CompletionShape(self.name, logprobs is not None, self._tokenizer.name_bytes)
         return shape.chunks(tokens, tokens.report) if stream else shape.result(list(tokens), tokens.report)
 
     def create_chat_completion(
@@ -305,8 +319,64 @@ class FusedLlama:
             draft=draft,
             **settings,
         )
-        shape = ChatCompletionShape(self.name, logprobs, self._special_piece)
+        shape = ChatCompletionShape(self.name, logprobs, self._tokenizer.name_bytes)
         return shape.chunks(tokens, tokens.report) if stream else shape.result(list(tokens), tokens.report)
+
+    def batch(
+        self,
+        requests: Iterable[Any],
+        *,
+        ordered: bool = False,
+        raw: bool = True,
+        system: str | None = None,
+        seed: int = 0,
+        draft: int | Literal["auto", "off"] = "off",
+        **settings: Any,
+    ) -> Iterator[Dict]:
+        """Results of many requests, `n_parallel` decoded at once, as they are done, or, if `ordered`, in their order.
+
+        requests: lines of an OpenAI batch file as mappings, or the short form, `{"prompt": …}` or `{"messages": …}`,
+        with an `id` (else their number) and fields as in an OpenAI body; or strings, which are prompts. They are pulled
+        as there is room. raw: a prompt of the short form is taken raw, otherwise as a user's message; system: the
+        message before messages that have none.
+        settings: arguments of `stream`, for requests that do not set them. A sampled request without a seed of its own
+        gets one from `seed` and its id, so that its result depends neither on the others nor on the order.
+        Results are OpenAI's: `custom_id` and `response` with `body`, or `error` with `code` and `message`: a request
+        that cannot be answered ends no other one. Raises what concerns them all.
+        """
+        self._params("batch", {name: value for name, value in settings.items() if name not in ("max_tokens", "stop")})
+
+        def prepare(request: Request, custom_id: str) -> tuple[Answer, CompletionShape]:
+            arguments = {"max_tokens": None, "stop": None, "seed": row_seed(seed, custom_id), **settings}
+            arguments |= request.settings
+            logprobs, n_top = arguments.pop("logprobs", None), arguments.pop("top_logprobs", 0)
+            answer = self._answer(
+                "batch",
+                self._content(request, raw=raw, system=system),
+                max_tokens=arguments.pop("max_tokens"),
+                stop=arguments.pop("stop"),
+                top_logprobs=(n_top if logprobs else 0) if request.is_chat else logprobs or 0,
+                prompts=None,
+                draft=draft,
+                settings=arguments,
+            )
+            if request.is_chat:
+                return answer, ChatCompletionShape(self.name, bool(logprobs), self._tokenizer.name_bytes)
+            return answer, CompletionShape(self.name, logprobs is not None, self._tokenizer.name_bytes)
+
+        self._begin()
+        return run_batch(self._scheduler, requests, prepare, self._ensemble.n_seq_max, ordered)
+
+    def _content(self, request: Request, *, raw: bool, system: str | None) -> Prompt:
+        """The prompt of a batched request."""
+        content: Any = request.content
+        if not request.is_chat:
+            if raw or request.is_raw or not isinstance(content, str):
+                return request.content  # type: ignore[no-any-return]
+            content = [{"role": "user", "content": content}]
+        if system is not None and content[0].get("role") != "system":
+            content = [{"role": "system", "content": system}, *content]
+        return self.apply_chat_template(content)
 
     def _params(self, function: str, settings: Mapping[str, Any]) -> tuple[SamplingParams, FusionParams]:
         """`settings` over the family's defaults. Raises TypeError for a name that is neither's."""
@@ -314,7 +384,7 @@ class FusedLlama:
             raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
         merged = {**self._defaults, **settings}
         if bias := merged.get("logit_bias"):
-            merged["logit_bias"] = {self._known_token(int(token)): float(value) for token, value in bias.items()}
+            merged["logit_bias"] = {self._tokenizer.known(int(token)): float(value) for token, value in bias.items()}
         sampling = SamplingParams(**{name: value for name, value in merged.items() if name in _SAMPLING})
         return sampling, FusionParams(**{name: value for name, value in merged.items() if name in _FUSION})
 
@@ -329,39 +399,6 @@ class FusedLlama:
             self._said_stuck = True
             return 0
         return draft if isinstance(draft, int) else None
-
-    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else [self._known_token(token) for token in prompt]
-        return tokens or [self._bos()]
-
-    def _bos(self) -> int:
-        if self._model.bos is None:
-            raise InvalidParameterError("the prompt is empty, and this model has no token that begins a text")
-        return self._model.bos
-
-    def _known_token(self, token: int) -> int:
-        if not 0 <= token < self.n_vocab:
-            raise InvalidParameterError(f"there is no token {token}; ids go from 0 to {self.n_vocab - 1}")
-        return int(token)
-
-    def _special_piece(self, token: int) -> bytes:
-        return self._model.piece(token, special=True)
-
-    def _token_name(self, token: int) -> str:
-        return self._special_piece(token).decode("utf-8", "replace")
-
-    def _compile_template(self) -> ChatTemplate:
-        source = self._model.chat_template
-        if source is None:
-            raise InvalidParameterError("the large model has no chat template; give it a raw prompt instead")
-        bos, eos = self._model.bos, self._model.eos
-        return ChatTemplate(
-            source,
-            bos="" if bos is None else self._token_name(bos),
-            eos="" if eos is None else self._token_name(eos),
-            control={self._token_name(token): token for token in self._model.control_tokens()},
-            tokenize=lambda text: self._model.tokenize(to_bytes(text), special=False),
-        )
 
 
 def _ready_fuser(n_vocab: int, n_threads: int) -> Fuser:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,31 +12,43 @@ Logits = npt.NDArray[np.float32]
 """Rows of logits, (K, width): C-contiguous, owned by the backend, valid until its next call."""
 
 
+class Run(NamedTuple):
+    """Tokens to append to a sequence; a row of logits is wanted after each of the last `n_rows` of them."""
+
+    seq: int
+    tokens: Sequence[int]
+    n_rows: int
+
+
 class Backend(Protocol):
     """One member. Sequences are numbered 0 … n_seq_max - 1; positions of a sequence are 0, 1, 2, … without gaps.
 
-    n_ctx: positions that one sequence may hold.
-    can_trim: whether `trim` to any length works; recurrent and hybrid models can only be emptied.
+    n_ctx: positions that one sequence may hold. n_cells: positions that all sequences together may hold, a prefix that
+    several share counted once. n_batch: tokens that one `decode` may append.
+    can_trim: whether `trim` to any length, and `copy`, work; recurrent and hybrid models can only be emptied.
     """
 
     n_ctx: int
     n_seq_max: int
+    n_cells: int
+    n_batch: int
     can_trim: bool
 
-    def prefill(self, seq: int, tokens: Sequence[int]) -> None:
-        """Append `tokens` (one or more) to `seq`, in batches; `logits()` is then the row after the last, (1, width)."""
-
-    def decode(self, tokens: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """Append to each `(seq, tokens)` in one batch; `logits()` is then a row for every token, in the order given."""
+    def decode(self, runs: Sequence[Run]) -> None:
+        """Append all `runs`, each of another sequence and of one token or more, in one batch; `logits()` is then the
+        rows wanted, in the order given."""
 
     def logits(self) -> Logits:
-        """Rows of the last `prefill` or `decode`; width is at least the family's n_vocab."""
+        """Rows of the last `decode`; width is at least the family's n_vocab."""
 
     def n_past(self, seq: int) -> int:
         """Tokens held by `seq`."""
 
     def trim(self, seq: int, n_past: int) -> None:
         """Forget all of `seq` from position `n_past` on. 0 empties it; anything between needs `can_trim`."""
+
+    def copy(self, source: int, target: int, n_past: int) -> None:
+        """Let `target`, which must be empty, share the first `n_past` positions of `source`. Needs `can_trim`."""
 
     def close(self) -> None:
         """Free the context. Calling it twice is no error."""

@@ -1,13 +1,13 @@
-"""Large, base and experts in lock-step: the same new tokens to every member that takes part, and their rows back."""
+"""Large, base and experts in lock-step: what each KV cache holds and so need not evaluate again, and their rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from .backend import Backend, Logits
-from .errors import ContextOverflowError, InvalidParameterError
+from .backend import Backend, Logits, Run
+from .errors import InvalidParameterError
 from .params import METHODS, FusionParams
 
 
@@ -32,17 +32,49 @@ class Rows:
     base: Logits | None
     experts: tuple[Logits, ...]
 
-    def part(self, start: int, stop: int | None) -> Rows:
-        """Rows `start` to `stop` of every member."""
-        base = None if self.base is None else self.base[start:stop]
-        return Rows(self.primary[start:stop], base, tuple(expert[start:stop] for expert in self.experts))
+
+class _Account:
+    """What one member's cache holds: the tokens of each sequence, and the cells they take.
+
+    Sequences that share a prefix share its cells: each position of a sequence names its cell. n_used: cells in use.
+    unsettled: sequences that an interrupt left with more than is accounted for.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, list[int]] = {}
+        self.n_used = 0
+        self.unsettled: set[int] = set()
+        self._cells: dict[int, list[int]] = {}
+        self._sharers: Counter[int] = Counter()
+        self._n_made = 0
+
+    def append(self, seq: int, tokens: Sequence[int]) -> None:
+        self.tokens.setdefault(seq, []).extend(tokens)
+        self._cells.setdefault(seq, []).extend(range(self._n_made, self._n_made + len(tokens)))
+        self._n_made += len(tokens)
+        self.n_used += len(tokens)
+
+    def shorten(self, seq: int, n_tokens: int) -> None:
+        if seq in self.tokens:
+            for cell in self._cells[seq][n_tokens:]:
+                if self._sharers[cell]:
+                    self._sharers[cell] -= 1
+                else:
+                    del self._sharers[cell]
+                    self.n_used -= 1
+            del self.tokens[seq][n_tokens:], self._cells[seq][n_tokens:]
+
+    def copy(self, source: int, target: int, n_tokens: int) -> None:
+        self.tokens[target] = self.tokens[source][:n_tokens]
+        self._cells[target] = self._cells[source][:n_tokens]
+        self._sharers.update(self._cells[target])
 
 
 class Ensemble:
     """The members of a family by role name: "large", "base" and the experts' own names.
 
-    n_vocab: tokens that all members share; what lies beyond in longer rows is padding.
-    n_ctx: positions that every member has for one sequence.
+    n_vocab: tokens that all members share; what lies beyond in longer rows is padding. n_ctx: positions that every
+    member has for one sequence. n_batch: tokens that every member can evaluate at once.
     """
 
     def __init__(self, members: Mapping[str, Backend], n_vocab: int) -> None:
@@ -50,7 +82,9 @@ class Ensemble:
         self.experts = tuple(name for name in members if name not in ("large", "base"))
         self.n_vocab = n_vocab
         self.n_ctx = min(member.n_ctx for member in members.values())
-        self._held: dict[str, dict[int, list[int]]] = {name: {} for name in members}
+        self.n_batch = min(member.n_batch for member in members.values())
+        self.n_seq_max = min(member.n_seq_max for member in members.values())
+        self._accounts = {name: _Account() for name in members}
 
     def roles(self, params: FusionParams) -> Roles:
         """Who takes part in `params.method`. Raises InvalidParameterError for a name that no member has."""
@@ -68,65 +102,83 @@ class Ensemble:
             raise InvalidParameterError(f"alpha names {unknown[0]!r}; the experts are {', '.join(self.experts)}")
         return tuple(float(params.alpha.get(name, 0.0)) for name in self.experts)
 
-    def prefill(self, seq: int, prompts: Mapping[str, Sequence[int]]) -> int:
-        """Make `seq` hold each member's prompt, evaluating only what differs from what it holds already; `rows` is then
-        the rows after the last tokens.
+    def begin(self, name: str, seq: int, tokens: Sequence[int]) -> int:
+        """Make `seq` of the member `name` hold the longest known prefix of `tokens`, at most all but the last: its own,
+        or one shared with another sequence. Returns the prefix's length."""
+        self._settle(name)
+        account = self._accounts[name]
+        own = min(self.n_common(name, seq, tokens), len(tokens) - 1)
+        if not self.members[name].can_trim:
+            kept = own if own == self.n_held(name, seq) else 0
+            self.shorten(name, seq, kept)
+            return kept
+        others = {other: self.n_common(name, other, tokens) for other in account.tokens if other != seq}
+        best = max(others, key=others.__getitem__, default=seq)
+        shared = min(others.get(best, 0), len(tokens) - 1)
+        if shared <= own:
+            self.shorten(name, seq, own)
+            return own
+        self.shorten(name, seq, 0)
+        self.members[name].copy(best, seq, shared)
+        account.copy(best, seq, shared)
+        return shared
 
-        Returns how many tokens of the longest prompt were evaluated. Raises ContextOverflowError before any decode.
-        """
-        for name, tokens in prompts.items():
-            if len(tokens) > self.members[name].n_ctx:
-                raise ContextOverflowError(
-                    f"the prompt has {len(tokens)} tokens, the context of {name} only {self.members[name].n_ctx}"
-                )
-        n_evaluated = 0
-        for name, tokens in prompts.items():
-            member = self.members[name]
-            held = self._held[name].pop(seq, [])
-            n_common = _common_prefix(held, tokens)
-            n_kept = min(n_common, len(tokens) - 1)
-            if not member.can_trim and n_kept < max(len(held), member.n_past(seq)):
-                n_kept = 0
-            member.trim(seq, n_kept)
-            self._held[name][seq] = list(tokens[:n_kept])
-            rest = tokens[n_kept:]
-            self._append(name, [(seq, rest)], partial(member.prefill, seq, rest))
-            n_evaluated = max(n_evaluated, len(rest))
-        return n_evaluated
+    def decode(self, name: str, runs: Sequence[Run]) -> None:
+        """Append `runs` to the member `name`, in one batch."""
+        self._settle(name)
+        account = self._accounts[name]
+        account.unsettled.update(run.seq for run in runs)
+        self.members[name].decode(runs)
+        for run in runs:
+            account.append(run.seq, run.tokens)
+        account.unsettled.clear()
 
-    def decode(self, name: str, tokens: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """Append new tokens to the member `name`, in one batch."""
-        self._append(name, tokens, partial(self.members[name].decode, tokens))
+    def _settle(self, name: str) -> None:
+        """After an interrupt, make the cache what the account says of it; what cannot be trimmed is emptied."""
+        account, member = self._accounts[name], self.members[name]
+        for seq in sorted(account.unsettled):
+            if not member.can_trim:
+                account.shorten(seq, 0)
+            member.trim(seq, self.n_held(name, seq))
+            account.unsettled.discard(seq)
 
     def n_held(self, name: str, seq: int) -> int:
         """Tokens of `seq` that the member `name` has evaluated."""
-        return len(self._held[name].get(seq, ()))
+        return len(self._accounts[name].tokens.get(seq, ()))
+
+    def n_common(self, name: str, seq: int, tokens: Sequence[int]) -> int:
+        """Length of the longest common prefix of `tokens` and what `seq` of the member `name` holds."""
+        return common_prefix(self._accounts[name].tokens.get(seq, ()), tokens)
+
+    def n_known(self, name: str, tokens: Sequence[int]) -> int:
+        """Length of the longest prefix of `tokens` that any sequence of the member `name` holds."""
+        return max((self.n_common(name, seq, tokens) for seq in self._accounts[name].tokens), default=0)
+
+    def n_free(self) -> int:
+        """Positions that every member still has room for."""
+        return min(member.n_cells - self._accounts[name].n_used for name, member in self.members.items())
 
     def shorten(self, name: str, seq: int, n_tokens: int) -> None:
         """Let the member `name` forget all of `seq` from position `n_tokens` on."""
-        held = self._held[name][seq]
-        if n_tokens < len(held):
+        if n_tokens < self.n_held(name, seq):
             self.members[name].trim(seq, n_tokens)
-            del held[n_tokens:]
+            self._accounts[name].shorten(seq, n_tokens)
 
-    def rows(self, roles: Roles) -> Rows:
-        """Rows of the last `prefill` or `decode`."""
-        return Rows(
-            self.members[roles.primary].logits(),
-            self.members[roles.base].logits() if roles.base else None,
-            tuple(self.members[name].logits() for name in roles.experts),
-        )
+    def forget(self, seqs: Iterable[int]) -> None:
+        """Let every member forget these sequences."""
+        for seq in seqs:
+            for name in self.members:
+                self._settle(name)
+                self.shorten(name, seq, 0)
 
-    def _append(self, name: str, tokens: Sequence[tuple[int, Sequence[int]]], evaluate: Callable[[], None]) -> None:
-        """Call `evaluate`, by which the member `name` appends `tokens`, and keep account of what it holds."""
-        before = {seq: self._held[name].pop(seq) for seq, _ in tokens}
-        if self.members[name].can_trim:
-            # An interrupt may strike after the member's cache has grown; the next prefill trims it back to this.
-            self._held[name].update(before)
-        evaluate()
-        for seq, ids in tokens:
-            before[seq].extend(ids)
-        self._held[name].update(before)
+    def rows(self, roles: Roles, first: Mapping[str, int], n_rows: int) -> Rows:
+        """`n_rows` rows of the last `decode` of each member, from row `first` of the member on."""
+
+        def of(name: str) -> Logits:
+            start = first.get(name, 0)
+            return self.members[name].logits()[start : start + n_rows]
+
+        return Rows(of(roles.primary), of(roles.base) if roles.base else None, tuple(map(of, roles.experts)))
 
     def close(self) -> None:
         """Close every member."""
@@ -134,7 +186,7 @@ class Ensemble:
             member.close()
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix."""
     length = min(len(a), len(b))
     return next((i for i in range(length) if a[i] != b[i]), length)

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import kernels
-from .errors import InvalidParameterError, NonFiniteLogitsError
-from .params import AlphaChoice, FusionParams, SamplingParams
+from .errors import EdgeDLFError, InvalidParameterError, NonFiniteLogitsError
+from .params import AlphaChoice, Draw, FusionParams, Picked, SamplingParams
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -46,15 +46,23 @@ class Fuser:
 
     def search(
         self, large: Floats, base: Floats, experts: Sequence[Floats], params: FusionParams, names: Sequence[str]
-    ) -> list[AlphaChoice]:
+    ) -> list[AlphaChoice | NonFiniteLogitsError]:
         """The α search for each of K rows; arrays (K, width ≥ V), C-contiguous; names: of large, base, each expert.
 
         Raises NonFiniteLogitsError where a row holds NaN, +inf or no finite value.
         """
+        choices: list[AlphaChoice | NonFiniteLogitsError] = []
+        if len(large) > 1:
+            for k in range(len(large)):
+                one = slice(k, k + 1)
+                try:
+                    choices += self.search(large[one], base[one], [expert[one] for expert in experts], params, names)
+                except NonFiniteLogitsError as error:
+                    choices.append(error)
+            return choices
         alphas = _grid(params.n_grid, params.alpha_step)
         members = [*zip(names, (large, base, *experts), strict=True)]
         curves, targets = self._curves(members, alphas)
-        choices = []
         for k in range(large.shape[0]):
             curve, target = curves[k], targets[k]
             expert, grid, doubt = kernels.choose(curve, target, alphas)
@@ -146,6 +154,26 @@ class Fuser:
                 break
             alpha = following
         return best
+
+    def pick(
+        self,
+        large: Floats,
+        base: Floats | None,
+        experts: Sequence[Floats],
+        alphas: Sequence[Sequence[float]],
+        draws: Sequence[Draw],
+        names: Sequence[str],
+    ) -> list[Picked | EdgeDLFError]:
+        """Fuse each of K rows (K, width) by its own alphas, and choose a token from it; or why that is impossible."""
+        picked: list[Picked | EdgeDLFError] = []
+        for k, draw in enumerate(draws):
+            try:
+                self.fuse(large[k], None if base is None else base[k], [row[k] for row in experts], alphas[k], names)
+                token, logprob = self.select(draw.sampling, draw.seed, draw.position, draw.recent)
+                picked.append(Picked(token, logprob, self.top_logprobs(draw.n_top)))
+            except EdgeDLFError as error:
+                picked.append(error)
+        return picked
 
     def fuse(
         self,
@@ -338,7 +366,10 @@ def search_alpha(
     """
     large, base, experts = _rows(large_logits, base_logits, expert_logits)
     fuser = Fuser(large.shape[1])
-    return fuser.search(large, base, experts, params or FusionParams(), _names(experts))[0]
+    (choice,) = fuser.search(large, base, experts, params or FusionParams(), _names(experts))
+    if isinstance(choice, NonFiniteLogitsError):
+        raise choice
+    return choice
 
 
 def fuse_logits(

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from .errors import InvalidParameterError
 
 METHODS = ("dynamic", "static", "large", "base")
@@ -91,6 +94,31 @@ class SamplingParams:
             self.seed is None or 0 <= self.seed < 2**64,
             f"seed must be an integer from 0 to 2**64 - 1, not {self.seed!r}",
         )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What choosing a token from one fused row needs.
+
+    position: number of tokens before it, which with `seed` keys the noise. recent: the tokens that penalties look back
+    over, (N,) int32. n_top: how many likely tokens to list.
+    """
+
+    sampling: SamplingParams
+    seed: int
+    position: int
+    recent: npt.NDArray[np.int32]
+    n_top: int = 0
+
+
+@dataclass(frozen=True)
+class Picked:
+    """A token chosen from one fused row: its log-probability there before penalties and filters, and the most likely
+    tokens, (id, logprob), best first."""
+
+    token: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
 
 
 MAX_DRAFT = 8

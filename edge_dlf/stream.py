@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .decode import Decoder, Generation, Pick
+from .decode import Generation, Pick
 from .errors import EdgeDLFError
 from .params import Token
+from .scheduler import Scheduler
 from .text import TextStream
 
 FinishReason = Literal["stop", "length"]
@@ -84,96 +86,109 @@ class Report:
         }
 
 
-class TokenStream(Iterator[Token]):
-    """The tokens of one request, decoded as they are asked for. `.report` is complete once the last has come.
+class Answer:
+    """Picks of one generation in, tokens out. `report` tells what was done, and whether the answer has ended.
 
-    prompts: tokens for each member that takes part. piece: token -> bytes. ends: whether a token ends generation.
-    is_current: whether the members' caches still belong to this request.
+    max_tokens: most tokens of the answer. stop: strings that end it. piece: token -> bytes. ends: whether a token ends
+    generation.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
         generation: Generation,
-        prompts: Mapping[str, Sequence[int]],
         *,
         max_tokens: int,
         stop: Sequence[str],
         piece: Callable[[int], bytes],
         ends: Callable[[int], bool],
-        is_current: Callable[[], bool],
     ) -> None:
-        roles = generation.roles
-        self.report = Report(generation.fusion.method, roles.experts, n_prompt=len(prompts[roles.primary]))
-        self._decoder = decoder
-        self._generation = generation
-        self._prompts = prompts
-        self._is_current = is_current
+        self.generation = generation
+        self.report = Report(generation.fusion.method, generation.roles.experts, generation.n_prompt)
+        generation.n_most = max_tokens
         self._max_tokens = max_tokens
-        self._tokens = self._run(TextStream(stop), piece, ends)
+        self._text = TextStream(stop)
+        self._piece = piece
+        self._ends = ends
+        self._waiting: Token | None = None
 
-    def __next__(self) -> Token:
-        return next(self._tokens)
+    def push(self, pick: Pick) -> list[Token]:
+        """Tokens that are complete after this pick: none while a stop string may have begun."""
+        report, text = self.report, self._text
+        if self._ends(pick.token):
+            return self._finish("stop")
+        token = self._token(pick, text.push(self._piece(pick.token)))
+        report.add(token, pick.alphas)
+        self.generation.n_most = self._max_tokens - report.n_generated
+        ready = [self._waiting] if self._waiting else []
+        self._waiting = token
+        if text.stopped or report.n_generated == self._max_tokens:
+            return [*ready, *self._finish("stop" if text.stopped else "length")]
+        if not text.holding:
+            ready.append(token)
+            self._waiting = None
+        return ready
 
-    def _run(self, text: TextStream, piece: Callable[[int], bytes], ends: Callable[[int], bool]) -> Iterator[Token]:
-        waiting: Token | None = None
-        picks = self._picks()
-        for pick in picks:
-            if ends(pick.token):
-                self.report.finish_reason = "stop"
-                break
-            token = self._token(pick, text.push(piece(pick.token)))
-            self.report.add(token, pick.alphas)
-            if waiting:
-                yield waiting
-            waiting = token
-            if text.stopped or self.report.n_generated == self._max_tokens:
-                self.report.finish_reason = "stop" if text.stopped else "length"
-                break
-            if not text.holding:
-                yield waiting
-                waiting = None
-        picks.close()
-        rest = text.finish()
-        if waiting:
-            yield dataclasses.replace(waiting, text=waiting.text + rest)
-
-    def _picks(self) -> Generator[Pick, None, None]:
-        """Every pick of the generation, timed."""
-        report, generation = self.report, self._generation
-        self._require_current()
-        started = time.perf_counter()
-        pick, report.n_prefilled = self._decoder.start(generation, self._prompts)
-        report.prefill_s = time.perf_counter() - started
-        yield pick
-        while True:
-            self._require_current()
-            generation.n_most = self._max_tokens - report.n_generated
-            started = time.perf_counter()
-            (picks,) = self._decoder.step([generation])
-            report.decode_s += time.perf_counter() - started
-            report.n_steps += 1
-            report.n_decoded += len(picks)
-            report.n_drafted, report.n_accepted = generation.n_drafted, generation.n_accepted
-            n_taken = 0
-            try:
-                for n_taken, pick in enumerate(picks, 1):
-                    if n_taken > 1:
-                        self._require_current()
-                    yield pick
-            finally:
-                # Whoever stops in the middle of a draft leaves no trace of the rest.
-                if n_taken < len(picks) and self._is_current():
-                    self._decoder.rewind(generation, len(generation.tokens) - len(picks) + n_taken)
-
-    def _require_current(self) -> None:
-        if not self._is_current():
-            raise EdgeDLFError("this answer was ended by a newer request, or by close()")
+    def _finish(self, reason: FinishReason) -> list[Token]:
+        self.report.finish_reason = reason
+        self.report.n_drafted, self.report.n_accepted = self.generation.n_drafted, self.generation.n_accepted
+        last, rest = self._waiting, self._text.finish()
+        return [dataclasses.replace(last, text=last.text + rest)] if last else []
 
     def _token(self, pick: Pick, text: str) -> Token:
         """The pick with its text; of several weighted experts it names the first of the most weighted."""
-        experts = self._generation.roles.experts
+        experts = self.generation.roles.experts
         t = max(range(len(pick.alphas)), key=pick.alphas.__getitem__, default=None)
         alpha = 0.0 if t is None else pick.alphas[t]
         expert = experts[t] if t is not None and alpha > 0 else None
         return Token(pick.token, text, pick.logprob, alpha, expert, pick.from_draft, pick.top_logprobs)
+
+
+class TokenStream(Iterator[Token]):
+    """The tokens of one request, decoded as they are asked for. `.report` is complete once the last has come."""
+
+    def __init__(self, scheduler: Scheduler, answer: Answer) -> None:
+        self.report = answer.report
+        self._scheduler = scheduler
+        self._answer = answer
+        self._picks: deque[Pick] = deque()
+        self._tokens: deque[Token] = deque()
+        scheduler.add(answer.generation)
+
+    def __next__(self) -> Token:
+        while not self._tokens:
+            if self.report.finish_reason:
+                raise StopIteration
+            if self._answer.generation not in self._scheduler:
+                raise EdgeDLFError("this answer was ended by a newer request, or by close()")
+            if not self._picks:
+                self._step()
+                continue
+            self._tokens.extend(self._answer.push(self._picks.popleft()))
+            if self.report.finish_reason:
+                self.close()
+        return self._tokens.popleft()
+
+    def close(self) -> None:
+        """End the request. What a draft gave beyond the tokens that came leaves no trace."""
+        generation = self._answer.generation
+        if generation in self._scheduler:
+            self._scheduler.decoder.rewind(generation, len(generation.tokens) - len(self._picks))
+            self._scheduler.remove(generation)
+        self._picks.clear()
+
+    def _step(self) -> None:
+        """Decode a step, and time it."""
+        report, generation = self.report, self._answer.generation
+        started = time.perf_counter()
+        for _, outcome in self._scheduler.step():
+            if isinstance(outcome, EdgeDLFError):
+                raise outcome
+            self._picks.extend(outcome)
+        elapsed = time.perf_counter() - started
+        if len(generation.tokens) - len(self._picks) == report.n_prompt:
+            report.n_prefilled = generation.n_prefilled
+            report.prefill_s += elapsed
+        else:
+            report.n_steps += 1
+            report.n_decoded += len(self._picks)
+            report.decode_s += elapsed

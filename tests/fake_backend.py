@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_dlf.backend import Logits
+from edge_dlf.backend import Logits, Run
 
 
 class FakeBackend:
     """A member whose row after a text is drawn from a generator keyed by (seed, text).
 
-    Keeps `calls` as (name, arguments) and fails on any use that llama.cpp would punish. fail_at: calls of `prefill` or
+    Keeps `calls`, the runs of each `decode`, and fails on any use that llama.cpp would punish. fail_at: calls of
     `decode` until one raises KeyboardInterrupt after the cache has grown, as Ctrl-C does. poison: (token, value) puts
     `value` into every row after a text that ends in `token`. common: share of each row that all members have alike.
     """
@@ -24,18 +24,22 @@ class FakeBackend:
         *,
         n_ctx: int = 256,
         n_seq_max: int = 4,
+        n_cells: int | None = None,
+        n_batch: int = 64,
         can_trim: bool = True,
         scale: float = 3.0,
     ) -> None:
         self.seed, self.n_vocab, self.scale = seed, n_vocab, scale
         self.n_ctx, self.n_seq_max, self.can_trim = n_ctx, n_seq_max, can_trim
+        self.n_cells, self.n_batch = n_cells or n_ctx * n_seq_max, n_batch
         self.cache: dict[int, list[int]] = {seq: [] for seq in range(n_seq_max)}
-        self.calls: list[tuple[str, object]] = []
+        self.calls: list[list[Run]] = []
         self.fail_at: int | None = None
         self.poison: tuple[int, float] | None = None
         self.common = 0.0
         self.n_evaluated = 0
         self.closed = False
+        self._cells: dict[int, list[object]] = {seq: [] for seq in self.cache}
         self._past = dict.fromkeys(self.cache, 0)
         self._rows: Logits | None = None
 
@@ -51,38 +55,35 @@ class FakeBackend:
             row[7] = self.poison[1]
         return row
 
-    def prefill(self, seq: int, tokens: Sequence[int]) -> None:
-        self.calls.append(("prefill", (seq, list(tokens))))
-        self._append([(seq, tokens)])
-        self._rows = self.row(self.cache[seq])[None]
-
-    def decode(self, tokens: Sequence[tuple[int, Sequence[int]]]) -> None:
-        self.calls.append(("decode", [(seq, list(ids)) for seq, ids in tokens]))
-        starts = [len(self.cache[seq]) for seq, _ in tokens]
-        self._append(tokens)
-        self._rows = np.stack(
-            [
-                self.row(self.cache[seq][: start + i + 1])
-                for start, (seq, ids) in zip(starts, tokens, strict=True)
-                for i in range(len(ids))
-            ]
-        )
-
-    def _append(self, tokens: Sequence[tuple[int, Sequence[int]]]) -> None:
+    def decode(self, runs: Sequence[Run]) -> None:
+        self.calls.append([Run(run.seq, list(run.tokens), run.n_rows) for run in runs])
+        assert len({run.seq for run in runs}) == len(runs) > 0
+        assert sum(len(run.tokens) for run in runs) <= self.n_batch
         self._rows = None
-        for seq, ids in tokens:
+        rows = []
+        for seq, tokens, n_rows in runs:
             assert len(self.cache[seq]) == self._past[seq], "appended after an interrupt, without a trim"
-            assert ids, "nothing to append"
-            assert len(self.cache[seq]) + len(ids) <= self.n_ctx
-            self.cache[seq] += [int(token) for token in ids]
-            self.n_evaluated += len(ids)
+            assert tokens, "nothing to append"
+            assert 0 <= n_rows <= len(tokens)
+            assert len(self.cache[seq]) + len(tokens) <= self.n_ctx
+            self.cache[seq] += [int(token) for token in tokens]
+            self._cells[seq] += [object() for _ in tokens]
+            self.n_evaluated += len(tokens)
+            n_text = len(self.cache[seq])
+            rows += [self.row(self.cache[seq][: n + 1]) for n in range(n_text - n_rows, n_text)]
+        assert self.n_used() <= self.n_cells, "no room in the cache"
         if self.fail_at is not None:
             self.fail_at -= 1
             if self.fail_at < 0:
                 self.fail_at = None
                 raise KeyboardInterrupt
-        for seq, _ in tokens:
-            self._past[seq] = len(self.cache[seq])
+        for run in runs:
+            self._past[run.seq] = len(self.cache[run.seq])
+        self._rows = np.stack(rows) if rows else None
+
+    def n_used(self) -> int:
+        """Positions in use, each that several sequences share counted once."""
+        return len({id(cell) for cells in self._cells.values() for cell in cells})
 
     def logits(self) -> Logits:
         assert self._rows is not None, "no rows: the last call failed, or none was made"
@@ -94,8 +95,18 @@ class FakeBackend:
     def trim(self, seq: int, n_past: int) -> None:
         assert n_past <= len(self.cache[seq])
         assert self.can_trim or n_past in (0, len(self.cache[seq])), "this model cannot roll back"
-        del self.cache[seq][n_past:]
+        del self.cache[seq][n_past:], self._cells[seq][n_past:]
         self._past[seq] = n_past
+        self._rows = None
+
+    def copy(self, source: int, target: int, n_past: int) -> None:
+        assert self.can_trim, "this model cannot share a prefix"
+        assert source != target
+        assert not self.cache[target]
+        assert n_past <= self._past[source]
+        self.cache[target] = self.cache[source][:n_past]
+        self._cells[target] = self._cells[source][:n_past]
+        self._past[target] = n_past
         self._rows = None
 
     def close(self) -> None:

@@ -19,9 +19,11 @@ from edge_dlf import (
     fuse_logits,
     search_alpha,
 )
+from edge_dlf.backend import Run
 from edge_dlf.llama import LlamaBackend, Model
 
 from . import naive
+from .feed import feed
 from .tiny import tiny_lora, tiny_model
 
 PROMPT = "Once upon a time"
@@ -48,7 +50,7 @@ def test_greedy_equals_a_plain_loop_with_the_oracle(tiny: Path, tiny_llm: FusedL
         tokens: list[int] = []
         for member in members:
             member.trim(0, 0)
-            member.prefill(0, ids)
+            feed(member, 0, ids)
         while len(tokens) < 40:
             rows = [member.logits()[0, : tiny_llm.n_vocab].astype(np.float64) for member in members]
             t, alpha, _ = naive.search(rows[0], rows[1], rows[2:])
@@ -57,7 +59,7 @@ def test_greedy_equals_a_plain_loop_with_the_oracle(tiny: Path, tiny_llm: FusedL
                 break
             tokens.append(token)
             for member in members:
-                member.decode([(0, [token])])
+                member.decode([Run(0, [token], 1)])
         assert [token.id for token in tiny_llm.stream(prompt, max_tokens=40)] == tokens
         n_tokens += len(tokens)
     for owner in (*members, large, base, tuned):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_dlf import FusionParams, NonFiniteLogitsError, SamplingParams
+from edge_dlf import EdgeDLFError, FusionParams, NonFiniteLogitsError, SamplingParams
 from edge_dlf.decode import Decoder, Generation, Pick
 from edge_dlf.ensemble import Ensemble
 from edge_dlf.fusion import Fuser
@@ -45,12 +45,16 @@ def generate(
     ensemble = Ensemble(members, N_VOCAB)
     decoder = Decoder(ensemble, Fuser(N_VOCAB))
     alphas = ensemble.static_alphas(fusion) if fusion.method == "static" else ()
-    generation = Generation(0, ensemble.roles(fusion), fusion, sampling, alphas=alphas, **settings)
-    pick, _ = decoder.start(generation, {**dict.fromkeys(members, prompt), **(prompts or {})})
-    picks = [pick]
+    texts = {**dict.fromkeys(members, prompt), **(prompts or {})}
+    generation = Generation(ensemble.roles(fusion), texts, fusion, sampling, alphas=alphas, **settings)
+    decoder.begin(generation)
+    picks: list[Pick] = []
     while len(picks) < n_tokens:
         generation.n_most = n_tokens - len(picks)
-        picks += decoder.step([generation])[0]
+        (outcome,) = decoder.step([generation])
+        if isinstance(outcome, EdgeDLFError):
+            raise outcome
+        picks += outcome
     return picks
 
 
@@ -146,17 +150,22 @@ def test_sequences_decoded_together_equal_each_alone() -> None:
     ensemble = Ensemble(family(), N_VOCAB)
     decoder = Decoder(ensemble, Fuser(N_VOCAB))
     roles = ensemble.roles(fusion)
-    together = [Generation(seq, roles, fusion, sampling) for seq, sampling in enumerate(samplings)]
-    picks = [[decoder.start(g, dict.fromkeys(roles.members, p))[0]] for g, p in zip(together, starts, strict=True)]
-    for _ in range(14):
+    together = [
+        Generation(roles, dict.fromkeys(roles.members, prompt), fusion, sampling, seq=seq)
+        for seq, (prompt, sampling) in enumerate(zip(starts, samplings, strict=True))
+    ]
+    picks: list[list[Pick]] = [[] for _ in together]
+    for generation in together:
+        decoder.begin(generation)
+    for _ in range(15):
         for mine, new in zip(picks, decoder.step(together), strict=True):
             mine += new
     assert [[pick.token for pick in mine] for mine in picks] == [[pick.token for pick in mine] for mine in alone]
 
 
 def test_a_seed_is_drawn_where_none_is_given() -> None:
-    ensemble = Ensemble(family(), N_VOCAB)
-    seeds = {Generation(0, ensemble.roles(FusionParams()), FusionParams(), SamplingParams()).seed for _ in range(4)}
+    roles, prompts = Ensemble(family(), N_VOCAB).roles(FusionParams()), {"large": [1]}
+    seeds = {Generation(roles, prompts, FusionParams(), SamplingParams()).seed for _ in range(4)}
     assert len(seeds) == 4
 
 
@@ -211,9 +220,11 @@ def test_a_step_of_several_picks_can_be_taken_back_in_part(n_taken: int) -> None
     members = alike(2, 1.0)
     ensemble = Ensemble(members, N_VOCAB)
     decoder = Decoder(ensemble, Fuser(N_VOCAB))
-    generation = Generation(0, ensemble.roles(fusion), fusion, sampling, n_draft=3)
-    decoder.start(generation, {name: [1, 2] for name in members})
+    generation = Generation(ensemble.roles(fusion), {name: [1, 2] for name in members}, fusion, sampling, n_draft=3)
+    decoder.begin(generation)
+    decoder.step([generation])
     (picks,) = decoder.step([generation])
+    assert not isinstance(picks, EdgeDLFError)
     assert [pick.from_draft for pick in picks] == [True, True, True, False]
     decoder.rewind(generation, 3 + n_taken)
     text = [1, 2, *expected]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_dlf import ContextOverflowError, FusionParams, InvalidParameterError
+from edge_dlf import FusionParams, InvalidParameterError
+from edge_dlf.backend import Run
 from edge_dlf.ensemble import Ensemble, Roles
 
 from .fake_backend import FakeBackend
@@ -20,9 +21,19 @@ def prompts(tokens: list[int], *names: str) -> dict[str, list[int]]:
     return dict.fromkeys(names or ("large", "base", "maths", "law"), tokens)
 
 
+def prefill(ensemble: Ensemble, seq: int, prompts: dict[str, list[int]]) -> int:
+    """Make `seq` hold these prompts; returns how many tokens of the longest had to be evaluated."""
+    n_evaluated = 0
+    for name, tokens in prompts.items():
+        rest = tokens[ensemble.begin(name, seq, tokens) :]
+        ensemble.decode(name, [Run(seq, rest, 1)])
+        n_evaluated = max(n_evaluated, len(rest))
+    return n_evaluated
+
+
 def decode(ensemble: Ensemble, roles: Roles, tokens: list[tuple[int, list[int]]]) -> None:
     for name in roles.members:
-        ensemble.decode(name, tokens)
+        ensemble.decode(name, [Run(seq, ids, len(ids)) for seq, ids in tokens])
 
 
 @pytest.mark.parametrize(
@@ -57,43 +68,43 @@ def test_static_alphas_by_name() -> None:
 def test_rows_are_those_of_each_member_after_the_same_text() -> None:
     ensemble, members = family()
     roles = ensemble.roles(FusionParams())
-    ensemble.prefill(0, prompts([1, 2, 3]))
+    prefill(ensemble, 0, prompts([1, 2, 3]))
     decode(ensemble, roles, [(0, [4])])
-    rows = ensemble.rows(roles)
+    rows = ensemble.rows(roles, {}, 1)
     np.testing.assert_array_equal(rows.primary[0], members["large"].row([1, 2, 3, 4]))
     np.testing.assert_array_equal(rows.experts[1][0], members["law"].row([1, 2, 3, 4]))
 
 
 def test_the_common_prefix_is_not_evaluated_again() -> None:
     ensemble, members = family()
-    assert ensemble.prefill(0, prompts([1, 2, 3, 4])) == 4
-    assert ensemble.prefill(0, prompts([1, 2, 9])) == 1
-    assert members["large"].calls[-1] == ("prefill", (0, [9]))
+    assert prefill(ensemble, 0, prompts([1, 2, 3, 4])) == 4
+    assert prefill(ensemble, 0, prompts([1, 2, 9])) == 1
+    assert members["large"].calls[-1] == [Run(0, [9], 1)]
     assert members["large"].cache[0] == [1, 2, 9]
 
 
 def test_the_same_prompt_again_evaluates_its_last_token() -> None:
     ensemble, members = family()
-    ensemble.prefill(0, prompts([1, 2, 3]))
-    assert ensemble.prefill(0, prompts([1, 2, 3])) == 1
+    prefill(ensemble, 0, prompts([1, 2, 3]))
+    assert prefill(ensemble, 0, prompts([1, 2, 3])) == 1
     np.testing.assert_array_equal(members["base"].logits()[0], members["base"].row([1, 2, 3]))
 
 
 def test_a_member_that_sat_out_catches_up() -> None:
     ensemble, members = family()
     large = ensemble.roles(FusionParams(method="large"))
-    ensemble.prefill(0, prompts([1, 2], "large"))
+    prefill(ensemble, 0, prompts([1, 2], "large"))
     decode(ensemble, large, [(0, [3])])
-    assert ensemble.prefill(0, prompts([1, 2, 3, 4])) == 4
-    assert members["large"].calls[-1] == ("prefill", (0, [4]))
-    assert members["law"].calls == [("prefill", (0, [1, 2, 3, 4]))]
+    assert prefill(ensemble, 0, prompts([1, 2, 3, 4])) == 4
+    assert members["large"].calls[-1] == [Run(0, [4], 1)]
+    assert members["law"].calls == [[Run(0, [1, 2, 3, 4], 1)]]
 
 
 def test_a_model_that_cannot_roll_back_starts_over_unless_the_text_only_grows() -> None:
     ensemble, members = family(can_trim=False)
-    ensemble.prefill(0, prompts([1, 2]))
-    assert ensemble.prefill(0, prompts([1, 2, 3])) == 1
-    assert ensemble.prefill(0, prompts([1, 9])) == 2
+    prefill(ensemble, 0, prompts([1, 2]))
+    assert prefill(ensemble, 0, prompts([1, 2, 3])) == 1
+    assert prefill(ensemble, 0, prompts([1, 9])) == 2
     assert members["base"].cache[0] == [1, 9]
 
 
@@ -102,36 +113,75 @@ def test_a_model_that_cannot_roll_back_starts_over_unless_the_text_only_grows() 
 def test_an_interrupt_leaves_caches_that_the_next_request_puts_right(during: str, can_trim: bool) -> None:
     ensemble, members = family(can_trim=can_trim)
     roles = ensemble.roles(FusionParams())
-    ensemble.prefill(0, prompts([1, 2, 3]))
+    prefill(ensemble, 0, prompts([1, 2, 3]))
     members["maths"].fail_at = 0
     interrupted = {
-        "prefill": lambda: ensemble.prefill(0, prompts([1, 2, 3, 4, 5])),
+        "prefill": lambda: prefill(ensemble, 0, prompts([1, 2, 3, 4, 5])),
         "decode": lambda: decode(ensemble, roles, [(0, [4])]),
     }
     with pytest.raises(KeyboardInterrupt):
         interrupted[during]()
-    ensemble.prefill(0, prompts([1, 2, 3, 4, 6]))
+    prefill(ensemble, 0, prompts([1, 2, 3, 4, 6]))
     for member in members.values():
         assert member.cache[0] == [1, 2, 3, 4, 6]
         np.testing.assert_array_equal(member.logits()[0], member.row([1, 2, 3, 4, 6]))
 
 
-def test_a_prompt_beyond_the_context_is_refused_before_any_decode() -> None:
-    ensemble, members = family()
-    with pytest.raises(ContextOverflowError, match="300 tokens, the context of law only 256"):
-        ensemble.prefill(0, {"large": [1], "law": [1] * 300})
-    assert not any(member.calls for member in members.values())
-
-
 def test_sequences_are_kept_apart() -> None:
     ensemble, members = family()
     roles = ensemble.roles(FusionParams(method="large"))
-    ensemble.prefill(0, prompts([1, 2], "large"))
-    ensemble.prefill(1, prompts([5], "large"))
+    prefill(ensemble, 0, prompts([1, 2], "large"))
+    prefill(ensemble, 1, prompts([5], "large"))
     decode(ensemble, roles, [(0, [3]), (1, [6])])
-    rows = ensemble.rows(roles).primary
+    rows = ensemble.rows(roles, {}, 2).primary
     np.testing.assert_array_equal(rows[0], members["large"].row([1, 2, 3]))
     np.testing.assert_array_equal(rows[1], members["large"].row([5, 6]))
+
+
+def test_a_prefix_that_another_sequence_holds_is_shared() -> None:
+    ensemble, members = family()
+    prefill(ensemble, 0, prompts([1, 2, 3, 4, 5]))
+    assert prefill(ensemble, 1, prompts([1, 2, 3, 4, 9, 9])) == 2
+    assert prefill(ensemble, 2, prompts([1, 2, 3, 4, 9, 9])) == 1
+    assert ensemble.n_free() == members["base"].n_cells - 8
+    ensemble.forget([0])
+    assert prefill(ensemble, 3, prompts([1, 2, 3, 4, 5])) == 1
+    for member in members.values():
+        assert [member.cache[seq] for seq in range(4)] == [[], [1, 2, 3, 4, 9, 9], [1, 2, 3, 4, 9, 9], [1, 2, 3, 4, 5]]
+        assert member.n_used() == member.n_cells - ensemble.n_free()
+
+
+def test_its_own_prefix_comes_before_one_of_the_same_length() -> None:
+    ensemble, members = family()
+    for seq in (0, 1):
+        prefill(ensemble, seq, prompts([1, 2, 3]))
+        ensemble.decode("large", [Run(seq, [7 + seq], 1)])
+    assert ensemble.begin("large", 1, [1, 2, 3, 8, 5]) == 4
+    assert ensemble.begin("large", 1, [1, 2, 3, 7, 5]) == 4
+    assert members["large"].cache[1] == [1, 2, 3, 7]
+
+
+def test_a_model_that_cannot_roll_back_shares_nothing() -> None:
+    ensemble, _ = family(can_trim=False)
+    prefill(ensemble, 0, prompts([1, 2, 3]))
+    assert prefill(ensemble, 1, prompts([1, 2, 3])) == 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_free_positions_are_counted_as_the_members_use_them(seed: int) -> None:
+    ensemble, members = family()
+    random = np.random.default_rng(seed)
+    for _ in range(60):
+        seq, text = int(random.integers(4)), random.integers(2, size=random.integers(1, 20)).tolist()
+        match random.integers(3):
+            case 0:
+                prefill(ensemble, seq, prompts(text))
+            case 1:
+                ensemble.forget([seq])
+            case 2:
+                for name in members:
+                    ensemble.shorten(name, seq, int(random.integers(20)))
+        assert ensemble.n_free() == min(member.n_cells - member.n_used() for member in members.values())
 
 
 def test_close_closes_every_member() -> None:

@@ -19,8 +19,10 @@ import gguf
 import pytest
 
 from edge_dlf import EdgeDLFError, ModelFileError
+from edge_dlf.backend import Run
 from edge_dlf.gguf import check_lora_fits, read_info
 
+from .feed import feed
 from .tiny import tiny_lora, tiny_model
 
 ABSURD = (0, 1, 2, 3, 31, 255, 256, 512, 65535, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
@@ -49,8 +51,8 @@ def work(path: Path, base: Path) -> str:
                 model.is_eog(token)
             loras = [(path, 1.0)] if info.is_adapter else []
             backend = LlamaBackend(model, "base", n_ctx=256, n_threads=1, loras=loras)
-            backend.prefill(0, (tokens or [0])[:4])
-            backend.decode([(0, [0])])
+            feed(backend, 0, (tokens or [0])[:4])
+            backend.decode([Run(0, [0], 1)])
             backend.close()
         finally:
             model.close()

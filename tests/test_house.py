@@ -29,11 +29,16 @@ LEVELS = {
     "draft": 3,
     "pace": 0,
     "decode": 4,
+    "scheduler": 5,
     "files": 5,
-    "stream": 5,
-    "completion": 6,
-    "api": 7,
-    "cli": 8,
+    "members": 6,
+    "tokenizer": 6,
+    "stream": 6,
+    "completion": 7,
+    "requests": 2,
+    "batch": 8,
+    "api": 9,
+    "cli": 10,
 }
 HELP = """from click.testing import CliRunner
 from edge_dlf.cli import main

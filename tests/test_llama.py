@@ -19,8 +19,10 @@ from edge_dlf import (
     OutOfMemoryError,
     RequestInterruptedError,
 )
-from edge_dlf.llama import N_UBATCH, Interrupt, LlamaBackend, Model
+from edge_dlf.backend import Run
+from edge_dlf.llama import N_BATCH, Interrupt, LlamaBackend, Model
 
+from .feed import feed
 from .tiny import tiny_lora, tiny_model
 
 TEXT = list(range(40, 90))
@@ -42,7 +44,7 @@ def backend(model: Model, **settings: object) -> LlamaBackend:
 def fresh(model: Model, tokens: list[int], **settings: object) -> np.ndarray:
     """The row after `tokens`, from a context of its own."""
     member = backend(model, **settings)
-    member.prefill(0, tokens)
+    feed(member, 0, tokens)
     row = member.logits()[0].copy()
     member.close()
     return row
@@ -50,7 +52,7 @@ def fresh(model: Model, tokens: list[int], **settings: object) -> np.ndarray:
 
 def test_rows_are_read_in_place(base: Model) -> None:
     member = backend(base)
-    member.prefill(0, TEXT)
+    feed(member, 0, TEXT)
     first, second = member.logits(), member.logits()
     assert not first.flags.owndata
     assert first.dtype == np.float32
@@ -60,12 +62,12 @@ def test_rows_are_read_in_place(base: Model) -> None:
 
 def test_single_steps_batches_and_prefill_agree(base: Model) -> None:
     member = backend(base)
-    member.prefill(0, TEXT[:20])
+    feed(member, 0, TEXT[:20])
     for token in TEXT[20:30]:
-        member.decode([(0, [token])])
+        member.decode([Run(0, [token], 1)])
         single = member.logits()[0].copy()
     np.testing.assert_allclose(single, fresh(base, TEXT[:30]), atol=ROUNDING)
-    member.decode([(0, TEXT[30:34])])
+    member.decode([Run(0, TEXT[30:34], 4)])
     rows = member.logits()
     assert rows.shape == (4, base.n_vocab)
     for k in range(4):
@@ -74,11 +76,11 @@ def test_single_steps_batches_and_prefill_agree(base: Model) -> None:
 
 
 def test_a_prompt_longer_than_a_batch(base: Model) -> None:
-    tokens = (TEXT * 20)[: N_UBATCH + 100]
+    tokens = (TEXT * 20)[: N_BATCH + 100]
     whole = fresh(base, tokens)
     member = backend(base)
     for start in range(0, len(tokens), 100):
-        member.prefill(0, tokens[start : start + 100])
+        feed(member, 0, tokens[start : start + 100])
     np.testing.assert_allclose(member.logits()[0], whole, atol=ROUNDING)
     assert member.n_past(0) == len(tokens)
     member.close()
@@ -86,21 +88,46 @@ def test_a_prompt_longer_than_a_batch(base: Model) -> None:
 
 def test_trimmed_text_is_forgotten(base: Model) -> None:
     member = backend(base)
-    member.prefill(0, TEXT)
+    feed(member, 0, TEXT)
     member.trim(0, 10)
-    member.prefill(0, TEXT[10:20])
+    feed(member, 0, TEXT[10:20])
     np.testing.assert_allclose(member.logits()[0], fresh(base, TEXT[:20]), atol=ROUNDING)
     member.close()
 
 
 def test_sequences_are_kept_apart(base: Model) -> None:
     member = backend(base, n_seq_max=2, n_ctx=128)
-    member.prefill(0, TEXT[:10])
-    member.prefill(1, TEXT[20:25])
-    member.decode([(0, TEXT[10:11]), (1, TEXT[25:26])])
+    feed(member, 0, TEXT[:10])
+    feed(member, 1, TEXT[20:25])
+    member.decode([Run(0, TEXT[10:11], 1), Run(1, TEXT[25:26], 1)])
     rows = member.logits()
     np.testing.assert_allclose(rows[0], fresh(base, TEXT[:11]), atol=ROUNDING)
     np.testing.assert_allclose(rows[1], fresh(base, TEXT[20:26]), atol=ROUNDING)
+    member.close()
+
+
+def test_prompts_and_steps_of_several_sequences_in_one_batch(base: Model) -> None:
+    member = backend(base, n_seq_max=3, n_ctx=128)
+    feed(member, 0, TEXT[:10])
+    member.decode([Run(1, TEXT[:7], 0), Run(0, TEXT[10:11], 1), Run(2, TEXT[20:30], 2)])
+    rows = member.logits()
+    for row, text in zip(rows, (TEXT[:11], TEXT[20:29], TEXT[20:30]), strict=True):
+        np.testing.assert_allclose(row, fresh(base, text), atol=ROUNDING)
+    member.decode([Run(1, TEXT[7:9], 1)])
+    np.testing.assert_allclose(member.logits()[0], fresh(base, TEXT[:9]), atol=ROUNDING)
+    member.close()
+
+
+def test_a_shared_prefix_takes_its_cells_once_and_outlives_its_source(base: Model) -> None:
+    member = backend(base, n_seq_max=8, n_ctx=48, n_cells=64)
+    feed(member, 0, TEXT[:40])
+    for seq in range(1, 8):  # 8 x 40 positions in a cache of 64
+        member.copy(0, seq, 40)
+    member.trim(0, 0)
+    member.decode([Run(seq, [TEXT[40 + seq]], 1) for seq in range(1, 8)])
+    rows = member.logits()
+    for seq in range(1, 8):
+        np.testing.assert_allclose(rows[seq - 1], fresh(base, [*TEXT[:40], TEXT[40 + seq]]), atol=ROUNDING)
     member.close()
 
 
@@ -123,17 +150,17 @@ def test_adapters_add_up(tmp_path: Path, base: Model) -> None:
 def test_text_beyond_the_context_is_refused_with_the_numbers(base: Model) -> None:
     member = backend(base, n_ctx=64)
     with pytest.raises(ContextOverflowError, match="base: 0 tokens and 65 more exceed its context of 64"):
-        member.prefill(0, [1] * 65)
-    member.prefill(0, [1] * 64)
+        feed(member, 0, [1] * 65)
+    feed(member, 0, [1] * 64)
     with pytest.raises(ContextOverflowError, match="64 tokens and 1 more"):
-        member.decode([(0, [1])])
+        member.decode([Run(0, [1], 1)])
     member.close()
 
 
 def test_more_rows_than_reserved_is_an_error_not_an_abort(base: Model) -> None:
     member = backend(base, n_rows=4)
     with pytest.raises(InvalidParameterError, match="5 rows"):
-        member.decode([(0, TEXT[:5])])
+        member.decode([Run(0, TEXT[:5], 5)])
     member.close()
 
 
@@ -177,14 +204,14 @@ def test_a_lora_for_another_width_is_refused(tmp_path: Path, base: Model) -> Non
 
 def evaluate_for_ever(member: LlamaBackend) -> None:
     while True:
-        member.prefill(0, TEXT[:10])
+        feed(member, 0, TEXT[:10])
         member.trim(0, 10)
 
 
 def test_an_interrupt_stops_an_evaluation_and_the_next_one_is_right(base: Model) -> None:
     interrupt = Interrupt()
     member = backend(base, interrupt=interrupt)
-    member.prefill(0, TEXT[:10])
+    feed(member, 0, TEXT[:10])
     other = threading.Thread(target=interrupt.set)
     other.start()
     with pytest.raises(RequestInterruptedError, match="interrupted"):
@@ -192,7 +219,7 @@ def test_an_interrupt_stops_an_evaluation_and_the_next_one_is_right(base: Model)
     other.join()
     interrupt.clear()
     member.trim(0, 10)
-    member.prefill(0, TEXT[10:20])
+    feed(member, 0, TEXT[10:20])
     np.testing.assert_allclose(member.logits()[0], fresh(base, TEXT[:20]), atol=ROUNDING)
     member.close()
 
@@ -204,7 +231,7 @@ def test_llama_cpp_asks_the_flag_while_it_evaluates(base: Model) -> None:
     interrupt.set()
     interrupt.check = lambda: None  # type: ignore[method-assign]
     with pytest.raises(RequestInterruptedError, match="base: interrupted while it evaluated 10 tokens"):
-        member.prefill(0, TEXT[:10])
+        feed(member, 0, TEXT[:10])
     member.close()
 
 

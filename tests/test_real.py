@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from edge_dlf import FusedLlama
-from edge_dlf.backend import Logits
+from edge_dlf.backend import Logits, Run
 from edge_dlf.llama import LlamaBackend
 
 from . import naive
+from .feed import feed
 
 pytestmark = pytest.mark.real
 
@@ -46,7 +47,7 @@ def rows_of(llm: FusedLlama, members: list[LlamaBackend]) -> list[Logits]:
 def plain_loop(llm: FusedLlama, members: list[LlamaBackend], prompt: list[int]) -> Iterator[tuple[int, str]]:
     """Tokens of greedy decoding one step at a time with the float64 oracle, and the margins of both choices."""
     for member in members:
-        member.prefill(0, prompt)
+        feed(member, 0, prompt)
     while True:
         large, base, *experts = rows_of(llm, members)
         objectives = naive.objectives(large, base, experts, np.round(np.arange(21) * 0.1, 12))[0].ravel()
@@ -58,14 +59,13 @@ def plain_loop(llm: FusedLlama, members: list[LlamaBackend], prompt: list[int]) 
         token = int(fused.argmax())
         yield token, margin
         for member in members:
-            member.decode([(0, [token])])
+            member.decode([Run(0, [token], 1)])
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
 def test_greedy_equals_a_plain_loop_with_the_oracle(llm: FusedLlama, prompt: str) -> None:
     # llama.cpp rounds a batch by its shape (on Q4_K_M by 0.1 nats and more), so both evaluate the prompt whole.
-    for held in llm._ensemble._held.values():
-        held.clear()
+    llm._ensemble.forget([0])
     engine = [llm._ensemble.members[name] for name in ("large", "base", *llm.experts)]
     members = [LlamaBackend(member.model, member.name, n_ctx=512, loras=member.loras) for member in engine]
     try:

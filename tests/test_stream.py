@@ -2,57 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 
 from edge_dlf import EdgeDLFError, FusionParams, SamplingParams
 from edge_dlf.completion import ChatCompletionShape, CompletionShape
-from edge_dlf.decode import Decoder, Generation, Pick
-from edge_dlf.stream import TokenStream
+from edge_dlf.decode import Generation, Pick
+from edge_dlf.ensemble import Roles
+from edge_dlf.stream import Answer, TokenStream
 
 EOG = 99
 
 
-class ScriptedDecoder(Decoder):
-    """Picks the given tokens, one after the other, each with α = 0.5 of the one expert."""
+class ScriptedScheduler:
+    """Picks the given tokens for one generation, one after the other, each with α = 0.5 of the one expert."""
 
     def __init__(self, script: list[int]) -> None:
-        self.script = iter(script)
+        self.decoder = self
+        self.generations: list[Generation] = []
+        self._script = iter(script)
 
-    def _next(self) -> Pick:
-        return Pick(next(self.script), -0.5, (0.5,), ((1, -0.5), (2, -1.5)))
+    def __contains__(self, generation: Generation) -> bool:
+        return generation in self.generations
 
-    def start(self, generation: Any, prompts: Any) -> tuple[Pick, int]:
-        return self._next(), 3
+    def add(self, generation: Generation) -> None:
+        self.generations.append(generation)
 
-    def step(self, generations: Any) -> list[list[Pick]]:
-        return [[self._next()]]
+    def remove(self, generation: Generation) -> None:
+        self.generations.remove(generation)
 
-    def rewind(self, generation: Any, n_tokens: int) -> None:
-        pass
+    def step(self) -> list[tuple[Generation, list[Pick]]]:
+        (generation,) = self.generations
+        pick = Pick(next(self._script), -0.5, (0.5,), ((1, -0.5), (2, -1.5)))
+        generation.add(pick)
+        return [(generation, [pick])]
 
-
-class OneExpert:
-    primary, base, experts = "large", "base", ("maths",)
+    def rewind(self, generation: Generation, n_tokens: int) -> None:
+        assert len(generation.tokens) == n_tokens
 
 
 PIECES = {0: b"a", 1: b"b", 2: "é".encode()[:1], 3: "é".encode()[1:], 4: b"STO", 5: b"P", 6: b" "}
 
 
-def run(script: list[int], *, max_tokens: int = 50, stop: tuple[str, ...] = (), current: Iterator[bool] | None = None):
-    fusion = FusionParams()
-    return TokenStream(
-        ScriptedDecoder([*script, EOG]),
-        Generation(0, OneExpert(), fusion, SamplingParams()),  # type: ignore[arg-type]
-        {"large": [7, 8, 9], "base": [7], "maths": [7]},
+def run(
+    script: list[int],
+    *,
+    max_tokens: int = 50,
+    stop: tuple[str, ...] = (),
+    scheduler: ScriptedScheduler | None = None,
+) -> TokenStream:
+    prompts = {"large": [7, 8, 9], "base": [7], "maths": [7]}
+    answer = Answer(
+        Generation(Roles("large", "base", ("maths",)), prompts, FusionParams(), SamplingParams()),
         max_tokens=max_tokens,
         stop=stop,
         piece=PIECES.__getitem__,
         ends=lambda token: token == EOG,
-        is_current=lambda: True if current is None else next(current),
     )
+    return TokenStream(scheduler or ScriptedScheduler([*script, EOG]), answer)  # type: ignore[arg-type]
 
 
 def test_tokens_carry_the_text_they_add() -> None:
@@ -93,8 +99,10 @@ def test_nothing_but_the_end() -> None:
 
 
 def test_a_newer_request_ends_an_older_one() -> None:
-    stream = run([0, 1, 0], current=iter([True, True, False]))
+    scheduler = ScriptedScheduler([0, 1, 0])
+    stream = run([], scheduler=scheduler)
     assert [next(stream).text, next(stream).text] == ["a", "b"]
+    scheduler.generations.clear()
     with pytest.raises(EdgeDLFError, match="newer request"):
         next(stream)
 

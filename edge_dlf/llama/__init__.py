@@ -4,8 +4,17 @@ The only importer of `llama_cpp`. A `Model` holds weights and vocabulary; a `Lla
 with its own KV cache and its own LoRA adapters, so that a base and its LoRA experts share one `Model`.
 """
 
-from .context import CACHE_TYPES, N_UBATCH, LlamaBackend
+from .context import CACHE_TYPES, N_BATCH, LlamaBackend, cell_bytes
 from .model import Model
-from .runtime import Interrupt, default_n_threads
+from .runtime import Interrupt, default_n_threads, offloads_to_gpu
 
-__all__ = ["CACHE_TYPES", "N_UBATCH", "Interrupt", "LlamaBackend", "Model", "default_n_threads"]
+__all__ = [
+    "CACHE_TYPES",
+    "N_BATCH",
+    "Interrupt",
+    "LlamaBackend",
+    "Model",
+    "cell_bytes",
+    "default_n_threads",
+    "offloads_to_gpu",
+]

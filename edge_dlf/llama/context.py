@@ -11,7 +11,7 @@ import llama_cpp as lib
 import numpy as np
 import psutil
 
-from ..backend import Logits
+from ..backend import Logits, Run
 from ..errors import (
     ContextOverflowError,
     DecodeError,
@@ -23,8 +23,8 @@ from ..errors import (
 from .model import Model
 from .runtime import Interrupt, default_n_threads, initialise
 
-N_UBATCH = 512
-"""Tokens that one prefill batch evaluates at most."""
+N_BATCH = 512
+"""Tokens that one batch evaluates at most."""
 
 CACHE_TYPES: Mapping[str, tuple[int, float]] = {
     "f32": (lib.GGML_TYPE_F32, 4),
@@ -42,25 +42,34 @@ CACHE_TYPES: Mapping[str, tuple[int, float]] = {
 _MAX_POSITIONS = 2**31 - 1
 
 
+def cell_bytes(model: Model, type_k: str | None, type_v: str | None) -> float:
+    """Bytes of the KV cache that one position of one sequence takes. Raises InvalidParameterError for unknown types."""
+    for cache_type in (type_k, type_v):
+        if cache_type is not None and cache_type not in CACHE_TYPES:
+            raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {cache_type!r}")
+    return model.n_kv_values * sum(CACHE_TYPES[kind or "f16"][1] for kind in (type_k, type_v))
+
+
 def _require_memory(model: Model, name: str, n_cells: int, type_k: str | None, type_v: str | None) -> None:
     """Raise OutOfMemoryError where a KV cache of `n_cells` cannot fit into the free memory: the process would be killed
     while it fills the cache. A GPU's memory is its backend's to check."""
     if lib.llama_supports_gpu_offload():
         return
-    cell_bytes = model.n_kv_values * sum(CACHE_TYPES[kind or "f16"][1] for kind in (type_k, type_v))
+    each = cell_bytes(model, type_k, type_v)
     free = psutil.virtual_memory().available
-    if n_cells * cell_bytes > free:
+    if n_cells * each > free:
         raise OutOfMemoryError(
-            f"{name}: a context of {n_cells} tokens needs {n_cells * cell_bytes / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB are free; {int(free / cell_bytes)} tokens would fit"
+            f"{name}: a context of {n_cells} tokens needs {n_cells * each / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free; {int(free / each)} tokens would fit"
         )
 
 
 class LlamaBackend:
     """One context over a model: a `Backend` whose rows lie in llama.cpp's own output buffer.
 
-    name: role of the member, for errors. n_ctx: positions for each of n_seq_max sequences. n_rows: rows of logits
-    that one `decode` may ask for; llama.cpp reserves n_rows x width, never n_ctx x width.
+    name: role of the member, for errors. n_ctx: positions that one of n_seq_max sequences may hold. n_cells: positions
+    of the KV cache that they share, by default n_ctx for each. n_rows: rows of logits that one `decode` may ask for;
+    llama.cpp reserves n_rows x width, never n_ctx x width.
     loras: (file, scale) pairs added to the weights. interrupt: stops what is evaluated. type_k, type_v: names from
     CACHE_TYPES.
     Raises ModelFileError for an adapter that does not fit, OutOfMemoryError where memory does not suffice, LoadError
@@ -74,6 +83,7 @@ class LlamaBackend:
         *,
         n_ctx: int,
         n_seq_max: int = 1,
+        n_cells: int | None = None,
         n_rows: int = 16,
         n_threads: int | None = None,
         type_k: str | None = None,
@@ -82,22 +92,22 @@ class LlamaBackend:
         interrupt: Interrupt | None = None,
     ) -> None:
         log = initialise()
-        for cache_type in (type_k, type_v):
-            if cache_type is not None and cache_type not in CACHE_TYPES:
-                raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {cache_type!r}")
         if not 1 <= n_ctx <= _MAX_POSITIONS // n_seq_max:
             raise InvalidParameterError(f"n_ctx must lie in 1 to {_MAX_POSITIONS // n_seq_max}, not {n_ctx}")
-        _require_memory(model, name, n_ctx * n_seq_max, type_k, type_v)
+        self.n_cells = n_cells or n_ctx * n_seq_max
+        _require_memory(model, name, self.n_cells, type_k, type_v)
         self.name = name
         self.model = model
         self.loras = tuple(loras)
         self.n_ctx = n_ctx
         self.n_seq_max = n_seq_max
+        self.n_batch = N_BATCH
         self.can_trim = model.can_trim
         self._n_rows = max(n_rows, n_seq_max)
         params = lib.llama_context_default_params()
-        params.n_ctx = n_ctx * n_seq_max
-        params.n_batch = params.n_ubatch = N_UBATCH
+        params.n_ctx = self.n_cells
+        params.n_batch = params.n_ubatch = N_BATCH
+        params.kv_unified = True
         params.n_seq_max = n_seq_max
         params.n_outputs_max = self._n_rows
         params.n_threads = params.n_threads_batch = n_threads or default_n_threads()
@@ -126,7 +136,7 @@ class LlamaBackend:
 
     def _allocate_batch(self) -> None:
         """One `llama_batch` over arrays of ours, reused for every call."""
-        size = N_UBATCH
+        size = N_BATCH
         self._token = np.zeros(size, np.int32)
         self._pos = np.zeros(size, np.int32)
         self._seq_id = np.zeros(size, np.int32)
@@ -143,28 +153,20 @@ class LlamaBackend:
             logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
-    def prefill(self, seq: int, tokens: Sequence[int]) -> None:
-        self._require_room(seq, len(tokens))
-        for start in range(0, len(tokens), N_UBATCH):
-            chunk = tokens[start : start + N_UBATCH]
-            self._fill(0, seq, chunk, wanted=0)
-            last = start + len(chunk) == len(tokens)
-            self._wanted[len(chunk) - 1] = last
-            self._run(len(chunk), n_logits=int(last))
-            self._n_past[seq] += len(chunk)
-
-    def decode(self, tokens: Sequence[tuple[int, Sequence[int]]]) -> None:
-        n_rows = sum(len(ids) for _, ids in tokens)
-        if n_rows > self._n_rows:
-            raise InvalidParameterError(f"{self.name}: {n_rows} rows in one decode, {self._n_rows} were reserved")
+    def decode(self, runs: Sequence[Run]) -> None:
+        n_tokens = sum(len(run.tokens) for run in runs)
+        n_rows = sum(run.n_rows for run in runs)
+        if n_tokens > N_BATCH or n_rows > self._n_rows:
+            raise InvalidParameterError(
+                f"{self.name}: {n_tokens} tokens and {n_rows} rows in a batch, {N_BATCH} and {self._n_rows} reserved"
+            )
         start = 0
-        for seq, ids in tokens:
-            self._require_room(seq, len(ids))
-            self._fill(start, seq, ids, wanted=1)
-            start += len(ids)
-        self._run(n_rows, n_logits=n_rows)
-        for seq, ids in tokens:
-            self._n_past[seq] += len(ids)
+        for run in runs:
+            self._require_room(run.seq, len(run.tokens))
+            start = self._fill(start, run)
+        self._run(n_tokens, n_rows)
+        for run in runs:
+            self._n_past[run.seq] += len(run.tokens)
 
     def _require_room(self, seq: int, n_tokens: int) -> None:
         if self._n_past[seq] + n_tokens > self.n_ctx:
@@ -172,12 +174,14 @@ class LlamaBackend:
                 f"{self.name}: {self._n_past[seq]} tokens and {n_tokens} more exceed its context of {self.n_ctx}"
             )
 
-    def _fill(self, start: int, seq: int, tokens: Sequence[int], *, wanted: int) -> None:
-        stop = start + len(tokens)
-        self._token[start:stop] = tokens
-        self._pos[start:stop] = range(self._n_past[seq], self._n_past[seq] + len(tokens))
-        self._seq_id[start:stop] = seq
-        self._wanted[start:stop] = wanted
+    def _fill(self, start: int, run: Run) -> int:
+        stop, n_past = start + len(run.tokens), self._n_past[run.seq]
+        self._token[start:stop] = run.tokens
+        self._pos[start:stop] = range(n_past, n_past + len(run.tokens))
+        self._seq_id[start:stop] = run.seq
+        self._wanted[start:stop] = 0
+        self._wanted[stop - run.n_rows : stop] = 1
+        return stop
 
     def _run(self, n_tokens: int, n_logits: int) -> None:
         self._interrupt.check()
@@ -206,6 +210,10 @@ class LlamaBackend:
         if not lib.llama_memory_seq_rm(self._memory, seq, n_past, -1):
             raise DecodeError(f"{self.name}: this model cannot forget part of a text")
         self._n_past[seq] = n_past
+
+    def copy(self, source: int, target: int, n_past: int) -> None:
+        lib.llama_memory_seq_cp(self._memory, source, target, 0, n_past)
+        self._n_past[target] = n_past
 
     def close(self) -> None:
         if self._ctx:

@@ -116,6 +116,11 @@ def amx_crashes() -> bool:
     return b"AMX_INT8 = 1" in lib.llama_print_system_info()
 
 
+def offloads_to_gpu() -> bool:
+    """Whether this build of llama.cpp can offload layers."""
+    return bool(lib.llama_supports_gpu_offload())
+
+
 def default_n_threads() -> int:
     """Physical cores that this process may run on."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

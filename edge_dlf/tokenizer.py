@@ -1,0 +1,81 @@
+"""Text to tokens and back, by the vocabulary and the chat template of the large model, which are the family's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
+
+from .errors import InvalidParameterError
+from .template import ChatTemplate, Message
+from .text import to_bytes
+
+if TYPE_CHECKING:
+    from .llama import Model
+
+Prompt: TypeAlias = str | Sequence[int]
+
+
+class Tokenizer:
+    """Tokens of texts, prompts and conversations. n_vocab: tokens that all members share."""
+
+    def __init__(self, model: Model, n_vocab: int) -> None:
+        self.n_vocab = n_vocab
+        self._model = model
+
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text` as a raw prompt, as in `FusedLlama.tokenize`."""
+        return self._with_bos(self._model.tokenize(to_bytes(text), special=special))
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`, names of control tokens included."""
+        return b"".join(map(self.name_bytes, tokens)).decode("utf-8", "replace")
+
+    def piece(self, token: int) -> bytes:
+        """Bytes that `token` adds to an answer; none for control tokens."""
+        return self._model.piece(token)
+
+    def name_bytes(self, token: int) -> bytes:
+        """Bytes of `token`, of control tokens their names."""
+        return self._model.piece(token, special=True)
+
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """Tokens of a prompt, one at least. Raises InvalidParameterError for ids that do not exist."""
+        tokens = self.tokenize(prompt) if isinstance(prompt, str) else [self.known(token) for token in prompt]
+        return tokens or [self._bos()]
+
+    def conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Prompt for the assistant's answer to `messages`, as in `FusedLlama.apply_chat_template`."""
+        return self._with_bos(self._template.tokens(messages))
+
+    def known(self, token: int) -> int:
+        """`token`, if it exists. Raises InvalidParameterError otherwise."""
+        if not 0 <= token < self.n_vocab:
+            raise InvalidParameterError(f"there is no token {token}; ids go from 0 to {self.n_vocab - 1}")
+        return int(token)
+
+    def _with_bos(self, tokens: list[int]) -> list[int]:
+        if self._model.adds_bos and tokens[:1] != [self._model.bos]:
+            tokens.insert(0, self._bos())
+        return tokens
+
+    def _bos(self) -> int:
+        if self._model.bos is None:
+            raise InvalidParameterError("the prompt is empty, and this model has no token that begins a text")
+        return self._model.bos
+
+    def _name(self, token: int | None) -> str:
+        return "" if token is None else self.name_bytes(token).decode("utf-8", "replace")
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        source = self._model.chat_template
+        if source is None:
+            raise InvalidParameterError("the large model has no chat template; give it a raw prompt instead")
+        return ChatTemplate(
+            source,
+            bos=self._name(self._model.bos),
+            eos=self._name(self._model.eos),
+            control={self._name(token): token for token in self._model.control_tokens()},
+            tokenize=lambda text: self._model.tokenize(to_bytes(text), special=False),
+        )

@@ -1,0 +1,205 @@
+"""`FusedLlama.batch`: as many single requests, whatever shares a step with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_dlf import EdgeDLFError, FusedLlama, InvalidParameterError, RequestInterruptedError
+from edge_dlf.batch import row_seed
+
+PROMPTS = [f"{head} {n} is" for n in range(8) for head in ("The number", "Nobody knows why", "1 + 1 and")]
+CHAT = [{"role": "user", "content": "Hello"}]
+
+
+def load(tiny: Path, **settings: Any) -> FusedLlama:
+    return FusedLlama.from_family(tiny, **{"n_ctx": 256, "n_threads": 1, **settings})
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: Path) -> Iterator[FusedLlama]:
+    with load(tiny, n_parallel=6) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def one(tiny: Path) -> Iterator[FusedLlama]:
+    with load(tiny) as llm:
+        yield llm
+
+
+def texts(results: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    return {result["custom_id"]: result["response"]["body"]["choices"][0] for result in results}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9}, {"temperature": 0.0, "repeat_penalty": 1.3}], ids=str)
+def test_a_batch_equals_single_requests(one: FusedLlama, llm: FusedLlama, sampling: dict[str, float]) -> None:
+    requests = [{"id": n, "prompt": prompt, "max_tokens": 3 + 5 * n % 17} for n, prompt in enumerate(PROMPTS)]
+    choices = texts(llm.batch(requests, seed=3, **sampling))
+    n_same = 0
+    for request in requests:
+        single = one.create_completion(
+            request["prompt"], max_tokens=request["max_tokens"], seed=row_seed(3, str(request["id"])), **sampling
+        )
+        n_same += choices[str(request["id"])] == single["choices"][0]
+    assert n_same >= 22  # of 24: llama.cpp rounds by the shape of a batch, and two choices may tie within that
+
+
+def test_messages_equal_a_single_chat(one: FusedLlama, llm: FusedLlama) -> None:
+    (result,) = llm.batch([{"messages": CHAT, "max_tokens": 6, "logprobs": True, "top_logprobs": 2}])
+    single = one.create_chat_completion(CHAT, max_tokens=6, logprobs=True, top_logprobs=2)
+    body = result["response"]["body"]
+    assert body["choices"] == single["choices"]
+    assert body["object"] == "chat.completion"
+    assert body["usage"] == single["usage"]
+    assert set(body["edge_dlf"]) == {"method", "alpha_mean", "expert_share", "n_drafted", "n_accepted"}
+
+
+def test_a_prompt_is_raw_or_a_users_message(one: FusedLlama, llm: FusedLlama) -> None:
+    line = {"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hello"}}
+    raw, chat, always_raw = (
+        texts(llm.batch([request], raw=raw, max_tokens=4)).popitem()[1]["text"]
+        for request, raw in ((line["body"], True), (line["body"], False), (line, False))
+    )
+    assert raw == always_raw == one.create_completion("Hello", max_tokens=4)["choices"][0]["text"]
+    message = one.create_chat_completion(CHAT, max_tokens=4)["choices"][0]["message"]["content"]
+    assert chat == message != raw
+
+
+def test_a_system_message_comes_before_messages_without_one(one: FusedLlama, llm: FusedLlama) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    own = {"role": "system", "content": "Be long."}
+    requests = [{"messages": CHAT}, {"messages": [own, *CHAT]}, {"prompt": "Hello"}]
+    bodies = [result["response"]["body"] for result in llm.batch(requests, system="Be brief.", raw=False, max_tokens=2)]
+    expected = [len(one.apply_chat_template([first, *CHAT])) for first in (system, own, system)]
+    assert sorted(body["usage"]["prompt_tokens"] for body in bodies) == sorted(expected)
+
+
+def test_rows_override_what_holds_for_all_and_methods_mix(one: FusedLlama, llm: FusedLlama) -> None:
+    methods = ["dynamic", "static", "large", "base", "lora", "tuned"]
+    requests = [{"id": m, "prompt": "The", "edge_dlf": {"method": m}} for m in methods]
+    choices = texts(llm.batch([*requests, {"id": "short", "prompt": "The", "max_tokens": 1}], max_tokens=8, alpha=0.5))
+    for method in methods:
+        single = one.create_completion("The", max_tokens=8, method=method, alpha=0.5)
+        assert choices[method] == single["choices"][0]
+    assert choices["short"]["finish_reason"] == "length"
+
+
+def test_results_come_as_they_are_done_or_in_order(llm: FusedLlama) -> None:
+    requests = [{"id": n, "prompt": "The", "max_tokens": 40 if n == 0 else 1} for n in range(60)]
+    done = [result["custom_id"] for result in llm.batch(requests)]
+    assert sorted(done, key=int) == [str(n) for n in range(60)]
+    assert done[0] != "0"
+    assert [result["custom_id"] for result in llm.batch(requests, ordered=True)] == [str(n) for n in range(60)]
+
+
+def test_a_request_that_cannot_be_answered_ends_no_other(llm: FusedLlama) -> None:
+    requests = [
+        "The",
+        {"prompt": "x" * 2000},
+        {"prompt": "x", "temperature": -1},
+        {"prompt": "x", "max_tokens": 300},
+        {"prompt": "x", "edge_dlf": {"method": "poetry"}},
+        {"prompt": "x", "logprobs": -1},
+        {"prompt": [10**9]},
+        {"messages": [{"role": "user"}]},
+        7,
+        {"id": "last", "prompt": "The"},
+    ]
+    results = {result["custom_id"]: result for result in llm.batch(requests, max_tokens=3)}
+    assert results["1"]["response"]["body"]["choices"] == results["last"]["response"]["body"]["choices"]
+    errors = {n: results[str(n)]["error"] for n in range(2, 10)}
+    assert all(results[str(n)]["response"] is None for n in errors)
+    assert [error["code"] for error in errors.values()] == [
+        "context_length_exceeded",
+        "invalid_request",
+        "context_length_exceeded",
+        *["invalid_request"] * 5,
+    ]
+    assert "poetry" in errors[5]["message"]
+
+
+def test_a_nan_is_its_rows_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(tiny, n_parallel=3) as llm:
+        base = llm._ensemble.members["base"]
+        logits = base.logits
+
+        def broken() -> Any:
+            rows = logits()
+            rows[1 % len(rows), 5] = float("nan")
+            return rows
+
+        monkeypatch.setattr(base, "logits", broken)
+        results = {result["custom_id"]: result for result in llm.batch(["a", "b", "c"], max_tokens=2)}
+    assert {n: result["error"] for n, result in results.items()} == {
+        "1": None,
+        "2": {"code": "non_finite_logits", "message": "base returned NaN in its logits"},
+        "3": results["3"]["error"],
+    }
+
+
+def test_requests_are_pulled_as_there_is_room(llm: FusedLlama) -> None:
+    pulled = 0
+
+    def requests() -> Iterator[str]:
+        nonlocal pulled
+        while pulled < 1000:
+            pulled += 1
+            yield "The"
+
+    results = llm.batch(requests(), max_tokens=2)
+    next(results)
+    assert pulled <= 2 * 6 + 1
+    results.close()  # type: ignore[attr-defined]
+    assert llm.create_completion("The", max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+def test_settings_that_concern_all_rows_are_refused_at_once(llm: FusedLlama) -> None:
+    with pytest.raises(InvalidParameterError, match="temperature"):
+        llm.batch(["a"], temperature=-1)
+    with pytest.raises(TypeError, match="batch.*beams"):
+        llm.batch(["a"], beams=4)
+
+
+def test_a_newer_request_ends_a_batch_and_a_batch_ends_an_older_one(llm: FusedLlama) -> None:
+    older = llm.stream("The", max_tokens=20)
+    next(older)
+    results = llm.batch(["a"] * 20, max_tokens=2)
+    with pytest.raises(EdgeDLFError, match="newer request"):
+        next(older)
+    next(results)
+    llm.create_completion("The", max_tokens=1)
+    with pytest.raises(EdgeDLFError, match="newer request"):
+        list(results)
+
+
+def test_an_interrupted_batch_leaves_a_model_that_works(llm: FusedLlama) -> None:
+    results = llm.batch(PROMPTS, max_tokens=30)
+    next(results)
+    llm.interrupt()
+    with pytest.raises(RequestInterruptedError):
+        list(results)
+    assert len(list(llm.batch(PROMPTS[:7], max_tokens=2))) == 7
+
+
+def test_one_at_a_time_drafts(one: FusedLlama) -> None:
+    requests = [{"id": n, "prompt": "la la la la la la", "max_tokens": 20} for n in range(3)]
+    bodies = [result["response"]["body"] for result in one.batch(requests, draft=2)]
+    plain = [result["response"]["body"] for result in one.batch(requests)]
+    assert [body["choices"] for body in bodies] == [body["choices"] for body in plain]
+    assert all(body["edge_dlf"]["n_drafted"] > 0 for body in bodies)
+
+
+@pytest.mark.parametrize("n_parallel", [0, 257, "many", True, 1.5])
+def test_a_number_of_requests_that_cannot_be(tiny: Path, n_parallel: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="n_parallel must be auto or 1 to 256"):
+        load(tiny, n_parallel=n_parallel)
+
+
+def test_auto_takes_several(tiny: Path) -> None:
+    with load(tiny, n_parallel="auto") as llm:
+        assert llm._ensemble.n_seq_max >= 4
+        assert len(list(llm.batch(PROMPTS, max_tokens=3))) == len(PROMPTS)

@@ -1,0 +1,108 @@
+"""Requests as data: what is taken, and one clear reason for what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from edge_dlf import InvalidParameterError
+from edge_dlf.requests import CHAT, COMPLETIONS, parse_line, request_id
+
+CHAT_BODY = {"model": "any", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def openai(body: Any, url: str = CHAT, **fields: Any) -> dict[str, Any]:
+    return {"custom_id": "a", "method": "POST", "url": url, "body": body, **fields}
+
+
+def test_a_line_of_an_openai_batch() -> None:
+    request = parse_line(openai({**CHAT_BODY, "max_tokens": 5, "stop": "\n", "temperature": 0, "seed": None}))
+    assert request.is_chat
+    assert request.content == CHAT_BODY["messages"]
+    assert request.settings == {"max_tokens": 5, "stop": ["\n"], "temperature": 0}
+
+
+def test_completions_are_raw_and_a_short_prompt_is_not() -> None:
+    assert parse_line(openai({"prompt": "x"}, COMPLETIONS)).is_raw
+    assert not parse_line({"prompt": "x"}).is_raw
+    assert parse_line("x") == parse_line({"prompt": "x"})
+
+
+def test_fusion_sits_apart_from_the_http_method() -> None:
+    request = parse_line({"prompt": [1, 2], "edge_dlf": {"method": "static", "alpha": {"law": 0.5}}})
+    assert request.settings == {"method": "static", "alpha": {"law": 0.5}}
+
+
+def test_limits_and_logprobs() -> None:
+    assert parse_line({**CHAT_BODY, "max_completion_tokens": 7}).settings == {"max_tokens": 7}
+    assert parse_line({"prompt": "x", "logprobs": 3}).settings == {"logprobs": 3}
+    chat = parse_line({**CHAT_BODY, "logprobs": True, "top_logprobs": 2, "logit_bias": {"5": -100}})
+    assert chat.settings == {"logprobs": True, "top_logprobs": 2, "logit_bias": {5: -100.0}}
+
+
+def test_what_openai_clients_send_besides_is_ignored() -> None:
+    line = openai({**CHAT_BODY, "user": "u", "metadata": {}, "n": 1, "stream": False, "service_tier": "auto"})
+    assert parse_line(line).settings == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (3, "a request must be an object, not 3"),
+        ({}, "either a prompt or messages"),
+        ({"prompt": "x", "messages": []}, "either a prompt or messages"),
+        ({"prompt": 3}, "prompt must be one text"),
+        ({"prompt": ["a", "b"]}, "prompt must be one text"),
+        ({"prompt": [True]}, "prompt must be one text"),
+        ({"messages": []}, "one message or more"),
+        ({"messages": "hello"}, "one message or more"),
+        ({"messages": ["hello"]}, "object with role and content"),
+        ({"prompt": "x", "id": 1.5}, "id must be text or an integer"),
+        ({"prompt": "x", "temperature": "hot"}, "temperature must be a number, not 'hot'"),
+        ({"prompt": "x", "temperature": True}, "temperature must be a number, not True"),
+        ({"prompt": "x", "temperature": 10**400}, "temperature is out of range"),
+        ({"prompt": "x", "top_k": 1.5}, "top_k must be an integer"),
+        ({"prompt": "x", "max_tokens": "5"}, "max_tokens must be an integer"),
+        ({"prompt": "x", "stop": [1]}, "stop must be text"),
+        ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias must map token ids"),
+        ({"prompt": "x", "logit_bias": [1]}, "logit_bias must be an object"),
+        ({"prompt": "x", "logprobs": True}, "logprobs must be an integer"),
+        ({**CHAT_BODY, "logprobs": 3}, "logprobs must be true or false"),
+        ({"prompt": "x", "n": 2}, "n must be 1"),
+        ({"prompt": "x", "stream": True}, "stream must be false"),
+        ({"prompt": "x", "method": "large"}, 'method belongs under "edge_dlf"'),
+        ({"prompt": "x", "tools": []}, "unknown field 'tools'"),
+        ({"prompt": "x", "edge_dlf": "large"}, "edge_dlf must be an object"),
+        ({"prompt": "x", "edge_dlf": {"beta": 1}}, "unknown field 'beta' under edge_dlf"),
+        ({"prompt": "x", "edge_dlf": {"alpha": "1"}}, "alpha must be a number or an object"),
+        ({"prompt": "x", "edge_dlf": {"alpha": {"law": "1"}}}, "alpha of law must be a number"),
+        ({"prompt": "x", "edge_dlf": {"method": 3}}, "method must be text"),
+        (openai(CHAT_BODY, custom_id=None), "custom_id must be text"),
+        (openai(CHAT_BODY, method="GET"), "method must be POST"),
+        (openai(CHAT_BODY, url="/v1/embeddings"), "url must be /v1/chat/completions or /v1/completions"),
+        (openai(CHAT_BODY, extra=1), "unknown field 'extra' beside body"),
+        (openai([1]), "body must be an object"),
+        (openai(CHAT_BODY, COMPLETIONS), "prompt must be one text"),
+        (openai({"prompt": "x"}, CHAT), "one message or more"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_with_the_reason(line: Any, message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        parse_line(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "identity"),
+    [
+        ({"custom_id": "a", "id": "b"}, "a"),
+        ({"id": "b"}, "b"),
+        ({"id": 12}, "12"),
+        ({"id": True}, "7"),
+        ({"id": ["b"]}, "7"),
+        ("text", "7"),
+        (None, "7"),
+    ],
+)
+def test_ids(line: Any, identity: str) -> None:
+    assert request_id(line, 7) == identity

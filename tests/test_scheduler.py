@@ -1,0 +1,207 @@
+"""Many generations at once: each equals itself alone, whatever shares its batches, and the caches never overflow."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from edge_dlf import EdgeDLFError, FusionParams, NonFiniteLogitsError, SamplingParams
+from edge_dlf.decode import Decoder, Generation, Pick
+from edge_dlf.ensemble import Ensemble
+from edge_dlf.fusion import Fuser
+from edge_dlf.scheduler import Scheduler
+
+from .fake_backend import FakeBackend
+from .test_decode import N_VOCAB, family, generate
+
+FUSIONS = [
+    FusionParams(),
+    FusionParams(method="static", alpha=0.8),
+    FusionParams(method="large"),
+    FusionParams(method="e1"),
+    FusionParams(alpha_max=1.0, alpha_step=0.25),
+    FusionParams(method="static", alpha={"e0": 0.3, "e1": 0.5}),
+]
+SAMPLINGS = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.9, seed=4),
+    SamplingParams(temperature=0.0, repeat_penalty=1.4, repeat_last_n=5),
+    SamplingParams(temperature=1.3, top_k=0, top_p=0.9, min_p=0.0, seed=9, presence_penalty=0.3),
+]
+
+
+def scheduler_of(members: dict[str, FakeBackend], n_prefill: int | None = None) -> Scheduler:
+    return Scheduler(Decoder(Ensemble(members, N_VOCAB), Fuser(N_VOCAB)), n_prefill)
+
+
+def make(scheduler: Scheduler, prompt: Sequence[int], fusion: FusionParams, sampling: SamplingParams) -> Generation:
+    ensemble = scheduler.decoder.ensemble
+    alphas = ensemble.static_alphas(fusion) if fusion.method == "static" else ()
+    return Generation(ensemble.roles(fusion), dict.fromkeys(ensemble.members, prompt), fusion, sampling, alphas=alphas)
+
+
+def run(scheduler: Scheduler, lengths: dict[Generation, int]) -> dict[Generation, list[Pick] | EdgeDLFError]:
+    """Run generations until each has its number of picks, or failed."""
+    results: dict[Generation, list[Pick] | EdgeDLFError] = {generation: [] for generation in lengths}
+    for generation in lengths:
+        scheduler.add(generation)
+    while scheduler.n_active or scheduler.n_waiting:
+        for generation, outcome in scheduler.step():
+            so_far = results[generation]
+            assert isinstance(so_far, list)
+            if isinstance(outcome, EdgeDLFError):
+                results[generation] = outcome
+            else:
+                so_far += outcome
+            if isinstance(outcome, EdgeDLFError) or len(so_far) >= lengths[generation]:
+                scheduler.remove(generation)
+    return results
+
+
+def prompts(n: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of which most begin alike."""
+    random = np.random.default_rng(seed)
+    heads = [random.integers(N_VOCAB, size=20).tolist(), random.integers(N_VOCAB, size=33).tolist(), []]
+    heads[1][:20] = heads[0]
+    return [[*heads[random.integers(3)], *random.integers(N_VOCAB, size=random.integers(1, 30))] for _ in range(n)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"n_batch": 7},
+        {"n_seq_max": 1},
+        {"n_ctx": 100, "n_cells": 100},
+        {"n_ctx": 100, "n_cells": 101, "n_seq_max": 16, "n_batch": 200},
+        {"n_ctx": 100, "n_cells": 150, "n_seq_max": 16, "n_batch": 17},
+        {"can_trim": False},
+        {"can_trim": False, "n_ctx": 100, "n_cells": 150},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("n_prefill", [None, 5])
+def test_each_generation_equals_itself_alone(settings: dict[str, int], n_prefill: int | None) -> None:
+    scheduler = scheduler_of(family(**settings), n_prefill)
+    kinds = itertools.cycle(itertools.product(FUSIONS, SAMPLINGS))
+    cases = {}
+    for n, prompt in enumerate(prompts(30)):
+        fusion, sampling = next(kinds)
+        cases[make(scheduler, prompt, fusion, sampling)] = (prompt, 1 + 7 * n % 30, fusion, sampling)
+    results = run(scheduler, {generation: case[1] for generation, case in cases.items()})
+    for generation, case in cases.items():
+        alone = generate(family(), *case)
+        picks = results[generation]
+        assert isinstance(picks, list)
+        assert [(pick.token, pick.alphas) for pick in picks] == [(pick.token, pick.alphas) for pick in alone]
+
+
+def test_a_common_prefix_is_evaluated_once() -> None:
+    head = list(range(40))
+    members = family(n_seq_max=8)
+    scheduler = scheduler_of(members)
+    run(scheduler, {make(scheduler, [*head, n, n], FUSIONS[0], SAMPLINGS[0]): 3 for n in range(20)})
+    for member in members.values():
+        assert member.n_evaluated == len(head) + 20 * (2 + 2)
+
+
+def test_the_same_prompt_many_times_is_evaluated_once() -> None:
+    members = family(n_seq_max=4)
+    scheduler = scheduler_of(members)
+    run(scheduler, {make(scheduler, list(range(30)), FUSIONS[0], SAMPLINGS[0]): 1 for _ in range(9)})
+    assert {member.n_evaluated for member in members.values()} == {30 + 8}
+
+
+def test_long_prompts_do_not_keep_others_from_decoding() -> None:
+    scheduler = scheduler_of(family(n_ctx=256, n_batch=16, n_seq_max=4))
+    quick = make(scheduler, [1, 2], FUSIONS[0], SAMPLINGS[0])
+    scheduler.add(quick)
+    scheduler.step()
+    for n in range(3):
+        scheduler.add(make(scheduler, [n] * 200, FUSIONS[0], SAMPLINGS[0]))
+    for _ in range(30):
+        assert len(dict(scheduler.step())[quick]) == 1
+    assert scheduler.n_active == 4
+
+
+def test_memory_that_runs_out_makes_the_youngest_wait_not_fail() -> None:
+    """Room for one long text and a bit: two grow until the second has to give its place up."""
+    members = family(n_ctx=100, n_cells=110, n_seq_max=2)
+    scheduler = scheduler_of(members)
+    first, second = (make(scheduler, [n] * 10, FUSIONS[0], SAMPLINGS[1]) for n in (1, 2))
+    for generation in (first, second):
+        scheduler.add(generation)
+    seen = set()
+    while len(first.tokens) < 95:
+        scheduler.step()
+        seen.add(scheduler.n_active)
+    assert seen == {1, 2}
+    assert 20 < len(second.tokens) < 95
+    scheduler.remove(first)
+    while len(second.tokens) < 95:
+        scheduler.step()
+    alone = generate(family(), [2] * 10, 85, FUSIONS[0], SAMPLINGS[1])
+    assert second.tokens[10:] == [pick.token for pick in alone]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS[:3], ids=("dynamic", "static", "large"))
+def test_a_nan_fails_its_own_generation_only(fusion: FusionParams) -> None:
+    members = family()
+    scheduler = scheduler_of(members)
+    cases = {make(scheduler, [n], fusion, SAMPLINGS[0]): n for n in range(8)}
+    members["large"].poison = (5, float("nan"))
+    results = run(scheduler, dict.fromkeys(cases, 12))
+    members["large"].poison = None
+    for generation, n in cases.items():
+        alone = [pick.token for pick in generate(family(), [n], 12, fusion, SAMPLINGS[0])]
+        outcome = results[generation]
+        if 5 in [n, *alone[:-1]]:
+            assert isinstance(outcome, NonFiniteLogitsError)
+            assert outcome.member == "large"
+        else:
+            assert isinstance(outcome, list)
+            assert [pick.token for pick in outcome] == alone
+    assert any(isinstance(outcome, list) for outcome in results.values())
+    assert any(not isinstance(outcome, list) for outcome in results.values())
+
+
+def test_an_interrupt_in_the_middle_of_a_batch_leaves_caches_that_go_on() -> None:
+    members = family(n_seq_max=3)
+    scheduler = scheduler_of(members)
+    generations = [make(scheduler, [n, n], FUSIONS[0], SAMPLINGS[0]) for n in range(3)]
+    for generation in generations:
+        scheduler.add(generation)
+    for _ in range(4):
+        scheduler.step()
+    members["e0"].fail_at = 0
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.step()
+    for _ in range(5):
+        scheduler.step()
+    for n, generation in enumerate(generations):
+        alone = generate(family(), [n, n], 9, FUSIONS[0], SAMPLINGS[0])
+        assert generation.tokens[2:] == [pick.token for pick in alone]
+
+
+def test_what_is_taken_out_makes_room_and_leaves_the_rest_alone() -> None:
+    scheduler = scheduler_of(family(n_seq_max=2))
+    first, second, third = (make(scheduler, [n], FUSIONS[0], SAMPLINGS[1]) for n in range(3))
+    for generation in (first, second, third):
+        scheduler.add(generation)
+    scheduler.step()
+    assert (scheduler.n_active, scheduler.n_waiting) == (2, 1)
+    scheduler.remove(first)
+    assert first not in scheduler
+    scheduler.step()
+    assert (scheduler.n_active, scheduler.n_waiting) == (2, 0)
+    for generation, n in ((second, 1), (third, 2)):
+        while len(generation.tokens) < 12:
+            scheduler.step()
+        alone = generate(family(), [n], 11, FUSIONS[0], SAMPLINGS[1])
+        assert generation.tokens[1:12] == [pick.token for pick in alone]
+    scheduler.clear()
+    assert scheduler.n_active == scheduler.n_waiting == 0
+    assert scheduler.step() == []
