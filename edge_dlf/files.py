@@ -48,7 +48,7 @@ def check_files(spec: FamilySpec) -> FamilyFiles:
 
     def info(path: Path) -> GGUFInfo:
         if path not in infos:
-            infos[path] = read_info(path)
+            infos[path] = read_info(path, next(iter(infos.values()), None))
         return infos[path]
 
     large, base = info(spec.large.local_path()), info(spec.base.local_path())
@@ -90,15 +90,15 @@ def _check_one_tokenizer(a: GGUFInfo, b: GGUFInfo) -> None:
     if kinds[0] != kinds[1]:
         raise VocabMismatchError(f"{both}: the first is of type {kinds[0]!r}, the second of type {kinds[1]!r}")
     short, long = sorted((a, b), key=_n_vocab)
-    if not long.vocabulary.tokens.startswith(short.vocabulary.tokens):
-        pairs = enumerate(zip(a.vocabulary.texts(), b.vocabulary.texts(), strict=False))
+    if not long.vocabulary.tokens.data.startswith(short.vocabulary.tokens.data):
+        pairs = enumerate(zip(a.vocabulary.tokens.since(0), b.vocabulary.tokens.since(0), strict=False))
         token, (ours, theirs) = next((token, texts) for token, texts in pairs if texts[0] != texts[1])
         raise VocabMismatchError(f"{both}: token {token} is {show(ours)} in the first and {show(theirs)} in the second")
     if _n_vocab(short) == _n_vocab(long):
         return
-    for token, text in enumerate(long.vocabulary.texts()):
+    for token, text in enumerate(long.vocabulary.tokens.since(_n_vocab(short)), _n_vocab(short)):
         is_padding = long.vocabulary.types[token] == _UNUSED or _PADDING.fullmatch(text)
-        if token >= _n_vocab(short) and not is_padding:
+        if not is_padding:
             raise VocabMismatchError(
                 f"{both}: {long.path.name} has token {token}, {show(text)}, where the other has ended"
             )

@@ -43,14 +43,15 @@ class GGUFInfo:
     tensor_bytes: int
 
 
-def read_info(path: str | Path) -> GGUFInfo:
-    """Check the GGUF at `path` (the first file of a split model) and say what it holds.
+def read_info(path: str | Path, like: GGUFInfo | None = None) -> GGUFInfo:
+    """Check the GGUF at `path` (the first file of a split model) and say what it holds. `like`, a model that likely has
+    the same vocabulary, makes it quicker.
 
     Raises ModelFileError, with one clear reason, where the file is missing, no GGUF, truncated, damaged, neither a
     language model nor a LoRA adapter, or one on which llama.cpp would abort.
     """
     path = Path(path)
-    first = read_header(path)
+    first = read_header(path, like.vocabulary.lists if like else None)
     shards = _shards(path, first)
     headers = [first, *(read_header(shard) for shard in shards[1:])]
     tensors: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ import os
 import stat
 import struct
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -20,12 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ModelFileError
+from .gguf_texts import NO_TEXTS, U64, Texts, plain_starts, repeated
 
 Scalar = bool | int | float | str
 
 _MIB = 1 << 20
 _FIRST_READ_BYTES = 8 * _MIB
 _MAX_HEADER_BYTES = 32 * _MIB  # the largest vocabularies take half of it
+_WINDOW_BYTES = _MIB  # what stays in the processor's cache
 _MAX_TEXT_BYTES = 4 * _MIB  # of all string values together; the longest chat templates have 0.1 MiB
 _MAX_KEYS = 1 << 16
 _MAX_KEY_BYTES = 1 << 12
@@ -50,7 +52,9 @@ _SCALARS = {
     11: struct.Struct("<q"),
     12: struct.Struct("<d"),
 }
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_U32 = struct.Struct("<I")
+_TOKENS = "tokenizer.ggml.tokens"
+_TOKENIZER_LISTS = (_TOKENS, "tokenizer.ggml.merges")
 _BLOCKS = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84),
@@ -63,8 +67,6 @@ _BLOCKS = {
     42: ("Q2_0", 64, 18),
 }  # fmt: skip
 """ggml type -> name, elements a block, bytes a block."""
-_LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # by how many
-_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93], np.uint64)
 
 
 @dataclass(frozen=True)
@@ -87,21 +89,19 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token list of one file: its texts as they stand there, each after its length in 8 bytes, and a type for each.
+    """The token list of one file.
 
-    types: (n_vocab,) int32; 1, a normal token, throughout where the file gives none.
+    lists: arrays of strings by their key, the tokens among them. types: of every token, (n_vocab,) int32; 1, a normal
+    token, throughout where the file gives none.
     """
 
-    tokens: bytes
+    lists: Mapping[str, Texts]
     types: npt.NDArray[np.int32]
 
-    def texts(self) -> Iterator[bytes]:
-        """Text of every token, in order of their ids."""
-        pos = 0
-        while pos < len(self.tokens):
-            (n_bytes,) = _U64.unpack_from(self.tokens, pos)
-            yield self.tokens[pos + 8 : pos + 8 + n_bytes]
-            pos += 8 + n_bytes
+    @property
+    def tokens(self) -> Texts:
+        """Text of every token, by id."""
+        return self.lists.get(_TOKENS, NO_TEXTS)
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,13 @@ def show(text: bytes | str) -> str:
 class _Cursor:
     """A cursor over the first bytes of a file; every read is checked against the file's length first."""
 
-    def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
+    def __init__(self, path: Path, file: BinaryIO, file_bytes: int, like: Mapping[str, Texts]) -> None:
         self.path = path
         self.file_bytes = file_bytes
         self.buffer = b""
         self.pos = 0
-        self.tokens = b""
+        self.like = like
+        self.lists: dict[str, Texts] = {}
         self.token_types: npt.NDArray[np.int32] = np.zeros(0, np.int32)
         self.kept_values = 0
         self._file = file
@@ -163,81 +164,52 @@ class _Cursor:
 
     def text(self, what: str, limit: int) -> bytes:
         """A length, of `limit` at most, and as many bytes."""
-        n_bytes = self.number(_U64, what)
+        n_bytes = self.number(U64, what)
         if n_bytes > limit:
             self.fail(f"damaged: {what} has {n_bytes:,} bytes")
         self.need(n_bytes, what)
         self.pos += n_bytes
         return self.buffer[self.pos - n_bytes : self.pos]
 
-    def texts(self, n: int, what: str) -> npt.NDArray[np.int64]:
-        """Where each of `n` texts begins, its length included."""
+    def texts(self, n: int, what: str, like: Texts) -> Texts:
+        """An array of `n` strings, `like` one that it may be the same as."""
         self.need(8 * n, what)
-        starts = self._plain_texts(n)
-        if starts is not None:
-            (n_bytes,) = _U64.unpack_from(self.buffer, int(starts[-1]))
-            self.pos = int(starts[-1]) + 8 + n_bytes
-            self.need(0, what)
-            return starts
-        slowly, pos = array("q"), self.pos
+        begin, known = self.pos, like.also_at(self.buffer, self.pos, n)
+        parts, n_left = [known[:-1]], n - len(known) + 1
+        self.pos += int(known[-1])
+        while n_left:
+            self.need(max(8, min(_WINDOW_BYTES, self.file_bytes - self.pos, _MAX_HEADER_BYTES - self.pos)), what)
+            starts = plain_starts(self.buffer[self.pos : self.pos + _WINDOW_BYTES], n_left)
+            if starts is None:
+                parts.append(self._texts_slowly(n_left, what) - begin)
+                break
+            parts.append(starts + (self.pos - begin))
+            n_left -= len(starts)
+            self.pos += int(starts[-1])
+            self.text(what, _MAX_HEADER_BYTES)
+        ends = np.array([self.pos - begin], np.int64)
+        return Texts(self.buffer[begin : self.pos], np.concatenate([*parts, ends]))
+
+    def _texts_slowly(self, n: int, what: str) -> npt.NDArray[np.int64]:
+        """Where each of `n` texts begins, one after the other."""
+        starts, pos = array("q"), self.pos
         for _ in range(n):
             if pos + 8 > len(self.buffer):
                 self.pos = min(pos, self.file_bytes)
                 self.need(8, what)
-            slowly.append(pos)
-            (n_bytes,) = _U64.unpack_from(self.buffer, pos)
+            starts.append(pos)
+            (n_bytes,) = U64.unpack_from(self.buffer, pos)
             pos += 8 + n_bytes
         self.pos = min(pos, self.file_bytes + 1)
         self.need(0, what)
-        return np.array(slowly, np.int64)
-
-    def _plain_texts(self, n: int) -> npt.NDArray[np.int64] | None:
-        """The same at a stroke, by the zeros that end each length; None where a text is empty, long, or holds a NUL."""
-        window = np.frombuffer(self.buffer, np.uint8, offset=self.pos)[: 32 * n + 64]
-        zero = window == 0
-        starts = np.flatnonzero(zero[:-1] > zero[1:]) - 7
-        starts = starts[starts >= 0]
-        lengths = _words(window)[starts].astype(np.int64)
-        is_length = (lengths > 0) & (lengths < 1 << 16)
-        starts, lengths = starts[is_length][:n], lengths[is_length][:n]
-        if len(starts) < max(n, 1) or starts[0] != 0 or np.any(np.diff(starts) != lengths[:-1] + 8):
-            return None
-        return starts + self.pos
+        return np.array(starts, np.int64)
 
 
-def _words(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """The 8 bytes from every position on, as little-endian integers, without a copy."""
-    words: npt.NDArray[np.uint64] = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
-    return words
-
-
-def _check_distinct(header: _Cursor, starts: npt.NDArray[np.int64]) -> None:
-    """Fail where two entries of the vocabulary, which ends at the cursor, are the same: llama.cpp aborts on it."""
-    seen: dict[bytes, int] = {}
-    for token in _suspects(header.buffer[int(starts[0]) : header.pos], starts - starts[0]):
-        pos = int(starts[token])
-        (n_bytes,) = _U64.unpack_from(header.buffer, pos)
-        # As C reads it.
-        text = header.buffer[pos + 8 : pos + 8 + n_bytes].split(b"\0", 1)[0] or b"[EMPTY_%d]" % token
-        if seen.setdefault(text, token) != token:
-            header.fail(f"damaged: its tokens {seen[text]} and {token} are both {show(text)}")
-
-
-def _suspects(texts: bytes, starts: npt.NDArray[np.int64]) -> Iterable[int]:
-    """The few tokens that may have the text of another one; all of them where a text is empty or holds a NUL."""
-    data = np.frombuffer(texts + bytes(16), np.uint8)
-    words = _words(data)
-    lengths = words[starts].astype(np.int64)
-    n_zeros, n_zeros_in_lengths = (block.size - np.count_nonzero(block) for block in (data, lengths.view(np.uint8)))
-    if lengths.min() == 0 or n_zeros != n_zeros_in_lengths + 16:
-        return range(len(starts))
-    head = words[starts + 8] & _LOW_BYTES[np.minimum(lengths, 8)]
-    middle = np.where(lengths > 16, words[starts + np.maximum(lengths // 2, 8)], np.uint64(0))
-    tail = np.where(lengths > 8, words[starts + np.maximum(lengths, 8)], np.uint64(0))
-    keys = (head * _MIX[0]) ^ (middle * _MIX[1]) ^ (tail * _MIX[2]) ^ lengths.astype(np.uint64)
-    ordered = np.sort(keys)
-    shared = ordered[1:][ordered[1:] == ordered[:-1]]
-    return np.flatnonzero(np.isin(keys, shared)).tolist() if len(shared) else ()
+def _check_distinct(header: _Cursor, texts: Texts) -> None:
+    """Fail where two entries of the vocabulary are the same: llama.cpp aborts on it."""
+    if pair := repeated(texts):
+        text = next(texts.since(pair[0])).split(b"\0", 1)[0]
+        header.fail(f"damaged: its tokens {pair[0]} and {pair[1]} are both {show(text or b'[EMPTY_%d]' % pair[0])}")
 
 
 def _read_value(header: _Cursor, key: str) -> Scalar | Array:
@@ -252,16 +224,18 @@ def _read_value(header: _Cursor, key: str) -> Scalar | Array:
         return scalar
     if kind != _ARRAY:
         header.fail(f"damaged: {what} has the unknown type {kind}")
-    kind, length = header.number(_U32, what), header.number(_U64, what)
+    kind, length = header.number(_U32, what), header.number(U64, what)
     if kind == _STRING:
         if length > _MAX_TEXTS:
             header.fail(f"damaged: {what} is an array of {length:,} texts")
-        starts = header.texts(length, what)
-        if key == "tokenizer.ggml.tokens" and length:
-            if length > _MAX_VOCAB:
-                header.fail(f"its vocabulary has {length:,} entries; the most that can be used are {_MAX_VOCAB:,}")
-            _check_distinct(header, starts)
-            header.tokens = header.buffer[int(starts[0]) : header.pos]
+        if key == _TOKENS and length > _MAX_VOCAB:
+            header.fail(f"its vocabulary has {length:,} entries; the most that can be used are {_MAX_VOCAB:,}")
+        known = header.like.get(key, NO_TEXTS)
+        texts = header.texts(length, what, known)
+        if key in _TOKENIZER_LISTS:
+            header.lists[key] = texts
+        if key == _TOKENS and not known.data.startswith(texts.data):
+            _check_distinct(header, texts)
         return Array(kind, length)
     if kind not in _SCALARS:
         header.fail(f"damaged: {what} is an array of the unknown type {kind}")
@@ -309,8 +283,8 @@ def _read_tensors(header: _Cursor, n_tensors: int, alignment: int) -> dict[str, 
         n_dims = header.number(_U32, what)
         if not 1 <= n_dims <= _MAX_DIMS:
             header.fail(f"damaged: {what} has {n_dims} dimensions")
-        shape = tuple(header.number(_U64, what) for _ in range(n_dims))
-        kind, offset = header.number(_U32, what), header.number(_U64, what)
+        shape = tuple(header.number(U64, what) for _ in range(n_dims))
+        kind, offset = header.number(_U32, what), header.number(U64, what)
         if kind not in _BLOCKS:
             header.fail(f"{what} has the type {kind}, which this version of llama.cpp does not know")
         kind_name, block, block_bytes = _BLOCKS[kind]
@@ -347,10 +321,13 @@ def _open(path: Path) -> BinaryIO:
     raise ModelFileError(path, "is a folder" if is_folder else "is not a regular file")
 
 
-def read_header(path: Path) -> Header:
-    """Read the header of the file at `path`; raises ModelFileError where it is damaged or truncated."""
+def read_header(path: Path, like: Mapping[str, Texts] | None = None) -> Header:
+    """Read the header of the file at `path`; raises ModelFileError where it is damaged or truncated.
+
+    like: the lists of a vocabulary that is likely the same; what equals them byte for byte is not parsed again.
+    """
     with _open(path) as file:
-        header = _Cursor(path, file, os.fstat(file.fileno()).st_size)
+        header = _Cursor(path, file, os.fstat(file.fileno()).st_size, like or {})
         if not header.file_bytes:
             header.fail("is empty")
         header.need(min(4, header.file_bytes), "the file")
@@ -363,17 +340,17 @@ def read_header(path: Path) -> Header:
             header.fail("is a big-endian GGUF; only little-endian ones can be used")
         if version not in (2, 3):
             header.fail(f"is a GGUF of version {version}; only versions 2 and 3 can be used")
-        n_tensors, n_keys = header.number(_U64, "the header"), header.number(_U64, "the header")
+        n_tensors, n_keys = header.number(U64, "the header"), header.number(U64, "the header")
         if n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
             header.fail(f"damaged: it claims {n_tensors:,} tensors and {n_keys:,} keys")
         metadata = _read_metadata(header, n_keys)
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment % 8 or alignment & (alignment - 1) or not 8 <= alignment <= _MIB:
             header.fail(f"damaged: its alignment is {alignment}")
-        tokens = metadata.get("tokenizer.ggml.tokens")
+        tokens = metadata.get(_TOKENS)
         n_vocab = tokens.length if isinstance(tokens, Array) else 0
         types = header.token_types if "tokenizer.ggml.token_type" in metadata else np.ones(n_vocab, np.int32)
         if len(types) < n_vocab:
             header.fail(f"damaged: it has {n_vocab:,} tokens and {len(types):,} token types")
-        vocabulary = Vocabulary(header.tokens, types[:n_vocab])
+        vocabulary = Vocabulary(header.lists, types[:n_vocab])
         return Header(version, metadata, vocabulary, _read_tensors(header, n_tensors, alignment), header.file_bytes)

@@ -84,12 +84,12 @@ def _numbers(value: Scalar | Array | None) -> tuple[bool | int | float, ...]:
 
 def _tokenizer(metadata: Metadata, vocabulary: Vocabulary) -> str | None:
     kind = metadata.get("tokenizer.ggml.model")
-    if not vocabulary.tokens or kind in _NO_TEXT_TOKENIZERS:
+    if not len(vocabulary.tokens) or kind in _NO_TEXT_TOKENIZERS:
         return f"its tokenizer, of the kind {show(str(kind))}, has no vocabulary for text"
     if kind == "llama":
         for byte in range(256):
             names = (b"<0x%02X>" % byte, bytes([byte]))
-            if not any(len(name).to_bytes(8, "little") + name in vocabulary.tokens for name in names):
+            if not any(len(name).to_bytes(8, "little") + name in vocabulary.tokens.data for name in names):
                 return f"its vocabulary has no token for the byte 0x{byte:02X}"
     return None
 

@@ -59,8 +59,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model(model: Path) -> None:
     info = read_info(model)
     assert (info.architecture, info.is_adapter, info.version, info.shards) == ("llama", False, 3, (model,))
-    assert info.n_vocab == len(list(info.vocabulary.texts())) == len(info.vocabulary.types)
-    assert list(info.vocabulary.texts())[-6:-3] == [token.encode() for token in SPECIAL_TOKENS]
+    assert info.n_vocab == len(list(info.vocabulary.tokens.since(0))) == len(info.vocabulary.types)
+    assert list(info.vocabulary.tokens.since(0))[-6:-3] == [token.encode() for token in SPECIAL_TOKENS]
     assert list(info.vocabulary.types[-6:]) == [3, 3, 3, 5, 5, 5]
     assert info.metadata["tokenizer.chat_template"] == CHATML
     assert info.metadata["llama.embedding_length"] == 32
@@ -194,7 +194,7 @@ VOCABULARY = [b"the", b"a" * 300, "naïve".encode(), b"x" * 256, b"y" * 17, b"y"
 def test_distinct_tokens_are_read_as_they_stand(tmp_path: Path, extra: list[bytes]) -> None:
     tokens = VOCABULARY + extra
     header = read_header(raw(tmp_path / "x.gguf", [texts("tokenizer.ggml.tokens", tokens)]))
-    assert list(header.vocabulary.texts()) == tokens
+    assert list(header.vocabulary.tokens.since(0)) == tokens
     assert list(header.vocabulary.types) == [1] * len(tokens)
 
 
@@ -215,7 +215,11 @@ def test_a_vocabulary_that_ends_within_a_token(tmp_path: Path, missing: int) -> 
     assert "truncated or damaged: the value of 'tokenizer.ggml.tokens' would end at" in reason(path)
 
 
-def test_random_vocabularies_agree_with_plain_python(tmp_path: Path) -> None:
+@pytest.mark.parametrize("window", [64, 1 << 20])
+def test_random_vocabularies_agree_with_plain_python(
+    tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_dlf.gguf_header._WINDOW_BYTES", window)
     rng = random.Random(0)
     for _ in range(300):
         letters = rng.choice([b"ab", b"a\0", bytes(range(1, 256))])
@@ -224,9 +228,23 @@ def test_random_vocabularies_agree_with_plain_python(tmp_path: Path) -> None:
         path = raw(tmp_path / "x.gguf", [texts("tokenizer.ggml.tokens", tokens)])
         as_c_reads = [token.split(b"\0")[0] or b"[EMPTY_%d]" % n for n, token in enumerate(tokens)]
         if len(set(as_c_reads)) == len(tokens):
-            assert list(read_header(path).vocabulary.texts()) == tokens
+            assert list(read_header(path).vocabulary.tokens.since(0)) == tokens
         else:
             assert "are both" in reason(path)
+
+
+@pytest.mark.parametrize("change", [[], VOCABULARY[:3], [*VOCABULARY, b"more"], [*VOCABULARY, b"the"], [b"other"]])
+def test_a_vocabulary_read_beside_a_like_one_is_the_same(tmp_path: Path, change: list[bytes]) -> None:
+    like = read_header(raw(tmp_path / "like.gguf", [texts("tokenizer.ggml.tokens", VOCABULARY)])).vocabulary.lists
+    path = raw(tmp_path / "x.gguf", [texts("tokenizer.ggml.tokens", change), key("z", 4, b"\7\0\0\0")])
+    if len(set(change)) < len(change):
+        with pytest.raises(ModelFileError, match="tokens 0 and 7 are both 'the'"):
+            read_header(path, like)
+        return
+    header = read_header(path, like)
+    assert list(header.vocabulary.tokens.since(0)) == change
+    assert header.vocabulary.tokens.data == read_header(path).vocabulary.tokens.data
+    assert header.metadata["z"] == 7
 
 
 def rewritten(source: Path, path: Path, changes: dict[str, object]) -> Path:

@@ -21,6 +21,7 @@ LEVELS = {
     "backend": 2,
     "text": 2,
     "template": 2,
+    "gguf_texts": 0,
     "gguf_header": 2,
     "gguf_rules": 3,
     "gguf": 4,
