@@ -19,7 +19,7 @@ from .errors import ContextOverflowError, EdgeDLFError, InvalidParameterError
 from .family import FamilySpec
 from .files import check_files
 from .llama import default_n_threads
-from .members import Members
+from .members import Members, place
 from .params import FusionParams, SamplingParams, check_draft
 from .requests import Request
 from .scheduler import Scheduler
@@ -46,8 +46,8 @@ class FusedLlama:
     n_ctx: positions of the context, for every member. n_gpu_layers: layers to offload, -1 for all; one number, or a
     mapping from member to a number (LoRA experts have the base's layers).
     n_threads: None takes the physical cores. type_k, type_v: types of the KV cache, such as "f16" (default) or "q8_0".
-    n_parallel: requests that `batch` decodes at once, which share a KV cache of at least n_ctx positions; "auto" takes
-    what memory allows.
+    n_parallel: requests that `batch` decodes at once; "auto" is 16, or 32 on a GPU. They share as many positions of a
+    KV cache as memory allows, n_ctx at least.
 
     Raises LoadError (ModelFileError, FamilyError, VocabMismatchError) or OutOfMemoryError. One request at a time: a new
     one ends the one before. A context manager.
@@ -101,19 +101,14 @@ class FusedLlama:
         files = check_files(spec)
         self.name = spec.name
         self._defaults = dict(spec.defaults)
+        placement = place(
+            files, n_ctx=n_ctx, n_parallel=n_parallel, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v
+        )
         # Importing numba and loading kernels takes as long as mapping the models: both at once.
         background = ThreadPoolExecutor(1)
         fuser = background.submit(_ready_fuser, files.n_vocab, n_threads)
         background.shutdown(wait=False)
-        self._members = Members(
-            files,
-            n_ctx=n_ctx,
-            n_parallel=n_parallel,
-            n_gpu_layers=n_gpu_layers,
-            n_threads=n_threads,
-            type_k=type_k,
-            type_v=type_v,
-        )
+        self._members = Members(files, placement, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
         try:
             decoder = Decoder(Ensemble(self._members.backends, files.n_vocab), fuser.result())
         except BaseException:

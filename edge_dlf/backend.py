@@ -11,6 +11,9 @@ import numpy.typing as npt
 Logits = npt.NDArray[np.float32]
 """Rows of logits, (K, width): C-contiguous, owned by the backend, valid until its next call."""
 
+N_BATCH = 512
+"""Tokens that one batch evaluates at most."""
+
 
 class Run(NamedTuple):
     """Tokens to append to a sequence; a row of logits is wanted after each of the last `n_rows` of them."""

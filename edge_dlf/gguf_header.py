@@ -55,7 +55,7 @@ _SCALARS = {
 _U32 = struct.Struct("<I")
 _TOKENS = "tokenizer.ggml.tokens"
 _TOKENIZER_LISTS = (_TOKENS, "tokenizer.ggml.merges")
-_BLOCKS = {
+BLOCKS = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84),
     11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
@@ -285,9 +285,9 @@ def _read_tensors(header: _Cursor, n_tensors: int, alignment: int) -> dict[str, 
             header.fail(f"damaged: {what} has {n_dims} dimensions")
         shape = tuple(header.number(U64, what) for _ in range(n_dims))
         kind, offset = header.number(_U32, what), header.number(U64, what)
-        if kind not in _BLOCKS:
+        if kind not in BLOCKS:
             header.fail(f"{what} has the type {kind}, which this version of llama.cpp does not know")
-        kind_name, block, block_bytes = _BLOCKS[kind]
+        kind_name, block, block_bytes = BLOCKS[kind]
         if shape[0] % block or min(shape) < 1:
             header.fail(f"damaged: {what} has the shape {shape}, impossible for {kind_name}")
         n_bytes = math.prod(shape) // block * block_bytes

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from .errors import InvalidParameterError
 from .files import FamilyFiles
-from .llama import Interrupt, LlamaBackend, Model, cell_bytes, offloads_to_gpu
+from .llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights
+from .machine import this_machine
+from .plan import Planner
 
 MAX_PARALLEL = 256
 """Sequences that llama.cpp can tell apart."""
@@ -21,44 +22,79 @@ _CELLS_PER_SEQUENCE = 1024
 """Positions of the shared KV cache for each sequence; one that grows beyond takes what others leave."""
 
 
+@dataclass(frozen=True)
+class Placement:
+    """How a family is to lie in memory: sequences decoded at once, positions that they share in each KV cache, and
+    n_gpu_layers of each role."""
+
+    n_seq_max: int
+    n_cells: int
+    layers: Mapping[str, int]
+
+
+def place(
+    files: FamilyFiles,
+    *,
+    n_ctx: int,
+    n_parallel: int | Literal["auto"],
+    n_gpu_layers: int | Mapping[str, int],
+    type_k: str | None,
+    type_v: str | None,
+) -> Placement:
+    """Find room for `files`, before anything is loaded, on this machine as it is now. Arguments as in FusedLlama.
+
+    Sequences share as many positions as memory allows, of one context at least. Raises OutOfMemoryError or
+    InvalidParameterError.
+    """
+    machine = this_machine(gpus())
+    n_seq_max = _n_seq_max(n_parallel, is_on_gpu=bool(machine.gpus))
+    planner = Planner(
+        files,
+        machine,
+        n_gpu_layers=n_gpu_layers,
+        type_k=type_k,
+        type_v=type_v,
+        n_seqs=n_seq_max,
+        repacks=repacks_weights(),
+    )
+    n_shared = n_seq_max * min(n_ctx, _CELLS_PER_SEQUENCE)
+    n_cells = max(n_ctx, planner.largest_n_cells(n_shared) if n_shared > n_ctx else 0)
+    return Placement(n_seq_max, n_cells, planner.plan(n_cells).layers)
+
+
 class Members:
     """Models and contexts of `files`, loaded.
 
     models: each file once, the large model's first. backends: role -> its context. interrupt: stops them all.
-    n_gpu_layers, n_threads, n_ctx, type_k, type_v: as in FusedLlama. n_parallel: sequences to decode at once; "auto"
-    takes what memory allows. Raises LoadError, OutOfMemoryError or InvalidParameterError.
+    n_ctx, n_threads, type_k, type_v: as in FusedLlama. Raises LoadError, OutOfMemoryError or InvalidParameterError.
     """
 
     def __init__(
         self,
         files: FamilyFiles,
+        placement: Placement,
         *,
         n_ctx: int,
-        n_parallel: int | Literal["auto"],
-        n_gpu_layers: int | Mapping[str, int],
         n_threads: int,
         type_k: str | None,
         type_v: str | None,
     ) -> None:
-        layers = files.layers(n_gpu_layers)
         self.interrupt = Interrupt()
         self.backends: dict[str, LlamaBackend] = {}
         loaded: dict[Path, Model] = {}
         with ExitStack() as stack:
             for name, info in files.models.items():
                 if info.path not in loaded:
-                    loaded[info.path] = Model(info.path, layers[name])
+                    loaded[info.path] = Model(info.path, placement.layers[name])
                     stack.callback(loaded[info.path].close)
             models = {name: loaded[info.path] for name, info in files.models.items()}
-            bytes_each = sum(cell_bytes(model, type_k, type_v) for model in models.values())
-            n_seq_max, n_cells = _share(n_parallel, n_ctx, bytes_each)
             for name, model in models.items():
                 self.backends[name] = LlamaBackend(
                     model,
                     name,
                     n_ctx=n_ctx,
-                    n_seq_max=n_seq_max,
-                    n_cells=n_cells,
+                    n_seq_max=placement.n_seq_max,
+                    n_cells=placement.n_cells,
                     n_threads=n_threads,
                     type_k=type_k,
                     type_v=type_v,
@@ -74,14 +110,8 @@ class Members:
         self._closing.close()
 
 
-def _share(n_parallel: int | Literal["auto"], n_ctx: int, cell_bytes: float) -> tuple[int, int]:
-    """Sequences, and positions that they share. cell_bytes: what a position takes in all members."""
+def _n_seq_max(n_parallel: int | Literal["auto"], *, is_on_gpu: bool) -> int:
     is_number = isinstance(n_parallel, int) and not isinstance(n_parallel, bool) and 1 <= n_parallel <= MAX_PARALLEL
     if not is_number and n_parallel != "auto":
         raise InvalidParameterError(f"n_parallel must be auto or 1 to {MAX_PARALLEL}, not {n_parallel!r}")
-    n_seq = _AUTO_PARALLEL[offloads_to_gpu()] if n_parallel == "auto" else n_parallel
-    n_fitting = int(psutil.virtual_memory().available / 2 / cell_bytes) if cell_bytes else n_seq * n_ctx
-    n_cells = max(n_ctx, min(n_seq * min(n_ctx, _CELLS_PER_SEQUENCE), n_fitting))
-    if n_parallel == "auto":
-        n_seq = max(1, min(n_seq, n_cells * 4 // _CELLS_PER_SEQUENCE))
-    return n_seq, n_cells
+    return _AUTO_PARALLEL[is_on_gpu] if n_parallel == "auto" else int(n_parallel)

@@ -16,7 +16,6 @@ from edge_dlf import (
     LoadError,
     ModelFileError,
     NonFiniteLogitsError,
-    OutOfMemoryError,
     RequestInterruptedError,
 )
 from edge_dlf.backend import Run
@@ -175,13 +174,6 @@ def test_more_rows_than_reserved_is_an_error_not_an_abort(base: Model) -> None:
 def test_settings_that_cannot_be(base: Model, settings: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidParameterError, match=message):
         backend(base, **settings)
-
-
-def test_a_context_that_memory_cannot_hold_is_refused_before_it_is_tried(base: Model) -> None:
-    with pytest.raises(
-        OutOfMemoryError, match=r"base: a context of 2000000000 tokens needs .* GB are free; \d+ tokens"
-    ):
-        backend(base, n_ctx=2 * 10**9)
 
 
 def test_cache_types(base: Model) -> None:

@@ -4,9 +4,10 @@ The only importer of `llama_cpp`. A `Model` holds weights and vocabulary; a `Lla
 with its own KV cache and its own LoRA adapters, so that a base and its LoRA experts share one `Model`.
 """
 
-from .context import CACHE_TYPES, N_BATCH, LlamaBackend, cell_bytes
+from ..backend import N_BATCH
+from .context import CACHE_TYPES, LlamaBackend
 from .model import Model
-from .runtime import Interrupt, default_n_threads, offloads_to_gpu
+from .runtime import Interrupt, default_n_threads, gpus, repacks_weights
 
 __all__ = [
     "CACHE_TYPES",
@@ -14,7 +15,7 @@ __all__ = [
     "Interrupt",
     "LlamaBackend",
     "Model",
-    "cell_bytes",
     "default_n_threads",
-    "offloads_to_gpu",
+    "gpus",
+    "repacks_weights",
 ]

@@ -9,9 +9,8 @@ from typing import Any
 
 import llama_cpp as lib
 import numpy as np
-import psutil
 
-from ..backend import Logits, Run
+from ..backend import N_BATCH, Logits, Run
 from ..errors import (
     ContextOverflowError,
     DecodeError,
@@ -23,45 +22,20 @@ from ..errors import (
 from .model import Model
 from .runtime import Interrupt, default_n_threads, initialise
 
-N_BATCH = 512
-"""Tokens that one batch evaluates at most."""
-
-CACHE_TYPES: Mapping[str, tuple[int, float]] = {
-    "f32": (lib.GGML_TYPE_F32, 4),
-    "f16": (lib.GGML_TYPE_F16, 2),
-    "bf16": (30, 2),  # GGML_TYPE_BF16, which llama_cpp does not name
-    "q8_0": (lib.GGML_TYPE_Q8_0, 34 / 32),
-    "q5_1": (lib.GGML_TYPE_Q5_1, 24 / 32),
-    "q5_0": (lib.GGML_TYPE_Q5_0, 22 / 32),
-    "q4_1": (lib.GGML_TYPE_Q4_1, 20 / 32),
-    "q4_0": (lib.GGML_TYPE_Q4_0, 18 / 32),
-    "iq4_nl": (lib.GGML_TYPE_IQ4_NL, 18 / 32),
+CACHE_TYPES: Mapping[str, int] = {
+    "f32": lib.GGML_TYPE_F32,
+    "f16": lib.GGML_TYPE_F16,
+    "bf16": 30,  # GGML_TYPE_BF16, which llama_cpp does not name
+    "q8_0": lib.GGML_TYPE_Q8_0,
+    "q5_1": lib.GGML_TYPE_Q5_1,
+    "q5_0": lib.GGML_TYPE_Q5_0,
+    "q4_1": lib.GGML_TYPE_Q4_1,
+    "q4_0": lib.GGML_TYPE_Q4_0,
+    "iq4_nl": lib.GGML_TYPE_IQ4_NL,
 }
-"""Types of a KV cache: ggml's number, bytes a value."""
+"""Types of a KV cache: ggml's number."""
 
 _MAX_POSITIONS = 2**31 - 1
-
-
-def cell_bytes(model: Model, type_k: str | None, type_v: str | None) -> float:
-    """Bytes of the KV cache that one position of one sequence takes. Raises InvalidParameterError for unknown types."""
-    for cache_type in (type_k, type_v):
-        if cache_type is not None and cache_type not in CACHE_TYPES:
-            raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {cache_type!r}")
-    return model.n_kv_values * sum(CACHE_TYPES[kind or "f16"][1] for kind in (type_k, type_v))
-
-
-def _require_memory(model: Model, name: str, n_cells: int, type_k: str | None, type_v: str | None) -> None:
-    """Raise OutOfMemoryError where a KV cache of `n_cells` cannot fit into the free memory: the process would be killed
-    while it fills the cache. A GPU's memory is its backend's to check."""
-    if lib.llama_supports_gpu_offload():
-        return
-    each = cell_bytes(model, type_k, type_v)
-    free = psutil.virtual_memory().available
-    if n_cells * each > free:
-        raise OutOfMemoryError(
-            f"{name}: a context of {n_cells} tokens needs {n_cells * each / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB are free; {int(free / each)} tokens would fit"
-        )
 
 
 class LlamaBackend:
@@ -92,10 +66,12 @@ class LlamaBackend:
         interrupt: Interrupt | None = None,
     ) -> None:
         log = initialise()
+        for cache_type in (type_k, type_v):
+            if cache_type is not None and cache_type not in CACHE_TYPES:
+                raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {cache_type!r}")
         if not 1 <= n_ctx <= _MAX_POSITIONS // n_seq_max:
             raise InvalidParameterError(f"n_ctx must lie in 1 to {_MAX_POSITIONS // n_seq_max}, not {n_ctx}")
         self.n_cells = n_cells or n_ctx * n_seq_max
-        _require_memory(model, name, self.n_cells, type_k, type_v)
         self.name = name
         self.model = model
         self.loras = tuple(loras)
@@ -112,8 +88,8 @@ class LlamaBackend:
         params.n_outputs_max = self._n_rows
         params.n_threads = params.n_threads_batch = n_threads or default_n_threads()
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_AUTO
-        params.type_k, _ = CACHE_TYPES[type_k or "f16"]
-        params.type_v, _ = CACHE_TYPES[type_v or "f16"]
+        params.type_k = CACHE_TYPES[type_k or "f16"]
+        params.type_v = CACHE_TYPES[type_v or "f16"]
         params.no_perf = True
         self._interrupt = interrupt or Interrupt()
         params.abort_callback = self._interrupt.asked

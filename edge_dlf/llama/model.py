@@ -43,13 +43,6 @@ class Model:
         return not (lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
 
     @property
-    def n_kv_values(self) -> int:
-        """Keys (as many values again) that one position holds over all layers; 0 for a model without a KV cache."""
-        n_head = max(lib.llama_model_n_head(self.handle), 1)
-        n_kv = lib.llama_model_n_head_kv(self.handle) * lib.llama_model_n_embd(self.handle) // n_head
-        return int(n_kv * lib.llama_model_n_layer(self.handle))
-
-    @property
     def chat_template(self) -> str | None:
         """The jinja template of the model's file."""
         template = lib.llama_model_chat_template(self.handle, None)

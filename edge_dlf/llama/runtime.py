@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ from contextlib import contextmanager
 
 import llama_cpp as lib
 import psutil
+from llama_cpp._ggml import libggml
 
 from ..errors import RequestInterruptedError
+from ..machine import GPU
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,7 @@ AMX_NOTICE = (
     f"llama-cpp-python=={lib.__version__}"
 )
 
+_GPU, _INTEGRATED_GPU = 1, 2  # of enum ggml_backend_dev_type
 _LIBC = ctypes.CDLL(None)
 _ALLOCATION_FAILURES = ("alloc", "out of memory", "failed to fit", "cudaMalloc")
 
@@ -111,14 +115,39 @@ class Interrupt:
             raise RequestInterruptedError("the request was interrupted")
 
 
+def gpus() -> list[GPU]:
+    """Devices that this build of llama.cpp can offload layers to, with the memory each has free."""
+    initialise()
+    ggml = libggml
+    ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
+    ggml.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    for function in (ggml.ggml_backend_dev_name, ggml.ggml_backend_dev_description):
+        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    ggml.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    size = ctypes.POINTER(ctypes.c_size_t)
+    ggml.ggml_backend_dev_memory.restype, ggml.ggml_backend_dev_memory.argtypes = None, [ctypes.c_void_p, size, size]
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    found = []
+    for number in range(ggml.ggml_backend_dev_count()):
+        device = ggml.ggml_backend_dev_get(number)
+        kind = ggml.ggml_backend_dev_type(device)
+        if kind in (_GPU, _INTEGRATED_GPU):
+            free, total = ctypes.c_size_t(), ctypes.c_size_t()
+            ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+            name, about = ggml.ggml_backend_dev_name(device), ggml.ggml_backend_dev_description(device)
+            shares_host = kind == _INTEGRATED_GPU or sys.platform == "darwin"
+            found.append(GPU(name.decode(), about.decode(errors="replace"), free.value, total.value, shares_host))
+    return found
+
+
 def amx_crashes() -> bool:
     """Whether this build of llama.cpp holds the AMX kernels that crash on quantized weights."""
     return b"AMX_INT8 = 1" in lib.llama_print_system_info()
 
 
-def offloads_to_gpu() -> bool:
-    """Whether this build of llama.cpp can offload layers."""
-    return bool(lib.llama_supports_gpu_offload())
+def repacks_weights() -> bool:
+    """Whether weights on the CPU get a second copy in another order."""
+    return b"REPACK = 1" in lib.llama_print_system_info() and not amx_crashes()
 
 
 def default_n_threads() -> int:

@@ -1,0 +1,267 @@
+"""Memory by the header alone: what llama.cpp then allocates, who goes to the GPU, and what an error says would fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import pytest
+
+from edge_dlf import FusedLlama, InvalidParameterError, OutOfMemoryError
+from edge_dlf.family import FamilySpec
+from edge_dlf.files import FamilyFiles, check_files
+from edge_dlf.footprint import CACHE_TYPES, footprint
+from edge_dlf.gguf import GGUFInfo, read_info
+from edge_dlf.gguf_header import Array
+from edge_dlf.llama import CACHE_TYPES as ENGINE_CACHE_TYPES
+from edge_dlf.llama import LlamaBackend, Model
+from edge_dlf.llama.runtime import gpus, initialise
+from edge_dlf.machine import GPU, Machine, cgroup_bytes, this_machine
+from edge_dlf.plan import Plan, Planner
+
+from .tiny import tiny_model
+
+GB = 1_000_000_000
+
+
+def allocated(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, float]:
+    """Bytes of each kind of buffer that llama.cpp says it allocates for a context over the model in `path`."""
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def keep(_level: int, text: bytes, _data: object) -> None:
+        lines.append(text.decode())
+
+    monkeypatch.setattr(initialise(), "_listen", keep)
+    model = Model(path)
+    LlamaBackend(model, "base", **settings).close()
+    model.close()
+    found: dict[str, float] = {}
+    for line in lines:
+        if match := re.search(r"(KV|RS|compute) buffer size = +([\d.]+) MiB", line):
+            found[match[1]] = found.get(match[1], 0.0) + float(match[2]) * 2**20
+    return found
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "mamba"])
+@pytest.mark.parametrize(("n_ctx", "types"), [(300, (None, None)), (4096, ("f32", "bf16"))])
+def test_caches_are_what_llama_cpp_allocates_and_buffers_no_more(
+    tmp_path: Path, arch: str, n_ctx: int, types: tuple[str | None, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model(tmp_path / "m.gguf", arch=arch, n_embd=64)
+    own = footprint(read_info(path), *types)
+    type_k, type_v = types
+    found = allocated(path, monkeypatch, n_ctx=n_ctx, n_rows=4, n_threads=1, type_k=type_k, type_v=type_v)
+    digits = 0.006 * 2**20  # two decimals of a MiB
+    assert own.cache(n_ctx) == pytest.approx(found.get("KV", 0.0), abs=digits)
+    assert own.state == pytest.approx(found.get("RS", 0.0), abs=digits)
+    assert 0 < found["compute"] < own.compute(n_ctx, 4)
+
+
+def test_weights_are_the_tensors(tiny: Path) -> None:
+    info = read_info(tiny / "base.gguf")
+    assert footprint(info).weights == info.tensor_bytes
+    assert len(footprint(info).layers) == 2
+
+
+def changed(info: GGUFInfo, changes: Mapping[str, object]) -> GGUFInfo:
+    metadata = {**info.metadata, **{f"{info.architecture}.{key}": value for key, value in changes.items()}}
+    return dataclasses.replace(info, metadata=metadata)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        ({}, [32, 32]),
+        ({"attention.key_length": 24}, [40, 40]),
+        ({"attention.key_length": 24, "attention.value_length": 8}, [32, 32]),
+        ({"attention.head_count_kv": Array(4, 2, (2, 0))}, [64, 0]),
+        ({"attention.key_length_mla": 16, "attention.value_length_mla": 16}, [16, 16]),
+        ({"attention.shared_kv_layers": 1}, [32, 0]),
+        ({"full_attention_interval": 2}, [0, 32]),
+        (
+            {
+                "attention.sliding_window_pattern": Array(7, 2, (True, False)),
+                "attention.key_length_swa": 8,
+                "attention.value_length_swa": 8,
+            },
+            [16, 32],
+        ),
+        ({"nextn_predict_layers": 1}, [32]),
+    ],
+)
+def test_values_of_one_cell_in_each_layer(tiny: Path, changes: dict[str, object], values: list[int]) -> None:
+    info = changed(read_info(tiny / "base.gguf"), changes)
+    assert [kv / 2 for kv in footprint(info).kv] == values
+    assert [kv / (34 / 32) for kv in footprint(info, "q8_0", "q8_0").kv] == values
+
+
+def test_cache_types_are_the_engines() -> None:
+    assert tuple(ENGINE_CACHE_TYPES) == CACHE_TYPES
+
+
+@pytest.fixture(scope="module")
+def files(tiny: Path) -> FamilyFiles:
+    return check_files(FamilySpec.load(tiny))
+
+
+def planned(files: FamilyFiles, machine: Machine, n_cells: int = 512, **settings: object) -> Plan:
+    return Planner(files, machine, **settings).plan(n_cells)  # type: ignore[arg-type]
+
+
+def test_a_family_shares_the_weights_of_the_base(files: FamilyFiles) -> None:
+    plan = planned(files, Machine(8 * GB))
+    by_name = {member.name: member for member in plan.members}
+    assert list(by_name) == ["large", "base", "lora", "tuned"]
+    assert by_name["lora"].shares_with == "base"
+    assert by_name["lora"].weights_bytes == files.loras["lora"][0][0].stat().st_size
+    assert by_name["lora"].cache_bytes == by_name["base"].cache_bytes > 0
+    assert plan.n_bytes < plan.host_bytes
+    assert plan.gpu_bytes == 0
+    assert plan.layers == dict.fromkeys(by_name, -1)
+
+
+def gpu(free: int, **settings: object) -> GPU:
+    return GPU("GPU0", "a GPU", free, 2 * free, **settings)  # type: ignore[arg-type]
+
+
+def test_all_layers_go_to_a_gpu_that_holds_them(files: FamilyFiles) -> None:
+    plan = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)))
+    assert plan.layers == dict.fromkeys(("large", "base", "lora", "tuned"), -1)
+    assert plan.gpu_bytes > sum(info.tensor_bytes for info in {id(i): i for i in files.models.values()}.values()) / 2
+
+
+def test_the_small_models_go_to_the_gpu_first(tiny: Path, tmp_path: Path) -> None:
+    large = tiny_model(tmp_path / "large.gguf", n_embd=512, n_layer=6)
+    files = check_files(FamilySpec.from_files(large, tiny / "base.gguf", {"lora": tiny / "lora.gguf"}))
+    whole = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)))
+    rows = []
+    for percent in range(0, 101, 5):
+        plan = planned(files, Machine(8 * GB, gpus=(gpu(400_000_000 + whole.gpu_bytes * percent // 100),)))
+        assert plan.gpu_bytes <= whole.gpu_bytes * percent / 100
+        by_name = {member.name: member.n_gpu_layers for member in plan.members}
+        assert by_name["base"] == by_name["lora"]
+        rows.append((by_name["base"], by_name["large"]))
+    assert rows[0] == (0, 0)
+    assert rows[-1] == (3, 7)
+    assert all(base == 3 for base, large in rows if large)
+    assert {large for _, large in rows} > {0, 3, 7}
+    assert rows == sorted(rows)
+
+
+def test_a_gpu_that_uses_the_hosts_memory_counts_there_too(files: FamilyFiles) -> None:
+    apart = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)))
+    shared = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB, shares_host=True),)))
+    assert shared.host_bytes == apart.host_bytes + apart.gpu_bytes
+
+
+def test_layers_asked_for_that_the_gpu_cannot_hold(files: FamilyFiles) -> None:
+    machine = Machine(8 * GB, gpus=(gpu(401_000_000),))
+    with pytest.raises(OutOfMemoryError, match=r"with these layers, 401 MB are free there; n_gpu_layers of large=\d,"):
+        planned(files, machine, n_gpu_layers=99)
+    with pytest.raises(OutOfMemoryError) as caught:
+        planned(files, machine, n_gpu_layers={"large": 3})
+    said = re.search(r"n_gpu_layers of (\S+) would fit", str(caught.value))
+    assert said
+    fits = {name: int(number) for name, number in (pair.split("=") for pair in said[1].split(","))}
+    assert planned(files, machine, n_gpu_layers=fits).layers["large"] == fits["large"]
+
+
+def test_a_context_that_does_not_fit_names_one_that_does(files: FamilyFiles) -> None:
+    with pytest.raises(OutOfMemoryError) as caught:
+        planned(files, Machine(GB, "a limit of its control group"), n_cells=10_000_000)
+    said = re.fullmatch(
+        r"large, base, lora and tuned need [\d.]+ GB, [\d.]+ GB of it for a context of 10000000; 1.0 GB are free "
+        r"\(by a limit of its control group\); a context of (\d+) would fit",
+        str(caught.value),
+    )
+    assert said
+    planned(files, Machine(GB), n_cells=int(said[1]))
+    with pytest.raises(OutOfMemoryError):
+        planned(files, Machine(GB), n_cells=int(said[1]) + 1)
+    assert Planner(files, Machine(GB)).largest_n_cells(10_000_000) == int(said[1])
+
+
+def test_weights_that_do_not_fit(files: FamilyFiles) -> None:
+    with pytest.raises(OutOfMemoryError, match="not even the smallest context would fit: take smaller files"):
+        planned(files, Machine(100_000_000))
+
+
+def test_unknown_cache_types_and_members_are_refused(files: FamilyFiles) -> None:
+    with pytest.raises(InvalidParameterError, match="not 'q9_9'"):
+        Planner(files, Machine(GB), type_k="q9_9")
+    with pytest.raises(InvalidParameterError, match="'smal'"):
+        Planner(files, Machine(GB), n_gpu_layers={"smal": 3})
+
+
+def test_a_context_that_memory_cannot_hold_is_refused_before_anything_is_loaded(tiny: Path) -> None:
+    with pytest.raises(OutOfMemoryError, match=r"2000000000; .* GB are free; a context of \d+ would fit"):
+        FusedLlama.from_family(tiny, n_ctx=2 * 10**9)
+
+
+def group(folder: Path, limit: str, usage: int, cache: int, version: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    prefix = "" if version == 2 else "total_"
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{usage}\n")
+    stat = f"anon 7\n{prefix}inactive_file {cache}\n{prefix}active_file 5\nfile 1000000\n"
+    (folder / "memory.stat").write_text(stat)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_every_control_group_above(tmp_path: Path, version: int) -> None:
+    own = tmp_path / "own"
+    own.write_text("0::/user/session\n" if version == 2 else "7:cpu:/\n4:hugetlb,memory:/user/session\n0::/\n")
+    root = tmp_path / "cgroup"
+    top = root if version == 2 else root / "memory"
+    group(top / "user", "9000", 5000, 100, version)
+    group(top / "user" / "session", "max" if version == 2 else "9223372036854771712", 2000, 10, version)
+    group(tmp_path, "1", 0, 0, version)
+    left = sorted(cgroup_bytes(root, own))
+    assert left[0] == 9000 - 5000 + 100 + 5
+    assert len(left) == (1 if version == 2 else 2)
+
+
+def test_a_container_that_does_not_see_its_own_group(tmp_path: Path) -> None:
+    (tmp_path / "own").write_text("0::/docker/0123\n")
+    group(tmp_path / "cgroup", "4000", 1000, 0, 2)
+    assert list(cgroup_bytes(tmp_path / "cgroup", tmp_path / "own")) == [3005]
+    assert list(cgroup_bytes(tmp_path / "cgroup", tmp_path / "missing")) == []
+
+
+def test_this_machine_has_memory_and_its_gpus_say_what_they_have() -> None:
+    machine = this_machine(gpus())
+    assert machine.free_bytes > 0
+    assert all(0 < gpu.free_bytes <= gpu.total_bytes and gpu.name for gpu in machine.gpus)
+
+
+LIMITED = """
+import resource, sys
+from edge_dlf.cli import main
+import edge_dlf.api, edge_dlf.machine as machine
+in_use = machine.psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (in_use + int(sys.argv.pop(1)), resource.RLIM_INFINITY))
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited so on Linux only")
+def test_under_ulimit_the_context_that_the_error_names_runs(tiny: Path) -> None:
+    def generate(n_ctx: int) -> subprocess.CompletedProcess[str]:
+        arguments = ["generate", "--family", str(tiny), "--ctx-size", str(n_ctx), "--threads", "1", "--max-tokens", "4"]
+        command = [sys.executable, "-c", LIMITED, "700000000", *arguments, "--raw", "hello"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+    refused = generate(1_000_000)
+    assert refused.returncode == 4
+    last = refused.stderr.splitlines()[-1]
+    said = re.fullmatch(r"edge-dlf: .* are free \(by ulimit -v\); a context of (\d+) would fit", last)
+    assert said, refused.stderr
+    assert generate(int(said[1])).returncode == 0
