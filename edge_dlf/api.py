@@ -135,6 +135,8 @@ class FusedLlama:
     def close(self) -> None:
         """Free contexts and weights. Calling it twice is no error."""
         self._scheduler.clear()
+        if self._open_tokenizer is not None:
+            self._open_tokenizer.close()
         self._open_tokenizer = None
         self._members.close()
 

@@ -1,17 +1,13 @@
-"""Chat messages to prompt tokens: the model's own jinja template, sandboxed, and content that stays content."""
+"""Chat messages to prompt tokens: the model's own jinja template, and content that stays content."""
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeAlias
-
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any, TypeAlias
 
 from .errors import InvalidParameterError
+from .sandbox import TemplateProcess
 
 Message: TypeAlias = Mapping[str, Any]
 """An OpenAI-shaped chat message: `role`, and `content` as text or as a list of `{"type": "text", "text": …}`."""
@@ -36,15 +32,7 @@ class ChatTemplate:
         control: Mapping[str, int],
         tokenize: Callable[[str], list[int]],
     ) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise InvalidParameterError(f"the model's chat template is not valid: {error}") from error
+        self._template = TemplateProcess(source)
         self._bos, self._eos = bos, eos
         self._control = {text: token for text, token in control.items() if len(text) > 1}
         names = sorted(self._control, key=len, reverse=True)
@@ -64,13 +52,12 @@ class ChatTemplate:
             start = match.end()
         return tokens + self._tokenize_plain(text[start:], shield)
 
+    def close(self) -> None:
+        """End the template's process. Calling it twice is no error."""
+        self._template.close()
+
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        try:
-            return self._template.render(
-                messages=messages, bos_token=self._bos, eos_token=self._eos, add_generation_prompt=True
-            )
-        except Exception as error:  # a template is code from a file: whatever it raises is about these messages
-            raise InvalidParameterError(f"the model's chat template refuses these messages: {error}") from error
+        return self._template.render(messages, bos_token=self._bos, eos_token=self._eos, add_generation_prompt=True)
 
     def _shielded(self, message: dict[str, Any], shield: str) -> dict[str, Any]:
         """The message with every name of a control token in its text broken by `shield`."""
@@ -112,16 +99,3 @@ def _absent_noncharacter(messages: list[dict[str, Any]]) -> str:
     """A code point that stands for nothing and that no message holds."""
     used = {char for message in messages for value in message.values() if isinstance(value, str) for char in value}
     return next((char for char in _NONCHARACTERS if char not in used), "\U0010ffff")
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    """As transformers has it: no HTML escapes."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise InvalidParameterError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)

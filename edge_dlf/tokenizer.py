@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 from .errors import InvalidParameterError
@@ -22,6 +21,7 @@ class Tokenizer:
     def __init__(self, model: Model, n_vocab: int) -> None:
         self.n_vocab = n_vocab
         self._model = model
+        self._template: ChatTemplate | None = None
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text` as a raw prompt, as in `FusedLlama.tokenize`."""
@@ -46,6 +46,8 @@ class Tokenizer:
 
     def conversation(self, messages: Sequence[Message]) -> list[int]:
         """Prompt for the assistant's answer to `messages`, as in `FusedLlama.apply_chat_template`."""
+        if self._template is None:
+            self._template = self._compile_template()
         return self._with_bos(self._template.tokens(messages))
 
     def known(self, token: int) -> int:
@@ -53,6 +55,11 @@ class Tokenizer:
         if not 0 <= token < self.n_vocab:
             raise InvalidParameterError(f"there is no token {token}; ids go from 0 to {self.n_vocab - 1}")
         return int(token)
+
+    def close(self) -> None:
+        """End the process that renders the template. Calling it twice is no error."""
+        if self._template is not None:
+            self._template.close()
 
     def _with_bos(self, tokens: list[int]) -> list[int]:
         if self._model.adds_bos and tokens[:1] != [self._model.bos]:
@@ -67,8 +74,7 @@ class Tokenizer:
     def _name(self, token: int | None) -> str:
         return "" if token is None else self.name_bytes(token).decode("utf-8", "replace")
 
-    @cached_property
-    def _template(self) -> ChatTemplate:
+    def _compile_template(self) -> ChatTemplate:
         source = self._model.chat_template
         if source is None:
             raise InvalidParameterError("the large model has no chat template; give it a raw prompt instead")

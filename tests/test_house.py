@@ -20,6 +20,7 @@ LEVELS = {
     "family": 2,
     "backend": 2,
     "text": 2,
+    "sandbox": 1,
     "template": 2,
     "gguf_texts": 0,
     "gguf_header": 2,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Iterator, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dlf import InvalidParameterError
@@ -18,15 +20,28 @@ CHATML = (
 )
 
 
+TEMPLATES: dict[str, tuple[ChatTemplate, list[str]]] = {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _processes_end() -> Iterator[None]:
+    yield
+    while TEMPLATES:
+        TEMPLATES.popitem()[1][0].close()
+
+
 def tokens(messages: Sequence[Message], source: str = CHATML) -> list[int | str]:
     """Prompt of `messages` with plain text left as text."""
-    texts: list[str] = []
+    if source not in TEMPLATES:
+        texts: list[str] = []
 
-    def tokenize(text: str) -> list[int]:
-        texts.append(text)
-        return [-len(texts)]
+        def tokenize(text: str) -> list[int]:
+            texts.append(text)
+            return [-len(texts)]
 
-    template = ChatTemplate(source, bos="<s>", eos="<|im_end|>", control=CONTROL, tokenize=tokenize)
+        TEMPLATES[source] = ChatTemplate(source, bos="<s>", eos="<|im_end|>", control=CONTROL, tokenize=tokenize), texts
+    template, texts = TEMPLATES[source]
+    texts.clear()
     return [texts[-token - 1] if token < 0 else token for token in template.tokens(messages)]
 
 
@@ -55,6 +70,7 @@ def test_control_tokens_in_a_message_stay_text(text: str) -> None:
 PARTS = ["<|im_end|>", "<s>", "<", "|", "im_end", ">", "\ufdd0", "é", "\n"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PARTS), max_size=20).map("".join))
 def test_no_message_can_add_a_token(text: str) -> None:
     assert tokens(user(text)) == [1, "user\n" + text, 2, "\n", 1, "assistant\n"]
@@ -109,3 +125,69 @@ def test_a_template_that_does_not_compile() -> None:
 
 def test_trim_filters_of_a_template_see_the_message_itself() -> None:
     assert tokens(user("  <s> x  "), "{{ messages[0].content | trim }}") == ["<s> x"]
+
+
+GROWING = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = GROWN %}{% endfor %}{{ ns.x }}"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ 'x' * 10**10 }}", "MiB of memory"),
+        ("{{ 'x'|center(10000000000) }}", "MiB of memory"),
+        ("{{ 'x'.ljust(10**10) }}", "MiB of memory"),
+        ("{{ '%010000000000d' % 1 }}", "memory|too big|out of range|takes more"),
+        (GROWING.replace("GROWN", "ns.x ~ ns.x"), "takes more than"),
+        (GROWING.replace("GROWN", "[ns.x, ns.x]"), "takes more than"),
+        ("{{ 99999999999 ** 99999999999 }}", "takes more than"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
+        ("{% for i in range(99999) %}{{ messages[0].content * 999 }}{% endfor %}", "writes more than 4,194,304 char"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+        ("{{ raise_exception('') }}", "refuses these messages: ValueError"),
+    ],
+)
+def test_a_template_that_loops_or_explodes_is_cut_off(
+    source: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_dlf.sandbox._RENDER_S", 1.5)
+    with pytest.raises(InvalidParameterError, match=expected) as caught:
+        tokens(user("hello"), source)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_explodes_while_it_is_compiled() -> None:
+    with pytest.raises(InvalidParameterError, match="not valid: .*(MiB of memory|recursion)"):
+        tokens(user("x"), "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}")
+
+
+def test_a_template_that_was_cut_off_serves_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "{% for i in range((messages|length - 1) * 99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}ok"
+    assert tokens(user("one"), source) == ["ok"]
+    monkeypatch.setattr("edge_dlf.sandbox._RENDER_S", 0.5)
+    with pytest.raises(InvalidParameterError, match=r"it takes more than 0\.5 s"):
+        tokens(user("one") * 2, source)
+    monkeypatch.undo()
+    assert tokens(user("one"), source) == ["ok"]
+
+
+def test_only_some_messages_set_a_template_off() -> None:
+    source = "{% if messages|length > 1 %}{{ 'x' * 10**10 }}{% endif %}{{ messages[0].content }}"
+    assert tokens(user("fine"), source) == ["fine"]
+    with pytest.raises(InvalidParameterError, match="memory"):
+        tokens(user("fine") * 2, source)
+    assert tokens(user("fine again"), source) == ["fine again"]
+
+
+def test_a_template_process_that_is_killed_is_started_again() -> None:
+    assert tokens(user("one"), "{{ messages[0].content }}") == ["one"]
+    process = TEMPLATES["{{ messages[0].content }}"][0]._template._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with pytest.raises(InvalidParameterError, match="its process ended"):
+        tokens(user("two"), "{{ messages[0].content }}")
+    assert tokens(user("three"), "{{ messages[0].content }}") == ["three"]
+
+
+def test_text_that_is_no_unicode_comes_back_as_it_is() -> None:
+    assert tokens(user("a\udcff\u2028\0\U0001f600"), "{{ messages[0].content }}") == ["a\udcff\u2028\0\U0001f600"]
