@@ -28,6 +28,7 @@ FILE_NAME = "family.toml"
 _MAX_FILE_BYTES = 1 << 20
 _NAME_RULE = "letters, digits, '.', '_' and '-', and begin with a letter or digit"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _FUSION = {field.name for field in dataclasses.fields(FusionParams)}
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
 _TEXTS = {"method", "search"}
@@ -119,8 +120,16 @@ def models_dir() -> Path:
     """Where families are looked up by name: $EDGE_DLF_MODELS, or `models` in the user's data folder."""
     chosen = os.environ.get("EDGE_DLF_MODELS")
     if chosen:
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     return Path(platformdirs.user_data_dir("edge-dlf", appauthor=False)) / "models"
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with a leading ~ as the home it stands for. Raises InvalidParameterError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InvalidParameterError(f"{path}: there is no such home folder") from error
 
 
 def _require(condition: bool, message: str) -> None:
@@ -130,7 +139,7 @@ def _require(condition: bool, message: str) -> None:
 
 def _find(family: str | Path) -> Path:
     """The `family.toml` that a path or a name stands for."""
-    path = Path(family).expanduser()
+    path = expanded(family)
     shipped = Path(__file__).parent / "models"
     candidates = [path, path / FILE_NAME]
     if isinstance(family, str) and _NAME.fullmatch(family):
@@ -156,7 +165,7 @@ def _read_toml(path: Path) -> Table:
         return table
     except UnicodeDecodeError as error:
         raise InvalidParameterError(f"is not UTF-8 text (byte {error.start})") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
         raise InvalidParameterError(f"is not valid TOML: {error}") from error
 
 
@@ -202,6 +211,7 @@ def _known(table: Table, keys: set[str], where: str) -> None:
 
 def _text(value: Any, where: str) -> str:
     _require(isinstance(value, str) and bool(value), f"{where} must be a non-empty string, not {value!r}")
+    _require(not _CONTROL.search(value), f"{where} must not have control characters: {value!r:.80}")
     return str(value)
 
 
@@ -214,7 +224,7 @@ def _number(value: Any, where: str) -> float:
 def _local(path: Any, folder: Path, where: str) -> ModelSource:
     if isinstance(path, os.PathLike):
         path = os.fspath(path)
-    return ModelSource(path=folder / Path(_text(path, f"the path of {where}")).expanduser())
+    return ModelSource(path=folder / expanded(_text(path, f"the path of {where}")))
 
 
 def _source(table: Table, folder: Path, where: str, also: frozenset[str] = frozenset()) -> ModelSource:

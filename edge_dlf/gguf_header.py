@@ -38,7 +38,7 @@ _MAX_NAME_BYTES = 63  # GGML_MAX_NAME less its NUL
 _MAX_DIMS = 4
 _MAX_LAYERS = 512  # arrays up to this length keep their values: hyperparameters given layer by layer
 _MAX_KEPT_VALUES = 1 << 16
-_INT32, _STRING, _ARRAY = 5, 8, 9
+_UINT32, _INT32, _STRING, _ARRAY = 4, 5, 8, 9
 _SCALARS = {
     0: struct.Struct("<B"),
     1: struct.Struct("<b"),
@@ -148,7 +148,7 @@ class _Cursor:
             self.fail(f"truncated or damaged: {what} would end at byte {end:,}, the file at {self.file_bytes:,}")
         if end > _MAX_HEADER_BYTES:
             self.fail(f"damaged: its header is longer than {_MAX_HEADER_BYTES // _MIB} MiB")
-        wanted = max(end, min(2 * len(self.buffer), _MAX_HEADER_BYTES), _FIRST_READ_BYTES)
+        wanted = min(max(end, min(2 * len(self.buffer), _MAX_HEADER_BYTES), _FIRST_READ_BYTES), self.file_bytes)
         try:
             self.buffer += self._file.read(wanted - len(self.buffer))
         except OSError as error:
@@ -218,6 +218,8 @@ def _read_value(header: _Cursor, key: str) -> Scalar | Array:
     if kind == _STRING:
         return header.text(what, _MAX_TEXT_BYTES).split(b"\0", 1)[0].decode("utf-8", "replace")
     if kind in _SCALARS:
+        if key == "general.alignment" and kind != _UINT32:
+            header.fail(f"damaged: {what} has the type {kind}, not {_UINT32}")
         header.need(_SCALARS[kind].size, what)
         scalar: bool | int | float = _SCALARS[kind].unpack_from(header.buffer, header.pos)[0]
         header.pos += _SCALARS[kind].size

@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from edge_dlf import FamilyError, InvalidParameterError
+from edge_dlf import FamilyError, InvalidParameterError, LoadError
 from edge_dlf.family import ExpertSpec, FamilySpec, ModelSource, models_dir
+from edge_dlf.files import check_files
 
 HEAD = 'name = "f"\n[large]\npath = "large.gguf"\n[base]\npath = "base.gguf"\n'
 EXPERT = '[[experts]]\nname = "maths"\npath = "maths.gguf"\n'
@@ -151,6 +154,13 @@ def test_without_the_variable_families_are_in_the_users_data_folder(monkeypatch:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_a_home_that_nobody_has(tmp_path: Path) -> None:
+    with pytest.raises(InvalidParameterError, match="~nobody_at_all/x: there is no such home folder"):
+        FamilySpec.load("~nobody_at_all/x")
+    with pytest.raises(InvalidParameterError, match="there is no such home folder"):
+        FamilySpec.from_files("~nobody_at_all/x", "b.gguf", {"e": "e.gguf"})
+
+
 def test_a_fifo_and_a_null_byte(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(FamilyError, match="is not a regular file"):
@@ -187,3 +197,37 @@ def test_a_family_of_files() -> None:
 def test_bad_files_are_refused(experts: dict[str, object], expected: str) -> None:
     with pytest.raises(InvalidParameterError, match=expected):
         FamilySpec.from_files("l.gguf", "b.gguf", experts)  # type: ignore[arg-type]
+
+
+VALUES = r"""
+1 -1 1.5 nan -inf true '' '\u0000' "\u0000" "a\nb" '../../etc/passwd' '~nobody_x/y' '/dev/zero' '/dev/stdin' [] [[]] {}
+{a=1} 1979-05-27 07:32:00 9223372036854775808 1e400 ['a','b'] [1,2] 'large' [{}] [[[[[]]]]]
+""".split()  # noqa: SIM905
+BAD = st.sampled_from([*VALUES, "1" * 5000, "'" + "x" * 5000 + "'"])
+BAD_SOURCE = st.builds(
+    "{{{}={}{}}}".format, st.sampled_from(["path", "repo", "file", "sha256"]), BAD, st.just(", file='f'")
+)
+BAD_EXPERT = st.builds("[{{name='e', {}={}}}]".format, st.sampled_from(["name", "lora", "path", "scale"]), BAD)
+BAD_SETTING = st.builds(
+    "{{{}={}}}".format, st.sampled_from(["temperature", "top_k", "alpha", "logit_bias", "method", "seed"]), BAD
+)
+TABLES = {
+    "name": BAD,
+    "large": BAD | BAD_SOURCE,
+    "base": BAD | BAD_SOURCE,
+    "experts": BAD | BAD_EXPERT,
+    "defaults": BAD | BAD_SETTING,
+}
+GOOD = {"name": "'f'", "large": "{path='l'}", "base": "{path='b'}", "experts": "[{name='e', lora='e'}]"}
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.fixed_dictionaries({}, optional=TABLES))
+def test_whatever_the_file_holds_it_is_a_family_or_refused_in_one_line(tmp_path: Path, bad: dict[str, str]) -> None:
+    (tmp_path / "family.toml").write_text("\n".join(f"{key} = {value}" for key, value in {**GOOD, **bad}.items()))
+    try:
+        check_files(FamilySpec.load(tmp_path))
+    except LoadError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        pytest.fail("there are no such files")

@@ -119,7 +119,7 @@ class _Expert(click.ParamType):  # type: ignore[type-arg]
         name, _, file = value.partition("=")
         if not (name and file):
             self.fail(f"expected NAME=FILE, not {value!r}", param, ctx)
-        return name, Path(file).expanduser()
+        return name, Path(file)
 
 
 class _Draft(click.ParamType):  # type: ignore[type-arg]
