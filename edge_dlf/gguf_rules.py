@@ -31,6 +31,8 @@ _WIDTHS = (
     "rope.dimension_count",
     "rope.dimension_count_swa",
 )
+TRIED = frozenset({"gemma3", "llama", "mamba", "qwen2", "qwen3"})
+"""Architectures whose damaged headers were tried by the thousands against llama.cpp itself."""
 _NO_LANGUAGE_MODELS = frozenset((
     "bert", "clip", "controlvector", "dflash", "eagle3", "eurobert", "gemma-embedding", "imatrix", "jina-bert-v2",
     "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "t5", "t5encoder", "wavtokenizer-dec",

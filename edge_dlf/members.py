@@ -10,6 +10,7 @@ from typing import Literal
 
 from .errors import InvalidParameterError
 from .files import FamilyFiles
+from .guard import require_harmless
 from .llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights
 from .machine import this_machine
 from .plan import Planner
@@ -85,6 +86,7 @@ class Members:
         with ExitStack() as stack:
             for name, info in files.models.items():
                 if info.path not in loaded:
+                    require_harmless(info, placement.layers[name])
                     loaded[info.path] = Model(info.path, placement.layers[name])
                     stack.callback(loaded[info.path].close)
             models = {name: loaded[info.path] for name, info in files.models.items()}

@@ -21,6 +21,7 @@ import pytest
 from edge_dlf import EdgeDLFError, ModelFileError
 from edge_dlf.backend import Run
 from edge_dlf.gguf import check_lora_fits, read_info
+from edge_dlf.gguf_rules import TRIED
 
 from .feed import feed
 from .tiny import tiny_lora, tiny_model
@@ -31,6 +32,8 @@ FAMILIES = {
     "llama": {},
     "spm": {"tokenizer": "spm"},
     "qwen2": {"arch": "qwen2"},
+    "qwen3": {"arch": "qwen3"},
+    "gemma3": {"arch": "gemma3", "tokenizer": "spm"},
     "mamba": {"arch": "mamba"},
 }
 
@@ -156,6 +159,10 @@ def survives(source: Path, worker: Worker, n_flips: int, n_values: int) -> dict[
         assert outcome in outcomes, f"{source.stem} with {what}: {outcome}"
         outcomes[outcome] += 1
     return outcomes
+
+
+def test_every_architecture_that_is_loaded_without_a_try_has_been_tried_here() -> None:
+    assert {"llama", *(settings.get("arch", "llama") for settings in FAMILIES.values())} == TRIED
 
 
 def test_no_damaged_header_kills_llama_cpp(source: Path, worker: Worker) -> None:

@@ -34,6 +34,7 @@ LEVELS = {
     "scheduler": 5,
     "files": 5,
     "footprint": 5,
+    "guard": 5,
     "machine": 0,
     "plan": 6,
     "members": 7,

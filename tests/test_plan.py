@@ -49,7 +49,7 @@ def allocated(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> d
     return found
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "mamba"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "mamba"])
 @pytest.mark.parametrize(("n_ctx", "types"), [(300, (None, None)), (4096, ("f32", "bf16"))])
 def test_caches_are_what_llama_cpp_allocates_and_buffers_no_more(
     tmp_path: Path, arch: str, n_ctx: int, types: tuple[str | None, str | None], monkeypatch: pytest.MonkeyPatch

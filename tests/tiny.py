@@ -84,6 +84,10 @@ def _transformer_shapes(arch: str, n_embd: int, n_kv: int, n_ff: int) -> dict[st
         "ffn_up.weight": (n_ff, n_embd),
         "ffn_down.weight": (n_embd, n_ff),
     }
+    if arch in ("qwen3", "gemma3"):
+        shapes |= {"attn_q_norm.weight": (16,), "attn_k_norm.weight": (16,)}
+    if arch == "gemma3":
+        shapes |= {"post_attention_norm.weight": (n_embd,), "post_ffw_norm.weight": (n_embd,)}
     if arch == "qwen2":
         shapes |= {"attn_q.bias": (n_embd,), "attn_k.bias": (n_kv,), "attn_v.bias": (n_kv,)}
     return shapes
@@ -137,7 +141,8 @@ def tiny_model(
     chat_template: str | None = CHATML,
     nan: bool = False,
 ) -> Path:
-    """Write a model of `arch` "llama", "qwen2" or "mamba" (recurrent: its memory cannot be trimmed) and return `path`.
+    """Write a model of `arch` "llama", "qwen2", "qwen3", "gemma3" (most layers see a window) or "mamba" (recurrent: its
+    memory cannot be trimmed) and return `path`.
 
     seed: of the weights. drift: adds noise of this relative size to them: a model fine-tuned from the one without.
     spread: standard deviation of the logits, in nats. pad_vocab: entries that only lengthen the vocabulary.
@@ -168,7 +173,13 @@ def tiny_model(
         writer.add_feed_forward_length(2 * n_embd)
         writer.add_head_count(n_embd // 16)
         writer.add_head_count_kv(1)
-        writer.add_rope_dimension_count(16)
+        if arch in ("qwen3", "gemma3"):
+            writer.add_key_length(16)
+            writer.add_value_length(16)
+        else:
+            writer.add_rope_dimension_count(16)
+        if arch == "gemma3":
+            writer.add_sliding_window(64)
         layer_shapes = _transformer_shapes(arch, n_embd, 16, 2 * n_embd)
     _add_tokenizer(writer, tokenizer, vocabulary, types, chat_template)
 

@@ -7,15 +7,18 @@ with its own KV cache and its own LoRA adapters, so that a base and its LoRA exp
 from ..backend import N_BATCH
 from .context import CACHE_TYPES, LlamaBackend
 from .model import Model
-from .runtime import Interrupt, default_n_threads, gpus, repacks_weights
+from .runtime import AMX_REBUILD, Interrupt, amx_crashes, default_n_threads, gpus, repacks_weights, system_info
 
 __all__ = [
+    "AMX_REBUILD",
     "CACHE_TYPES",
     "N_BATCH",
     "Interrupt",
     "LlamaBackend",
     "Model",
+    "amx_crashes",
     "default_n_threads",
     "gpus",
     "repacks_weights",
+    "system_info",
 ]

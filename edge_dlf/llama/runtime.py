@@ -20,11 +20,14 @@ from ..machine import GPU
 
 logger = logging.getLogger(__name__)
 
-AMX_NOTICE = (
-    "AMX is off, for it crashes in this build of llama.cpp; that can cost a quarter of the speed. To rebuild: "
+AMX_REBUILD = (
     "CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON "
     "-DGGML_AVX512_BF16=ON' pip install --force-reinstall --no-cache-dir --no-deps "
     f"llama-cpp-python=={lib.__version__}"
+)
+AMX_NOTICE = (
+    "AMX is off, for it crashes in this build of llama.cpp; that can cost a quarter of the speed. "
+    f"To rebuild: {AMX_REBUILD}"
 )
 
 _GPU, _INTEGRATED_GPU = 1, 2  # of enum ggml_backend_dev_type
@@ -140,14 +143,19 @@ def gpus() -> list[GPU]:
     return found
 
 
+def system_info() -> str:
+    """Version of llama-cpp-python, and what this build of llama.cpp uses of the machine."""
+    return f"{lib.__version__} {lib.llama_print_system_info().decode()}".strip(" |")
+
+
 def amx_crashes() -> bool:
     """Whether this build of llama.cpp holds the AMX kernels that crash on quantized weights."""
-    return b"AMX_INT8 = 1" in lib.llama_print_system_info()
+    return "AMX_INT8 = 1" in system_info()
 
 
 def repacks_weights() -> bool:
     """Whether weights on the CPU get a second copy in another order."""
-    return b"REPACK = 1" in lib.llama_print_system_info() and not amx_crashes()
+    return "REPACK = 1" in system_info() and not amx_crashes()
 
 
 def default_n_threads() -> int:

@@ -1,0 +1,169 @@
+"""A model is loaded and run in a process that may crash, before it is trusted in this one.
+
+llama.cpp ends its process on some files that no rule here foresees. What came of a try is remembered by the file's
+path, size and time and by the build of llama.cpp, so that each file is tried once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from .errors import EdgeDLFError, ModelFileError
+from .gguf import GGUFInfo
+from .gguf_rules import TRIED
+from .llama import system_info
+
+Adapters = Sequence[tuple[Path, float]]
+
+_PATIENCE_S = 120.0
+_SLOWEST_DISK = 20e6  # bytes a second
+_N_TOKENS = 8
+_TRY = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from edge_dlf.guard import main; main(sys.argv[2])"
+_CRASHES = {signal.SIGSEGV: "crashed", signal.SIGABRT: "gave up", signal.SIGBUS: "crashed", signal.SIGILL: "crashed",
+            signal.SIGFPE: "crashed"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a try. tps: tokens a second that it decoded. is_final: whether another try would end the same."""
+
+    ok: bool
+    reason: str = ""
+    tps: float = 0.0
+    is_final: bool = True
+
+
+def require_harmless(info: GGUFInfo, n_gpu_layers: int) -> None:
+    """Try a model of an architecture that the rules of `gguf_rules` were not tried on.
+
+    Raises ModelFileError where it does not run.
+    """
+    if info.architecture in TRIED:
+        return
+    found = verdict(info.path, n_gpu_layers=n_gpu_layers)
+    if not found.ok:
+        raise ModelFileError(info.path, f"cannot be used, as a try in another process showed: {found.reason}")
+
+
+def verdict(model: Path, loras: Adapters = (), *, n_gpu_layers: int = -1) -> Verdict:
+    """The remembered verdict on `model` with `loras` over it; where there is none, a try's."""
+    known = _read_cache().get(_key(model, loras))
+    if known is not None and known.get("state") == _state(model, loras):
+        with suppress(TypeError):
+            return Verdict(**known["verdict"])
+    return attempt(model, loras, n_gpu_layers=n_gpu_layers)
+
+
+def attempt(model: Path, loras: Adapters = (), *, n_gpu_layers: int = -1, patience_s: float | None = None) -> Verdict:
+    """Load `model` with `loras` over it in another process, decode a few tokens, and remember how that ended."""
+    state = _state(model, loras)
+    patience_s = patience_s or _PATIENCE_S + model.stat().st_size / _SLOWEST_DISK
+    found = _run(model, loras, n_gpu_layers, patience_s)
+    if found.is_final:
+        _remember(_key(model, loras), {"state": state, "verdict": asdict(found)})
+    return found
+
+
+def _run(model: Path, loras: Adapters, n_gpu_layers: int, patience_s: float) -> Verdict:
+    question = {"model": str(model), "loras": [(str(path), scale) for path, scale in loras], "layers": n_gpu_layers}
+    # Its own session: Ctrl-C in the terminal is for this process, which then ends it.
+    process = subprocess.Popen(
+        [sys.executable, "-c", _TRY, json.dumps(sys.path), json.dumps(question)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+    )
+    try:
+        output, complaints = process.communicate(timeout=patience_s)
+    except subprocess.TimeoutExpired:
+        return Verdict(False, f"did not answer within {patience_s:.0f} s", is_final=False)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            process.communicate()
+    with suppress(ValueError, TypeError, IndexError):
+        return Verdict(**json.loads(output.splitlines()[-1]))
+    code = process.returncode
+    if -code in _CRASHES:
+        name = signal.Signals(-code).name
+        last = complaints.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return Verdict(False, f"llama.cpp {_CRASHES[signal.Signals(-code)]} ({': '.join([name, *last])})")
+    if code == -signal.SIGKILL:
+        return Verdict(False, "its process was killed, as the system does where memory runs out", is_final=False)
+    return Verdict(False, f"its process ended with code {code}", is_final=False)
+
+
+def main(question: str) -> None:
+    """The other process: print a verdict as one line of JSON."""
+    asked = json.loads(question)
+    try:
+        found = _decode(Path(asked["model"]), [(Path(p), scale) for p, scale in asked["loras"]], asked["layers"])
+    except EdgeDLFError as error:
+        found = Verdict(False, str(error), is_final=error.exit_code == 3)
+    print(json.dumps(asdict(found)), flush=True)
+
+
+def _decode(path: Path, loras: Adapters, n_gpu_layers: int) -> Verdict:
+    import numpy as np
+
+    from .llama import LlamaBackend, Model
+
+    model = Model(path, n_gpu_layers)
+    backend = LlamaBackend(model, path.name, n_ctx=256, loras=loras)
+    tokens = model.tokenize(b"The capital of France is", special=True) or [0]
+    if model.adds_bos and model.bos is not None:
+        tokens.insert(0, model.bos)
+    backend.prefill(0, tokens)
+    started = time.perf_counter()
+    for _ in range(_N_TOKENS):
+        row = backend.logits()[0]
+        if not np.isfinite(row).any() or np.isnan(row).any():
+            return Verdict(False, "its logits are not numbers")
+        backend.decode([(0, [int(row.argmax())])])
+    return Verdict(True, tps=_N_TOKENS / (time.perf_counter() - started))
+
+
+def _key(model: Path, loras: Adapters) -> str:
+    return "\n".join(str(path.resolve()) for path in (model, *(lora for lora, _ in loras)))
+
+
+def _state(model: Path, loras: Adapters) -> list[Any]:
+    """What a verdict holds for: size and time of every file, the build of llama.cpp."""
+    stats = [path.stat() for path in (model, *(lora for lora, _ in loras))]
+    return [system_info(), *([stat.st_size, stat.st_mtime_ns] for stat in stats)]
+
+
+def _cache_file() -> Path:
+    return Path(platformdirs.user_cache_dir("edge-dlf", appauthor=False)) / "verdicts.json"
+
+
+def _read_cache() -> dict[str, Any]:
+    try:
+        cache = json.loads(_cache_file().read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return cache if isinstance(cache, dict) else {}
+
+
+def _remember(key: str, value: dict[str, Any]) -> None:
+    """Add to the cache; a folder that cannot be written costs another try, no more."""
+    path = _cache_file()
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({**_read_cache(), key: value}))
+        part.replace(path)
