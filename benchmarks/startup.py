@@ -1,6 +1,7 @@
 """What edge-dlf adds to a process's first token and to its memory, beside the models alone.
 
     python benchmarks/startup.py --family FAMILY [--rounds 5]
+    python benchmarks/startup.py --family FAMILY --checks          only what is checked before anything is loaded
 
 Fresh processes in turn, after one that warms the disk cache and compiles the kernels: "models alone" loads the members
 with llama.cpp and evaluates the prompt on each; "edge-dlf" does it through `FusedLlama.stream` and takes one token.
@@ -46,7 +47,36 @@ def through_edge_dlf(family: str) -> None:
     next(llm.stream(PROMPT, temperature=0.0))
 
 
+def checks(family: str) -> None:
+    """Time the check of every header, of the tokenizer and of memory, the files' first pages in the disk cache."""
+    from edge_dlf.family import FamilySpec
+    from edge_dlf.files import check_files
+    from edge_dlf.machine import this_machine
+    from edge_dlf.plan import Planner
+
+    started = time.perf_counter()
+    files = check_files(FamilySpec.load(family))
+    read = time.perf_counter()
+    Planner(files, this_machine()).plan(N_CTX)
+    print(read - started, time.perf_counter() - read)
+
+
+def show_checks(family: str, rounds: int) -> None:
+    command = [sys.executable, str(Path(__file__)), "--family", family, "--child", "checks"]
+    rows = []
+    for _ in range(rounds + 1):
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows.append([float(number) * 1e3 for number in output.split()])
+    headers, memory = zip(*rows[1:], strict=True)
+    print("| ms, fresh processes | median | best |\n|---|---|---|")
+    print(f"| headers and tokenizer | {median(headers):.0f} | {min(headers):.0f} |")
+    print(f"| memory | {median(memory):.0f} | {min(memory):.0f} |")
+
+
 def child(what: str, family: str) -> None:
+    if what == "checks":
+        checks(family)
+        return
     started = time.perf_counter()
     {"models": models_alone, "edge-dlf": through_edge_dlf}[what](family)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -57,10 +87,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", required=True)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--child", choices=["models", "edge-dlf"], help=argparse.SUPPRESS)
+    parser.add_argument("--checks", action="store_true")
+    parser.add_argument("--child", choices=["models", "edge-dlf", "checks"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child, options.family)
+        return
+    if options.checks:
+        show_checks(options.family, options.rounds)
         return
     results: dict[str, list[tuple[float, float]]] = {"models": [], "edge-dlf": []}
     for number in range(options.rounds + 1):

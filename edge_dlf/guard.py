@@ -20,6 +20,7 @@ from typing import Any
 
 import platformdirs
 
+from .backend import Run
 from .errors import EdgeDLFError, ModelFileError
 from .gguf import GGUFInfo
 from .gguf_rules import TRIED
@@ -60,8 +61,8 @@ def require_harmless(info: GGUFInfo, n_gpu_layers: int) -> None:
 def verdict(model: Path, loras: Adapters = (), *, n_gpu_layers: int = -1) -> Verdict:
     """The remembered verdict on `model` with `loras` over it; where there is none, a try's."""
     known = _read_cache().get(_key(model, loras))
-    if known is not None and known.get("state") == _state(model, loras):
-        with suppress(TypeError):
+    if isinstance(known, dict) and known.get("state") == _state(model, loras):
+        with suppress(KeyError, TypeError):
             return Verdict(**known["verdict"])
     return attempt(model, loras, n_gpu_layers=n_gpu_layers)
 
@@ -127,13 +128,13 @@ def _decode(path: Path, loras: Adapters, n_gpu_layers: int) -> Verdict:
     tokens = model.tokenize(b"The capital of France is", special=True) or [0]
     if model.adds_bos and model.bos is not None:
         tokens.insert(0, model.bos)
-    backend.prefill(0, tokens)
+    backend.decode([Run(0, tokens, 1)])
     started = time.perf_counter()
     for _ in range(_N_TOKENS):
         row = backend.logits()[0]
         if not np.isfinite(row).any() or np.isnan(row).any():
             return Verdict(False, "its logits are not numbers")
-        backend.decode([(0, [int(row.argmax())])])
+        backend.decode([Run(0, [int(row.argmax())], 1)])
     return Verdict(True, tps=_N_TOKENS / (time.perf_counter() - started))
 
 

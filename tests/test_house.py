@@ -43,6 +43,7 @@ LEVELS = {
     "completion": 7,
     "requests": 2,
     "batch": 8,
+    "doctor": 8,
     "api": 9,
     "cli": 10,
 }

@@ -14,6 +14,7 @@ from .. import __version__
 from ..errors import CapacityError, EdgeDLFError
 from .chat import chat
 from .compare import compare
+from .doctor import doctor
 from .generate import generate
 from .screen import one_line
 
@@ -58,5 +59,5 @@ def main() -> None:
     """Dynamic Logits Fusion for GGUF models: a large local model answers with the skill of small fine-tuned experts."""
 
 
-for _command in (chat, generate, compare):
+for _command in (chat, generate, compare, doctor):
     main.add_command(_command)

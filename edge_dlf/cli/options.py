@@ -29,6 +29,7 @@ _LOADING = {
     "cache_type_k": "type_k",
     "cache_type_v": "type_v",
 }
+_WAYS = ("positional_family", "family", "large", "base", "expert")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Options:
         if self.family:
             return FusedLlama.from_family(self.family, **self.loading)
         return FusedLlama(self.spec.large.local_path(), self.spec.base.local_path(), self.experts, **self.loading)
+
+
+def names_a_family(values: Mapping[str, Any]) -> bool:
+    """Whether the shared options name a family in any way."""
+    return any(values.get(way) for way in _WAYS)
 
 
 def _source(ctx: click.Context, values: Mapping[str, Any]) -> str | None:
@@ -171,15 +177,15 @@ _SETTINGS: Sequence[Decorator] = (
     click.option("--stop", type=_StopString(), multiple=True, help="Text that ends the answer. Repeatable."),
     click.option("--system", help="System prompt."),
 )
-_LOADING_OPTIONS: Sequence[Decorator] = (
+_PLACING: Sequence[Decorator] = (
     click.option("--ctx-size", type=click.IntRange(min=1), help="Tokens of the context [4096]."),
     click.option(
         "--gpu-layers", type=_Numbers(int), help="Layers on the GPU [-1, all]; large=20,base=0 for each member."
     ),
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads [the physical cores]."),
     click.option("--cache-type-k", help="Type of the KV cache's keys, such as q8_0 [f16]."),
     click.option("--cache-type-v", help="Type of the KV cache's values [f16]."),
 )
+_THREADS: Decorator = click.option("--threads", type=click.IntRange(min=1), help="CPU threads [the physical cores].")
 family_argument = click.argument("positional_family", metavar="[FAMILY]", required=False)
 EPILOG = (
     "In brackets: what holds where neither you nor the family says otherwise. Every option can also be given as an "
@@ -190,6 +196,13 @@ method_option = _setting("--method", str, "dynamic, static, large, base, or the 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that `Options.of` reads."""
-    for add in reversed((*_FAMILY, *_SETTINGS, *_LOADING_OPTIONS)):
+    for add in reversed((*_FAMILY, *_SETTINGS, *_PLACING, _THREADS)):
+        command = add(command)
+    return command
+
+
+def placing_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that name a family and say what memory it takes where."""
+    for add in reversed((*_FAMILY, *_PLACING)):
         command = add(command)
     return command

@@ -1,0 +1,89 @@
+"""`edge-dlf doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from json import dumps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .interrupts import interruptible
+from .options import EPILOG, Options, family_argument, names_a_family, placing_options
+from .screen import Screen, may_style, one_line
+
+if TYPE_CHECKING:
+    from ..doctor import Check
+    from ..family import FamilySpec
+
+_INDENT = " " * 9
+_COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
+
+
+@click.command(
+    context_settings={"auto_envvar_prefix": "EDGE_DLF"},
+    epilog=EPILOG,
+    short_help="Look at this machine, and at a family down to a decode.",
+)
+@family_argument
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+@placing_options
+@click.pass_context
+def doctor(ctx: click.Context, /, json: bool, **values: Any) -> None:
+    """Look at this machine and this build of llama.cpp; and, given a FAMILY, at its files, its tokenizer, the memory it
+    takes, its chat template, and a real decode of every member in a process that may crash.
+
+    Each line is ok, a note (it works, and could be better) or a problem, with one next step. The exit code is 0 only if
+    there is no problem.
+    """
+    screen = Screen()
+    logging.getLogger("edge_dlf").addHandler(logging.NullHandler())  # what it notes has a line here
+    screen.begin_wait("looking …")
+    found = []
+    with interruptible(screen, lambda: None):
+        for check in _checks(ctx, values):
+            found.append(check)
+            if not json:
+                screen.end_wait()
+                _show(screen, check)
+                screen.begin_wait("looking …")
+    screen.end_wait()
+    n_problems = sum(check.verdict == "problem" for check in found)
+    if json:
+        checks = [dataclasses.asdict(check) for check in found]
+        screen.show(dumps({"ok": n_problems == 0, "checks": checks}, ensure_ascii=False, default=str))
+    else:
+        screen.show("all is well" if not n_problems else f"{n_problems} problem{'s' if n_problems > 1 else ''}")
+    if n_problems:
+        ctx.exit(1)
+
+
+def _checks(ctx: click.Context, values: dict[str, Any]) -> Iterator[Check]:
+    from ..doctor import examine_family, examine_machine
+
+    def load() -> FamilySpec:
+        return Options.of(ctx, values).spec
+
+    if not names_a_family(values):
+        return examine_machine()
+    given = {
+        "n_ctx": values["ctx_size"],
+        "n_gpu_layers": values["gpu_layers"],
+        "type_k": values["cache_type_k"],
+        "type_v": values["cache_type_v"],
+    }
+    loading = {name: value for name, value in given.items() if value is not None}
+    return chain(examine_machine(), examine_family(load, **loading))
+
+
+def _show(screen: Screen, check: Check) -> None:
+    verdict = f"{check.verdict:<{len(_INDENT)}}"
+    if may_style(sys.stdout):
+        verdict = click.style(verdict, fg=_COLOURS[check.verdict])
+    screen.show(f"{verdict}{check.name}: {one_line(check.text)}")
+    if check.next_step:
+        screen.show(f"{_INDENT}→ {one_line(check.next_step)}")
