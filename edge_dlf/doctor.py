@@ -252,7 +252,7 @@ def _decodes(files: FamilyFiles, planner: Planner, n_ctx: int) -> Iterator[Check
     except EdgeDLFError:
         layers = dict(planner.plan(256).layers)
     for name, info in files.models.items():
-        found = guard.attempt(info.path, files.loras.get(name, ()), n_gpu_layers=layers[name])
+        found = guard.attempt(info.shards, files.loras.get(name, ()), n_gpu_layers=layers[name])
         facts = {"member": name, "tps": found.tps}
         if found.ok:
             yield Check(f"decode {name}", "ok", f"{found.tps:.1f} tokens/s alone", facts=facts)

@@ -53,27 +53,29 @@ def require_harmless(info: GGUFInfo, n_gpu_layers: int) -> None:
     """
     if info.architecture in TRIED:
         return
-    found = verdict(info.path, n_gpu_layers=n_gpu_layers)
+    found = verdict(info.shards, n_gpu_layers=n_gpu_layers)
     if not found.ok:
         raise ModelFileError(info.path, f"cannot be used, as a try in another process showed: {found.reason}")
 
 
-def verdict(model: Path, loras: Adapters = (), *, n_gpu_layers: int = -1) -> Verdict:
-    """The remembered verdict on `model` with `loras` over it; where there is none, a try's."""
-    known = _read_cache().get(_key(model, loras))
-    if isinstance(known, dict) and known.get("state") == _state(model, loras):
+def verdict(shards: Sequence[Path], loras: Adapters = (), *, n_gpu_layers: int = -1) -> Verdict:
+    """The remembered verdict on the model in `shards` with `loras` over it; where there is none, a try's."""
+    known = _read_cache().get(_key(shards, loras))
+    if isinstance(known, dict) and known.get("state") == _state(shards, loras):
         with suppress(KeyError, TypeError):
             return Verdict(**known["verdict"])
-    return attempt(model, loras, n_gpu_layers=n_gpu_layers)
+    return attempt(shards, loras, n_gpu_layers=n_gpu_layers)
 
 
-def attempt(model: Path, loras: Adapters = (), *, n_gpu_layers: int = -1, patience_s: float | None = None) -> Verdict:
-    """Load `model` with `loras` over it in another process, decode a few tokens, and remember how that ended."""
-    state = _state(model, loras)
-    patience_s = patience_s or _PATIENCE_S + model.stat().st_size / _SLOWEST_DISK
-    found = _run(model, loras, n_gpu_layers, patience_s)
+def attempt(
+    shards: Sequence[Path], loras: Adapters = (), *, n_gpu_layers: int = -1, patience_s: float | None = None
+) -> Verdict:
+    """Load the model in `shards`, `loras` over it, in another process, decode a few tokens, and remember the end."""
+    state = _state(shards, loras)
+    patience_s = patience_s or _PATIENCE_S + sum(path.stat().st_size for path in shards) / _SLOWEST_DISK
+    found = _run(shards[0], loras, n_gpu_layers, patience_s)
     if found.is_final:
-        _remember(_key(model, loras), {"state": state, "verdict": asdict(found)})
+        _remember(_key(shards, loras), {"state": state, "verdict": asdict(found)})
     return found
 
 
@@ -138,13 +140,13 @@ def _decode(path: Path, loras: Adapters, n_gpu_layers: int) -> Verdict:
     return Verdict(True, tps=_N_TOKENS / (time.perf_counter() - started))
 
 
-def _key(model: Path, loras: Adapters) -> str:
-    return "\n".join(str(path.resolve()) for path in (model, *(lora for lora, _ in loras)))
+def _key(shards: Sequence[Path], loras: Adapters) -> str:
+    return "\n".join(str(path.resolve()) for path in (shards[0], *(lora for lora, _ in loras)))
 
 
-def _state(model: Path, loras: Adapters) -> list[Any]:
+def _state(shards: Sequence[Path], loras: Adapters) -> list[Any]:
     """What a verdict holds for: size and time of every file, the build of llama.cpp."""
-    stats = [path.stat() for path in (model, *(lora for lora, _ in loras))]
+    stats = [path.stat() for path in (*shards, *(lora for lora, _ in loras))]
     return [system_info(), *([stat.st_size, stat.st_mtime_ns] for stat in stats)]
 
 

@@ -27,17 +27,17 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_model_and_its_adapter_run(model: Path, tmp_path: Path, cache: Path) -> None:
-    found = attempt(model, [(tiny_lora(tmp_path / "lora.gguf"), 0.5)])
+    found = attempt([model], [(tiny_lora(tmp_path / "lora.gguf"), 0.5)])
     assert found.ok, found.reason
     assert found.tps > 0
     assert list(json.loads(cache.read_bytes())) == [f"{model}\n{tmp_path / 'lora.gguf'}"]
 
 
 def test_what_llama_cpp_refuses_is_the_reason(tmp_path: Path) -> None:
-    found = attempt(tiny_model(tmp_path / "nan.gguf", nan=True))
+    found = attempt([tiny_model(tmp_path / "nan.gguf", nan=True)])
     assert found == Verdict(False, "its logits are not numbers")
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(60))
-    assert "x.gguf: llama.cpp cannot load it" in attempt(tmp_path / "x.gguf").reason
+    assert "x.gguf: llama.cpp cannot load it" in attempt([tmp_path / "x.gguf"]).reason
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_process_that_dies_or_hangs(
     model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str, is_final: bool
 ) -> None:
     monkeypatch.setattr(guard, "_TRY", code)
-    found = attempt(model, patience_s=None if "wait" not in code else 1.0)
+    found = attempt([model], patience_s=None if "wait" not in code else 1.0)
     assert not found.ok
     assert found.reason.startswith(reason)
     assert found.is_final == is_final == cache.exists()
@@ -73,18 +73,23 @@ def test_a_verdict_holds_for_the_file_and_the_build(model: Path, cache: Path, mo
         return Verdict(True, tps=float(len(tries)))
 
     monkeypatch.setattr(guard, "_run", run)
-    assert [verdict(model).tps for _ in range(3)] == [1, 1, 1]
+    assert [verdict([model]).tps for _ in range(3)] == [1, 1, 1]
     os.utime(model, ns=(1, 1))
-    assert [verdict(model).tps for _ in range(2)] == [2, 2]
+    assert [verdict([model]).tps for _ in range(2)] == [2, 2]
     monkeypatch.setattr(guard, "system_info", lambda: "another build")
-    assert [verdict(model).tps for _ in range(2)] == [3, 3]
-    assert attempt(model).tps == 4
+    assert [verdict([model]).tps for _ in range(2)] == [3, 3]
+    assert attempt([model]).tps == 4
+    shard = model.with_name("shard")
+    shard.touch()
+    assert [verdict([model, shard]).tps for _ in range(2)] == [5, 5]
+    shard.write_bytes(b"x")
+    assert verdict([model, shard]).tps == 6
     for damage in (b"{", b"[1]", b'{"%s": 7}' % os.fsencode(model), b"\xff"):
         cache.write_bytes(damage)
-        assert verdict(model).ok
+        assert verdict([model]).ok
     cache.unlink()
     cache.mkdir()
-    assert verdict(model).ok
+    assert verdict([model]).ok
 
 
 def test_only_an_architecture_without_rules_is_tried(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,9 @@ def doctor(ctx: click.Context, /, json: bool, **values: Any) -> None:
     there is no problem.
     """
     screen = Screen()
-    logging.getLogger("edge_dlf").addHandler(logging.NullHandler())  # what it notes has a line here
+    logger, nowhere = logging.getLogger("edge_dlf"), logging.NullHandler()
+    logger.addHandler(nowhere)  # what the library notes has a line here
+    ctx.call_on_close(lambda: logger.removeHandler(nowhere))
     screen.begin_wait("looking …")
     found = []
     with interruptible(screen, lambda: None):
