@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .interrupts import interruptible
 from .options import EPILOG, Options, family_argument, names_a_family, placing_options
 from .screen import Screen, may_style, one_line
 
@@ -46,13 +45,12 @@ def doctor(ctx: click.Context, /, json: bool, **values: Any) -> None:
     ctx.call_on_close(lambda: logger.removeHandler(nowhere))
     screen.begin_wait("looking …")
     found = []
-    with interruptible(screen, lambda: None):
-        for check in _checks(ctx, values):
-            found.append(check)
-            if not json:
-                screen.end_wait()
-                _show(screen, check)
-                screen.begin_wait("looking …")
+    for check in _checks(ctx, values):
+        found.append(check)
+        if not json:
+            screen.end_wait()
+            _show(screen, check)
+            screen.begin_wait("looking …")
     screen.end_wait()
     n_problems = sum(check.verdict == "problem" for check in found)
     if json:
