@@ -9,6 +9,7 @@ EdgeDLFError                     1  the work failed
 ├── CapacityError                4  memory or context does not suffice
 │   ├── ContextOverflowError     4  prompt, or prompt and answer, exceed the context
 │   └── OutOfMemoryError         4  weights, KV cache or compute buffers could not be allocated
+├── DownloadError                1  a file could not be brought from the Hugging Face hub
 └── DecodeError                  1  a member failed while it evaluated tokens
     ├── NonFiniteLogitsError     1  a member returned NaN, +inf, or no finite logit at all
     └── RequestInterruptedError  130  the request was interrupted by `FusedLlama.interrupt`
@@ -23,6 +24,7 @@ __all__ = [
     "CapacityError",
     "ContextOverflowError",
     "DecodeError",
+    "DownloadError",
     "EdgeDLFError",
     "FamilyError",
     "InvalidParameterError",
@@ -82,6 +84,10 @@ class ContextOverflowError(CapacityError):
 
 class OutOfMemoryError(CapacityError):
     """Weights, KV cache or compute buffers could not be allocated."""
+
+
+class DownloadError(EdgeDLFError):
+    """A file could not be brought from the Hugging Face hub."""
 
 
 class DecodeError(EdgeDLFError):

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import platformdirs
 
 from .errors import FamilyError, InvalidParameterError
+from .hub_cache import cached, check_names, shards
 from .params import METHODS, RESERVED_NAMES, FusionParams, SamplingParams
 
 if sys.version_info >= (3, 11):
@@ -25,8 +26,9 @@ else:
 Table: TypeAlias = dict[str, Any]
 
 FILE_NAME = "family.toml"
+CATALOGUE = "catalogue.toml"
 _MAX_FILE_BYTES = 1 << 20
-_NAME_RULE = "letters, digits, '.', '_' and '-', and begin with a letter or digit"
+NAME_RULE = "letters, digits, '.', '_' and '-', and begin with a letter or digit"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _FUSION = {field.name for field in dataclasses.fields(FusionParams)}
@@ -37,22 +39,30 @@ _INTEGERS = {"top_k", "repeat_last_n", "seed"}
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a GGUF is: a `path` on this machine, or a `file` of a Hugging Face `repo`."""
+    """Where a GGUF is: a `path` on this machine, or a `file` of a Hugging Face `repo`.
+
+    file: of a model in several files the first. sha256: of each of its files in turn, or none.
+    """
 
     path: Path | None = None
     repo: str | None = None
     file: str | None = None
     revision: str | None = None
-    sha256: str | None = None
+    sha256: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> Path | None:
+        """The file on this machine; None where it is yet to be downloaded."""
+        if self.repo and self.file:
+            return cached(self.repo, self.file, self.revision)
+        return self.path
 
     def local_path(self) -> Path:
-        """The file on this machine. Raises FamilyError where the family names a repository only."""
-        if self.path is None:
-            raise FamilyError(
-                f"{self.file} of {self.repo} is not on this machine, and this version cannot download it: "
-                f'put the file there yourself and write path = "…" in place of repo and file'
-            )
-        return self.path
+        """The file on this machine. Raises FamilyError where it is yet to be downloaded."""
+        path = self.place
+        if path is None:
+            raise FamilyError(f"{self.file} of {self.repo} is not on this machine; `edge-dlf pull` downloads it")
+        return path
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class ExpertSpec:
 class FamilySpec:
     """One large model, one base and at least one expert.
 
-    defaults: fields of FusionParams and SamplingParams by name.
+    defaults: fields of FusionParams and SamplingParams by name. origin: the name or path that it was loaded by.
     """
 
     name: str
@@ -76,6 +86,23 @@ class FamilySpec:
     base: ModelSource
     experts: tuple[ExpertSpec, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    origin: str | None = field(default=None, compare=False)
+
+    @property
+    def sources(self) -> tuple[ModelSource, ...]:
+        """Every file: of large, of base, of each expert in turn."""
+        experts = [[expert.source] if expert.source else [lora for lora, _ in expert.loras] for expert in self.experts]
+        return (self.large, self.base, *(source for sources in experts for source in sources))
+
+    def check_is_here(self) -> None:
+        """Raise FamilyError where a file is yet to be downloaded."""
+        missing = [source for source in dict.fromkeys(self.sources) if source.place is None]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise FamilyError(
+                f"{self.name}: {missing[0].file}{more} is not on this machine; "
+                f"`edge-dlf pull {self.origin or self.name}` downloads what is missing"
+            )
 
     @classmethod
     def load(cls, family: str | Path) -> FamilySpec:
@@ -83,13 +110,18 @@ class FamilySpec:
 
         Relative paths count from the file's folder. Raises FamilyError, which names the file and the reason.
         """
-        path = _find(family)
+        path = find_family(family)
         try:
-            return _parse(_read_toml(path), path.parent)
+            return dataclasses.replace(cls.from_table(read_toml(path), path.parent), origin=str(family))
         except InvalidParameterError as error:
             raise FamilyError(f"{path}: {error}") from error
         except OSError as error:
             raise FamilyError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+
+    @classmethod
+    def from_table(cls, table: Table, folder: Path) -> FamilySpec:
+        """Make a family of the contents of a `family.toml` in `folder`. Raises InvalidParameterError."""
+        return _parse(table, folder)
 
     @classmethod
     def from_files(
@@ -132,18 +164,28 @@ def expanded(path: str | Path) -> Path:
         raise InvalidParameterError(f"{path}: there is no such home folder") from error
 
 
+def is_name(text: str) -> bool:
+    """Whether a family may be named so."""
+    return bool(_NAME.fullmatch(text))
+
+
+def shipped_dir() -> Path:
+    """The folder `models` that ships with edge-dlf: inside the package, or beside it in a source tree."""
+    package = Path(__file__).parent
+    return next((f for f in (package / "models", package.parent / "models") if (f / CATALOGUE).is_file()), package)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InvalidParameterError(message)
 
 
-def _find(family: str | Path) -> Path:
+def find_family(family: str | Path) -> Path:
     """The `family.toml` that a path or a name stands for."""
     path = expanded(family)
-    shipped = Path(__file__).parent / "models"
     candidates = [path, path / FILE_NAME]
     if isinstance(family, str) and _NAME.fullmatch(family):
-        candidates += [folder / family / FILE_NAME for folder in (models_dir(), shipped)]
+        candidates += [folder / family / FILE_NAME for folder in (models_dir(), shipped_dir())]
     try:
         for candidate in candidates:
             if candidate.is_file():
@@ -153,10 +195,19 @@ def _find(family: str | Path) -> Path:
         raise FamilyError(f"{family}: {error}") from error
     if exists:
         raise FamilyError(f"{family}: is not a regular file")
+    if family in catalogue_names():
+        raise FamilyError(f"{family} is in the catalogue and not yet on this machine: `edge-dlf pull {family}`")
     raise FamilyError(f"{family}: no such family; looked for {', '.join(map(str, candidates))}")
 
 
-def _read_toml(path: Path) -> Table:
+def catalogue_names() -> list[str]:
+    """The families of the catalogue that ships with edge-dlf."""
+    path = shipped_dir() / CATALOGUE
+    return [family["name"] for family in read_toml(path)["families"]] if path.is_file() else []
+
+
+def read_toml(path: Path) -> Table:
+    """The file's table. Raises OSError, and InvalidParameterError where it is no TOML."""
     with path.open("rb") as file:
         content = file.read(_MAX_FILE_BYTES + 1)
     _require(len(content) <= _MAX_FILE_BYTES, "is larger than 1 MiB, so it is no family.toml")
@@ -172,7 +223,7 @@ def _read_toml(path: Path) -> Table:
 def _parse(table: Table, folder: Path) -> FamilySpec:
     _known(table, {"name", "large", "base", "experts", "defaults"}, "the file")
     name = table.get("name")
-    _require(isinstance(name, str) and bool(_NAME.fullmatch(name)), f"name must have {_NAME_RULE}, not {name!r}")
+    _require(isinstance(name, str) and bool(_NAME.fullmatch(name)), f"name must have {NAME_RULE}, not {name!r}")
     sources = {}
     for role in ("large", "base"):
         _require(isinstance(table.get(role), dict), f"needs a table [{role}]")
@@ -199,7 +250,7 @@ def _check_names(names: Sequence[Any]) -> None:
     _require(bool(names), "has no expert; it needs at least one")
     for name in names:
         is_name = isinstance(name, str) and bool(_NAME.fullmatch(name))
-        _require(is_name, f"an expert's name must have {_NAME_RULE}, not {name!r}")
+        _require(is_name, f"an expert's name must have {NAME_RULE}, not {name!r}")
         _require(name not in RESERVED_NAMES, f"an expert cannot be named {name!r}: that is a role or a method")
         _require(names.count(name) == 1, f"two experts are named {name!r}")
 
@@ -234,10 +285,16 @@ def _source(table: Table, folder: Path, where: str, also: frozenset[str] = froze
         return _local(table["path"], folder, where)
     _require("repo" in table and "file" in table, f"{where} needs a path, or a repo and a file")
     _known(table, {"repo", "file", "revision", "sha256", *also}, where)
-    texts = {key: _text(value, f"{key} of {where}") for key, value in table.items() if key not in also}
-    sha256 = texts.get("sha256", "0" * 64)
-    _require(bool(re.fullmatch("[0-9a-fA-F]{64}", sha256)), f"sha256 of {where} must be 64 hexadecimal digits")
-    return ModelSource(None, texts["repo"], texts["file"], texts.get("revision"), texts.get("sha256"))
+    texts = {key: _text(table[key], f"{key} of {where}") for key in ("repo", "file", "revision") if key in table}
+    repo, file, revision = texts["repo"], texts["file"], texts.get("revision")
+    check_names(repo, file, revision)
+    given = table.get("sha256", [])
+    hashes = tuple(given if isinstance(given, list) else [given])
+    are_hashes = all(isinstance(sha256, str) and re.fullmatch("[0-9a-fA-F]{64}", sha256) for sha256 in hashes)
+    _require(are_hashes, f"sha256 of {where} must be 64 hexadecimal digits")
+    is_complete = len(hashes) in (0, len(shards(file)))
+    _require(is_complete, f"{where} has {len(hashes)} in sha256 and {len(shards(file))} files")
+    return ModelSource(None, repo, file, revision, tuple(sha256.lower() for sha256 in hashes))
 
 
 def _expert(table: Table, folder: Path) -> ExpertSpec:

@@ -44,6 +44,7 @@ class FamilyFiles:
 
 def check_files(spec: FamilySpec) -> FamilyFiles:
     """Read the header of every file of `spec`. Raises ModelFileError, FamilyError or VocabMismatchError."""
+    spec.check_is_here()
     infos: dict[Path, GGUFInfo] = {}
 
     def info(path: Path) -> GGUFInfo:

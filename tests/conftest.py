@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 
 from edge_dlf import FusedLlama
 
+from .hub_server import HubServer, hub_server
 from .tiny import tiny_lora, tiny_model
 
 
@@ -43,3 +46,27 @@ def real_family() -> str:
     if not family:
         pytest.skip("EDGE_DLF_TEST_FAMILY names no family")
     return family
+
+
+@pytest.fixture
+def hub_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A hub without repositories, an empty cache and models folder, no token, and no waits between retries."""
+    with hub_server() as server:
+        # huggingface-hub read its environment when it was imported.
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        at_server = server.url + template[template.index("/{repo_id}") :]
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": at_server,
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+            "HF_HUB_OFFLINE": False,
+            "DOWNLOAD_CHUNK_SIZE": 10_000,  # what has come is written in steps of this
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr("time.sleep", lambda _: None)
+        monkeypatch.setenv("EDGE_DLF_MODELS", str(tmp_path / "models"))
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        yield server
+        close_session()

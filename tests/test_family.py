@@ -64,7 +64,7 @@ def test_a_family(tmp_path: Path) -> None:
 
 def test_a_file_of_a_repository_is_not_here_yet(tmp_path: Path) -> None:
     assert ModelSource(tmp_path / "x.gguf").local_path() == tmp_path / "x.gguf"
-    with pytest.raises(FamilyError, match=r"x\.gguf of o/r is not on this machine, .* write path = "):
+    with pytest.raises(FamilyError, match=r"x\.gguf of o/r is not on this machine; `edge-dlf pull` downloads it"):
         ModelSource(repo="o/r", file="x.gguf").local_path()
 
 
@@ -112,7 +112,20 @@ def test_home_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (HEAD + "[[experts]]\nname = 'm'\nlora = 'a'\nscale = true", "must be a finite number, not True"),
         (HEAD + "[[experts]]\nname = 'm'\nlora = [1]", "the path of expert 'm' must be a non-empty string, not 1"),
         (HEAD + "[[experts]]\nname = 'm'\nrepo = 'o/r'", "expert 'm' needs a path, or a repo and a file"),
-        (HEAD + "[[experts]]\nname = 'm'\nrepo = 'o/r'\nfile = 'x'\nsha256 = '0'", "must be 64 hexadecimal digits"),
+        (HEAD + "[[experts]]\nname = 'm'\nrepo = 'o/r'\nfile = 'x.gguf'\nsha256 = '0'", "must be 64 hexadecimal"),
+        (HEAD + "[[experts]]\nname = 'm'\nrepo = 'o'\nfile = 'x.gguf'", "'o' is no repository of the hub"),
+        (HEAD + "[[experts]]\nname = 'm'\nrepo = '../r'\nfile = 'x.gguf'", "'../r' is no repository of the hub"),
+        (HEAD + "[[experts]]\nname = 'm'\nrepo = 'o/r'\nfile = '../x.gguf'", "'../x.gguf' is no name of a GGUF file"),
+        (HEAD + "[[experts]]\nname = 'm'\nrepo = 'o/r'\nfile = '/x.gguf'", "'/x.gguf' is no name of a GGUF file"),
+        (HEAD + "[[experts]]\nname = 'm'\nrepo = 'o/r'\nfile = 'x'", "'x' is no name of a GGUF file"),
+        (
+            HEAD + "[[experts]]\nname = 'm'\nrepo = 'o/r'\nfile = 'x.gguf'\nrevision = '../../x'",
+            "'../../x' is no revision",
+        ),
+        (
+            HEAD + f"[[experts]]\nname = 'm'\nrepo = 'o/r'\nfile = 'x.gguf'\nsha256 = ['{'0' * 64}', '{'1' * 64}']",
+            "expert 'm' has 2 in sha256 and 1 files",
+        ),
         (HEAD + EXPERT + "[defaults]\ncolour = 1", "[defaults] has the unknown key 'colour'"),
         (HEAD + EXPERT + "[defaults]\nmax_tokens = 1", "[defaults] has the unknown key 'max_tokens'"),
         (HEAD + EXPERT + "[defaults]\ntemperature = 'hot'", "temperature must be a finite number, not 'hot'"),

@@ -15,6 +15,8 @@ PACKAGE = Path(edge_dlf.__file__).parent
 LEVELS = {
     "errors": 0,
     "kernels": 0,
+    "hub_cache": 1,
+    "hub": 2,
     "params": 1,
     "fusion": 2,
     "family": 2,
@@ -104,8 +106,9 @@ def test_llama_cpp_and_numba_have_one_importer_each(path: Path) -> None:
         HELP.format(["chat", "--help"]),
     ],
 )
-def test_starting_loads_neither_numba_nor_llama_cpp(statement: str) -> None:
-    check = "import sys; loaded = {'numba', 'llama_cpp'} & set(sys.modules); assert not loaded, loaded"
+def test_starting_loads_no_heavy_library(statement: str) -> None:
+    heavy = "{'numba', 'llama_cpp', 'huggingface_hub'}"
+    check = f"import sys; loaded = {heavy} & set(sys.modules); assert not loaded, loaded"
     subprocess.run([sys.executable, "-c", f"{statement}\n{check}"], check=True)
 
 
@@ -114,6 +117,7 @@ def test_the_public_face() -> None:
         "CapacityError",
         "ContextOverflowError",
         "DecodeError",
+        "DownloadError",
         "EdgeDLFError",
         "FamilyError",
         "FusedLlama",

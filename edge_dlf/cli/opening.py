@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @contextmanager
 def open_family(options: Options, screen: Screen) -> Iterator[FusedLlama]:
     """Load the family, saying so, and close it at the end; the library's notices become lines on stderr."""
-    logger, notices = logging.getLogger("edge_dlf"), _Notices(screen)
+    logger, notices = logging.getLogger("edge_dlf"), Notices(screen)
     logger.addHandler(notices)
     try:
         screen.begin_wait(f"loading {options.spec.name}{_sizes(options.spec)} …")
@@ -36,23 +36,21 @@ def open_family(options: Options, screen: Screen) -> Iterator[FusedLlama]:
 
 def _sizes(spec: FamilySpec) -> str:
     """Sizes of the family's files, those that there are."""
-    sources = [spec.large, spec.base]
-    for expert in spec.experts:
-        sources += [expert.source] if expert.source else [source for source, _ in expert.loras]
     sizes = []
-    for path in {source.path: None for source in sources if source.path}:
+    for path in {source.place: None for source in spec.sources if source.place}:
         try:
-            sizes.append(_size(path.stat().st_size))
+            sizes.append(size(path.stat().st_size))
         except OSError:
             continue
     return f" ({' + '.join(sizes)})" if sizes else ""
 
 
-def _size(n_bytes: int) -> str:
+def size(n_bytes: float) -> str:
+    """A number of bytes, for a person."""
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
 
 
-class _Notices(logging.Handler):
+class Notices(logging.Handler):
     """Shows each warning of the library as one line."""
 
     def __init__(self, screen: Screen) -> None:
