@@ -37,6 +37,9 @@ LEVELS = {
     "files": 5,
     "footprint": 5,
     "guard": 5,
+    "catalogue": 3,
+    "describe": 6,
+    "library": 6,
     "machine": 0,
     "plan": 6,
     "members": 7,
@@ -104,6 +107,8 @@ def test_llama_cpp_and_numba_have_one_importer_each(path: Path) -> None:
         "from edge_dlf import FusionParams, SamplingParams, Token, EdgeDLFError",
         HELP.format(["--help"]),
         HELP.format(["chat", "--help"]),
+        HELP.format(["list", "--help"]),
+        HELP.format(["pull", "--help"]),
     ],
 )
 def test_starting_loads_no_heavy_library(statement: str) -> None:

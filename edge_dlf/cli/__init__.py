@@ -16,6 +16,9 @@ from .chat import chat
 from .compare import compare
 from .doctor import doctor
 from .generate import generate
+from .models import list_, show
+from .new import new
+from .pull import pull, rm
 from .screen import one_line
 
 
@@ -59,5 +62,5 @@ def main() -> None:
     """Dynamic Logits Fusion for GGUF models: a large local model answers with the skill of small fine-tuned experts."""
 
 
-for _command in (chat, generate, compare, doctor):
+for _command in (chat, generate, compare, doctor, list_, show, pull, new, rm):
     main.add_command(_command)

@@ -194,6 +194,13 @@ EPILOG = (
 method_option = _setting("--method", str, "dynamic, static, large, base, or the name of an expert.")
 
 
+def files_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --large, --base and --expert."""
+    for add in reversed(_FAMILY[1:]):
+        command = add(command)
+    return command
+
+
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that `Options.of` reads."""
     for add in reversed((*_FAMILY, *_SETTINGS, *_PLACING, _THREADS)):

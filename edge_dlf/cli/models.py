@@ -1,0 +1,230 @@
+"""`edge-dlf list` and `edge-dlf show`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import FamilyError
+from .opening import size
+from .screen import Screen, printable
+
+if TYPE_CHECKING:
+    from ..catalogue import Entry
+    from ..family import FamilySpec, ModelSource
+
+_CONTEXT = 4096
+
+
+@click.command("list", short_help="Families that are here, and those of the catalogue.")
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def list_(json: bool) -> None:
+    """List the families on this machine, those of the catalogue, and single models pulled from the hub."""
+    from ..catalogue import read_catalogue
+    from ..hub_cache import cached_models, shards, snapshot
+    from ..library import installed
+
+    screen, families = Screen(), installed()
+    used = {source.place for family in families if family.spec for source in family.spec.sources}
+    models: list[dict[str, Any]] = [
+        {
+            "repo": repo,
+            "file": file,
+            "path": str(folder / file),
+            "bytes": _total(folder / name for name in shards(file)),
+        }
+        for repo, file, commit in cached_models()
+        if (folder := snapshot(repo, commit)) / file not in used
+    ]
+    here: list[dict[str, Any]] = [
+        {
+            "name": family.name,
+            "path": str(family.folder),
+            "complete": family.is_complete,
+            "problem": family.problem,
+            "bytes": family.n_bytes,
+        }
+        for family in families
+    ]
+    names = {family.name for family in families}
+    catalogue: list[dict[str, Any]] = [
+        _catalogued(entry) for name, entry in read_catalogue().items() if name not in names
+    ]
+    if json:
+        screen.show(dumps({"families": here, "catalogue": catalogue, "models": models}, ensure_ascii=False))
+        return
+    rows = [("FAMILY", "SIZE", "MEMORY", "", "")]
+    rows += [(row["name"], size(row["bytes"]), "", "here", _state(row)) for row in here]
+    rows += [
+        (row["name"], size(row["bytes"]) if row["bytes"] else "?", size(row["memory_bytes"]), "", row["good_at"])
+        for row in catalogue
+    ]
+    rows += [(f"{row['repo']} {row['file']}", size(row["bytes"]), "", "here", "a single model") for row in models]
+    for line in _columns(rows, right={1, 2}):
+        screen.show(line)
+    if catalogue and sys.stdout.isatty():
+        screen.say("`edge-dlf pull FAMILY` downloads one that is not here; memory is with a context of 4096 tokens")
+
+
+def _total(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def _state(row: dict[str, Any]) -> str:
+    if row["problem"]:
+        return f"cannot be read: {row['problem']}"
+    return "" if row["complete"] else f"not complete; `edge-dlf pull {row['name']}`"
+
+
+def _catalogued(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.spec.name,
+        "good_at": entry.good_at,
+        "license": entry.license,
+        "sure": entry.sure,
+        "bytes": entry.download_bytes,
+        "memory_bytes": entry.memory_bytes,
+    }
+
+
+def _columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """The rows as lines, each column as wide as its widest cell; cut where a terminal ends."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            if width
+        ).rstrip()
+        for row in rows
+    ]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return [line if room is None or len(line) <= room else line[: room - 1] + "…" for line in lines]
+
+
+@click.command(
+    context_settings={"auto_envvar_prefix": "EDGE_DLF"}, short_help="Everything about one family, and whether it fits."
+)
+@click.argument("family", metavar="FAMILY")
+@click.option("--ctx-size", type=click.IntRange(min=1), default=_CONTEXT, help="Tokens of the context [4096].")
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def show(family: str, ctx_size: int, json: bool) -> None:
+    """Show one family: its files, sizes, quantization, context, tokenizer, template and licence, and whether it fits
+    into this machine's memory. FAMILY is a name, a family.toml, or the folder of one.
+    """
+    from ..catalogue import read_catalogue
+    from ..family import FamilySpec
+
+    screen, entry = Screen(), read_catalogue().get(family)
+    try:
+        spec = FamilySpec.load(family)
+    except FamilyError:
+        if entry is None or _is_here(family):
+            raise
+        spec = entry.spec
+    about = _about(spec, entry)
+    if all(source.place for source in spec.sources):
+        about |= _measured(spec, ctx_size)
+    elif entry:
+        about["memory"] = _fit({"total": entry.memory_bytes, "n_ctx": _CONTEXT})
+    if json:
+        screen.show(dumps(about, ensure_ascii=False))
+        return
+    for line in _lines(about):
+        screen.show(printable(line))
+    if not about["complete"]:
+        screen.say(f"`edge-dlf pull {family}` downloads what is missing; more can be shown then")
+
+
+def _is_here(family: str) -> bool:
+    from ..library import installed
+
+    return family in {one.name for one in installed()}
+
+
+def _about(spec: FamilySpec, entry: Entry | None) -> dict[str, Any]:
+    """What the family's own file and the catalogue say."""
+    sizes = entry.n_bytes if entry else {}
+    members = [_member("large", spec.large), _member("base", spec.base)]
+    for expert in spec.experts:
+        pairs = [(expert.source, None)] if expert.source else list(expert.loras)
+        members += [{**_member(expert.name, source), "scale": scale} for source, scale in pairs if source]
+    for member, source in zip(members, spec.sources, strict=True):
+        member["bytes"] = _bytes_of(source) or sizes.get(source)
+    about: dict[str, Any] = {"name": spec.name, "complete": all(source.place for source in spec.sources)}
+    about |= {"license": entry.license, "good_at": entry.good_at, "sure": entry.sure} if entry else {}
+    return {**about, "defaults": dict(spec.defaults), "members": members}
+
+
+def _member(role: str, source: ModelSource) -> dict[str, Any]:
+    place = source.place
+    hub = {key: getattr(source, key) for key in ("repo", "file", "revision") if getattr(source, key)}
+    return {"member": role, **hub, "path": str(place) if place else None}
+
+
+def _bytes_of(source: ModelSource) -> int | None:
+    from ..hub_cache import shards
+
+    place = source.place
+    return _total(place.with_name(name) for name in shards(place.name)) if place else None
+
+
+def _measured(spec: FamilySpec, n_ctx: int) -> dict[str, Any]:
+    """What the headers of the files say; they are checked to fit together. Raises what `check_files` raises."""
+    from ..describe import describe, memory_bytes
+    from ..files import check_files
+
+    files = check_files(spec)
+    told = {key: value for key, value in asdict(describe(spec, files)).items() if value is not None}
+    return {**told, "memory": _fit(memory_bytes(files, n_ctx))}
+
+
+def _fit(memory: dict[str, int]) -> dict[str, Any]:
+    import psutil
+
+    free = psutil.virtual_memory().available
+    return {**memory, "free": free, "fits": memory["total"] <= free}
+
+
+def _lines(about: dict[str, Any]) -> list[str]:
+    from ..catalogue import SURENESS
+
+    sure = f"{about['sure']}: {SURENESS[about['sure']]}" if "sure" in about else None
+    facts = [("licence", about.get("license")), ("good at", about.get("good_at")), ("catalogue", sure)]
+    if tokenizer := about.get("tokenizer"):
+        text = f"{tokenizer['kind']}, {tokenizer['n_vocab']:,} tokens shared by all, sha256 {tokenizer['sha256'][:16]}…"
+        template = about.get("template")
+        facts += [
+            ("tokenizer", text),
+            ("template", f"{len(template):,} characters, by the large model" if template else "none"),
+            ("context", f"{about['n_ctx_train']:,} tokens" if "n_ctx_train" in about else None),
+        ]
+    facts.append(("defaults", ", ".join(f"{key} = {value}" for key, value in about["defaults"].items())))
+    if memory := about.get("memory"):
+        parts = [f"{name} {size(memory[name])}" for name in ("weights", "kv", "other") if name in memory]
+        detail = f" ({', '.join(parts)})" if parts else ""
+        verdict = "fits" if memory["fits"] else "does not fit"
+        text = (
+            f"{size(memory['total'])} with {memory['n_ctx']:,} tokens{detail}; {verdict}, {size(memory['free'])} free"
+        )
+        facts.append(("memory", text))
+    rows = [("", "SIZE", "", "FILE")]
+    for member in about["members"]:
+        kind = " ".join(filter(None, (member.get("kind"), member.get("quantization"))))
+        where = member["path"] or f"{member['repo']} {member['file']}"
+        scale = "" if member.get("scale") in (None, 1.0) else f" × {member['scale']:g}"
+        rows.append((member["member"], size(member["bytes"]) if member["bytes"] else "?", kind, where + scale))
+    return [
+        about["name"],
+        *_columns([(f"  {name}", value) for name, value in facts if value]),
+        "",
+        *(f"  {line}" for line in _columns(rows, right={1})),
+    ]

@@ -1,0 +1,157 @@
+"""`edge-dlf pull` and `edge-dlf rm`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import FamilyError, InvalidParameterError
+from .opening import Notices, size
+from .screen import Screen
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..family import FamilySpec
+    from ..hub import HubFile
+
+
+@click.command(short_help="Download a family, or one model, from the Hugging Face hub.")
+@click.argument("target", metavar="FAMILY|REPO[:QUANT]")
+@click.option("--offline", is_flag=True, help="Use only what is on this machine.")
+def pull(target: str, offline: bool) -> None:
+    """Download what is missing of a family (a name from `edge-dlf list`, a family.toml, or the folder of one), and
+    check that its files fit together. REPO[:QUANT] brings one model, such as Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q8_0;
+    Q4_K_M where none is said.
+
+    Files go to the cache that all programs with huggingface-hub share. A download that broke off goes on where it
+    stopped. The path of the family.toml, or of the model, goes to stdout.
+    """
+    from huggingface_hub import constants
+
+    from ..catalogue import read_catalogue
+    from ..family import FILE_NAME, FamilySpec, find_family
+    from ..library import installed, parse_repo, write_family
+
+    screen, offline = Screen(), offline or constants.HF_HUB_OFFLINE
+    path = Path(target).expanduser()
+    is_path = path.is_file() or (path / FILE_NAME).is_file()
+    repo, catalogue = parse_repo(target), read_catalogue()
+    with _hub_notices(screen):
+        if is_path or target in {family.name for family in installed()}:
+            _pull_family(FamilySpec.load(target), screen, offline)
+            screen.show(str(find_family(target)))
+        elif target in catalogue:
+            spec = _pull_family(replace(catalogue[target].spec, origin=target), screen, offline)
+            screen.show(str(write_family(spec)))
+        elif repo:
+            screen.show(str(_pull_model(*repo, screen, offline)))
+        else:
+            raise FamilyError(f"{target}: no such family; `edge-dlf list` names them, a model is given as OWNER/NAME")
+
+
+def _pull_family(spec: FamilySpec, screen: Screen, offline: bool) -> FamilySpec:
+    """Bring all files of `spec` here, check them together, and return it with their revisions and hashes."""
+    from ..files import check_files
+    from ..library import from_cache, note_revisions, plan_pull
+
+    if offline:
+        try:
+            pinned = from_cache(spec)
+        except FamilyError as error:
+            raise FamilyError(f"{error} (without --offline)") from error
+    else:
+        planned = plan_pull(spec)
+        _download(planned.files, screen)
+        pinned = planned.spec
+        note_revisions(spec, pinned)
+    check_files(pinned)
+    screen.say(f"{spec.name} is complete: its files share one tokenizer")
+    return pinned
+
+
+def _pull_model(repo: str, quant: str | None, screen: Screen, offline: bool) -> Path:
+    """Bring one model here; returns its path, of a split one that of the first file."""
+    from ..gguf import read_info
+    from ..hub import choose, read_repo
+    from ..hub_cache import cached_models, shards, snapshot
+
+    if offline:
+        commits = {file: commit for at, file, commit in cached_models() if at == repo}
+        file = choose(repo, commits, quant)
+        return snapshot(repo, commits[file]) / file
+    listing = read_repo(repo)
+    file = choose(repo, listing.files, quant)
+    _download([listing.file(name) for name in shards(file)], screen)
+    path = snapshot(repo, listing.commit) / file
+    read_info(path)
+    return path
+
+
+def _download(files: Sequence[HubFile], screen: Screen) -> None:
+    from ..hub import check_space, download, missing_bytes
+
+    n_bytes = check_space(files)
+    if n_bytes:
+        screen.say(f"{size(n_bytes)} to download")
+    try:
+        for file in files:
+            verb = "downloading" if missing_bytes(file) else "checking"
+            screen.say(f"{verb} {file.name} of {file.repo} ({size(file.n_bytes)})")
+            download(file)
+    except KeyboardInterrupt:
+        screen.say("stopped; the same command goes on from here")
+        raise
+
+
+@contextmanager
+def _hub_notices(screen: Screen) -> Iterator[None]:
+    """Show the hub library's warnings as lines of our own."""
+    import huggingface_hub.utils  # noqa: F401  # sets up its logger
+
+    logger = logging.getLogger("huggingface_hub")
+    before, logger.handlers = logger.handlers, [Notices(screen)]
+    try:
+        yield
+    finally:
+        logger.handlers = before
+
+
+@click.command(short_help="Remove a family, or one model, from this machine.")
+@click.argument("target", metavar="FAMILY|REPO[:QUANT]")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.pass_context
+def rm(ctx: click.Context, target: str, yes: bool) -> None:
+    """Remove a family of the models folder: its family.toml, its files beside it, and its files in the hub's cache
+    that no other family names. REPO[:QUANT] removes models that `edge-dlf pull` brought alone. Says first what goes.
+    """
+    from ..library import parse_repo, plan_model_removal, plan_removal, remove
+
+    screen, repo = Screen(), parse_repo(target)
+    removal = plan_model_removal(*repo) if repo else plan_removal(target)
+    for path in removal.paths:
+        screen.say(f"{path}")
+    for owner, file, _ in removal.hub_files:
+        screen.say(f"{file} of {owner}, in the cache that other programs may use too")
+    for file in removal.kept:
+        screen.say(f"kept: {file}, which another family names")
+    if not yes and not _confirmed(f"remove {removal.name} and free {size(removal.n_bytes)}?"):
+        screen.say("nothing was removed")
+        ctx.exit(1)
+    screen.say(f"{size(remove(removal))} freed")
+
+
+def _confirmed(question: str) -> bool:
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise InvalidParameterError("nobody is there to ask; --yes removes without asking") from None
