@@ -98,9 +98,9 @@ class FamilySpec:
         """Raise FamilyError where a file is yet to be downloaded."""
         missing = [source for source in dict.fromkeys(self.sources) if source.place is None]
         if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
             raise FamilyError(
-                f"{self.name}: {missing[0].file}{more} is not on this machine; "
+                f"{self.name}: {missing[0].file}{more} not on this machine; "
                 f"`edge-dlf pull {self.origin or self.name}` downloads what is missing"
             )
 

@@ -84,7 +84,7 @@ def read_repo(repo: str, revision: str | None = None) -> Repo:
     from huggingface_hub import HfApi
 
     check_names(repo, "x.gguf", revision)
-    with _explained(repo):
+    with _explained(repo, repo):
         api = HfApi(endpoint=constants.ENDPOINT, library_name="edge-dlf")
         info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
         commit, files = str(info.sha), {}
@@ -138,7 +138,7 @@ def download(file: HubFile) -> Path:
 
     blob, pointer = _blob(file), snapshot(file.repo, file.commit) / file.name
     lock = Path(constants.HF_HUB_CACHE) / ".locks" / folder(file.repo).name / f"{file.blob}.lock"
-    with _explained(f"{file.name} of {file.repo}"):
+    with _explained(f"{file.name} of {file.repo}", file.repo):
         blob.parent.mkdir(parents=True, exist_ok=True)
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -176,18 +176,32 @@ def _fetch(file: HubFile, blob: Path) -> None:
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, though not re-exported
 
+    if file.n_bytes > constants.MAX_HTTP_DOWNLOAD_SIZE:
+        raise DownloadError(
+            f"{file.name} of {file.repo} is larger than the hub sends in one piece; bring it by "
+            f"`hf download {file.repo} {file.name}`, then try again"
+        )
     partial = _partial(file)
     if partial.exists() and partial.stat().st_size > file.n_bytes:
         partial.unlink()
-    with partial.open("ab") as target:
-        http_get(
-            hf_hub_url(file.repo, file.name, revision=file.commit, endpoint=constants.ENDPOINT),
-            target,
-            resume_size=target.tell(),
-            headers=build_hf_headers(library_name="edge-dlf"),
-            expected_size=file.n_bytes,
-            displayed_filename=file.name,
-        )
+    url = hf_hub_url(file.repo, file.name, revision=file.commit, endpoint=constants.ENDPOINT)
+    headers = build_hf_headers(library_name="edge-dlf")
+    while True:
+        with partial.open("ab") as target:
+            had = target.tell()
+            try:
+                http_get(
+                    url,
+                    target,
+                    resume_size=had,
+                    headers=headers,
+                    expected_size=file.n_bytes,
+                    displayed_filename=file.name,
+                )
+                break
+            except _transport_errors():
+                if target.tell() == had:
+                    raise
     if not _is_intact(partial, file):
         partial.unlink()
         raise DownloadError(
@@ -210,28 +224,25 @@ def _is_intact(path: Path, file: HubFile) -> bool:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, repo: str) -> Iterator[None]:
     """Turn what huggingface-hub and the system raise into a DownloadError that says what to do."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if constants.HF_HUB_OFFLINE:
         raise DownloadError(f"{what} is not on this machine, and HF_HUB_OFFLINE forbids the network")
-    # The HTTP library differs between versions of huggingface-hub; its errors are the bases of the hub's own.
-    bases = [base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("http")]
-    transport = tuple(base for base in bases if issubclass(base, Exception))
     try:
         yield
     except OfflineModeIsEnabled as error:
         raise DownloadError(f"{what}: HF_HUB_OFFLINE forbids the network") from error
     except HfHubHTTPError as error:
-        raise DownloadError(f"{what}: {_reason(error)}") from error
-    except transport as error:
+        raise DownloadError(f"{what} {_reason(error, repo)}") from error
+    except _transport_errors() as error:
         why = f"the connection to {constants.ENDPOINT} failed ({_first_line(error)})"
         raise DownloadError(f"{what}: {why}; {_GOES_ON}") from error
     except OSError as error:
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
-            raise DownloadError(f"{what}: {_reason(cause)}") from error
+            raise DownloadError(f"{what} {_reason(cause, repo)}") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             why = f"the disk of {constants.HF_HUB_CACHE} is full ({os.strerror(error.errno).lower()}); make room"
             raise DownloadError(f"{what}: {why}, then the same command goes on where it stopped") from error
@@ -240,11 +251,20 @@ def _explained(what: str) -> Iterator[None]:
         raise DownloadError(f"{what}: {constants.ENDPOINT} answers with nonsense ({_first_line(error)})") from error
 
 
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the HTTP library raises; which one that is differs between versions of huggingface-hub."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    bases = [base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("http")]
+    return tuple(base for base in bases if issubclass(base, Exception))
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, repo: str) -> str:
+    """What the hub refuses, as the end of a sentence that begins with what was asked for."""
     from huggingface_hub import errors, get_token
 
     response = getattr(error, "response", None)
@@ -252,7 +272,7 @@ def _reason(error: Exception) -> str:
     log_in = "`hf auth login`, or HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
         asked = "this token's account has not been granted that" if get_token() else f"then log in ({log_in})"
-        return f"is gated: accept its terms on its page at {constants.ENDPOINT}; {asked}"
+        return f"is gated: accept its terms at {constants.ENDPOINT}/{repo}; {asked}"
     if isinstance(error, errors.RevisionNotFoundError):
         return "has no such revision"
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
@@ -262,7 +282,7 @@ def _reason(error: Exception) -> str:
     if status == 404:
         return "is not there (HTTP 404)"
     if status == 429:
-        return "the hub answers that there were too many requests (HTTP 429); wait some minutes, or log in"
+        return "is refused, there were too many requests (HTTP 429); wait some minutes, or log in"
     if status is not None and status >= 500:
-        return f"the hub is out of order (HTTP {status}); {_GOES_ON}"
-    return _first_line(error)
+        return f"cannot be had, the hub is out of order (HTTP {status}); {_GOES_ON}"
+    return f"is refused: {_first_line(error)}"

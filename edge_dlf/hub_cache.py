@@ -107,6 +107,11 @@ def cached_models() -> list[tuple[str, str, str]]:
     return [place for place in places if shards(place[1])[0] == place[1] and cached(*place)]
 
 
+def partial_downloads(repo: str) -> list[Path]:
+    """What downloads that broke off have left."""
+    return sorted((folder(repo) / "blobs").glob("*.incomplete"))
+
+
 def remove(repo: str, file: str, commit: str) -> int:
     """Take one file out of the cache, and its content where no other revision has it too; returns the bytes freed."""
     check_names(repo, file, commit)
@@ -122,7 +127,7 @@ def remove(repo: str, file: str, commit: str) -> int:
         n_bytes = 0
     if not any(not path.is_dir() for path in snapshot(repo, commit).rglob("*")):
         shutil.rmtree(snapshot(repo, commit), ignore_errors=True)
-    if snapshots.is_dir() and not any(snapshots.iterdir()):
+    if snapshots.is_dir() and not any(snapshots.iterdir()) and not partial_downloads(repo):
         shutil.rmtree(folder(repo), ignore_errors=True)
     return n_bytes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -178,72 +178,85 @@ def _expert_table(expert: ExpertSpec) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Removal:
-    """What goes: `paths` of a family's own folder and `hub_files` (repo, file, commit) of the cache; n_bytes of them.
+    """What goes: `paths`, and `hub_files` (repo, file, commit) of the cache; n_bytes of them together.
 
-    kept: files of the cache that other families name too.
+    folder: where the family's own files are. kept: files of the cache that other families name too.
     """
 
     name: str
-    folder: Path | None
     paths: tuple[Path, ...]
     hub_files: tuple[tuple[str, str, str], ...]
     n_bytes: int
+    folder: Path | None = None
     kept: tuple[str, ...] = ()
 
 
 def plan_removal(name: str) -> Removal:
-    """What removing a family by its name means. Raises FamilyError."""
+    """What removing a family by its name means, or what has come of one of the catalogue. Raises FamilyError."""
     families = {family.name: family for family in installed()}
-    if name not in families:
-        known = "is in the catalogue, and not on this machine" if name in read_catalogue() else "no such family"
-        raise FamilyError(f"{name}: {known}")
-    family = families[name]
-    if family.folder.parent != models_dir():
+    family, catalogue = families.get(name), read_catalogue()
+    if family is None and name not in catalogue:
+        raise FamilyError(f"{name}: no such family")
+    if family and family.folder.parent != models_dir():
         raise FamilyError(f"{name} ships with edge-dlf and stays")
-    if family.folder.is_symlink():
-        return Removal(name, None, (family.folder,), (), 0)
-    places = [hub_cache.locate(path) for path in _files(family.spec)] if family.spec else []
-    own = dict.fromkeys(place for place in places if place)
-    others = [other.spec for other in families.values() if other.name != name and other.spec]
-    used = {hub_cache.locate(path) for other in others for path in _files(other)}
-    paths = [path for path in (_files(family.spec) if family.spec else ()) if path.parent == family.folder]
-    hub_files = tuple(place for place in own if place not in used)
-    return Removal(
-        name,
-        family.folder,
-        (family.folder / FILE_NAME, *paths),
-        hub_files,
-        sum(path.stat().st_size for path in paths) + _size(hub_files),
-        tuple(file for repo, file, commit in own if (repo, file, commit) in used),
-    )
+    if family and family.folder.is_symlink():
+        return Removal(name, (family.folder,), (), 0)
+    spec = family.spec if family else catalogue[name].spec
+    files = _files(spec) if spec else []
+    own = dict.fromkeys(place for place in map(hub_cache.locate, files) if place)
+    used = _hub_files(other for other in families.values() if other.name != name)
+    repos = dict.fromkeys(source.repo for source in (spec.sources if spec else ()) if source.repo)
+    paths = [path for repo in repos for path in hub_cache.partial_downloads(repo)]
+    if family:
+        paths += [family.folder / FILE_NAME, *(path for path in files if path.parent == family.folder)]
+    if not paths and not own:
+        raise FamilyError(f"{name}: is in the catalogue, and not on this machine")
+    return _removal(name, paths, own, used, family.folder if family else None)
 
 
 def plan_model_removal(repo: str, quant: str | None) -> Removal:
     """What removing the models of a repository from the cache means, those of `quant` only. Raises FamilyError."""
     models = [place for place in hub_cache.cached_models() if place[0] == repo]
     models = [place for place in models if not quant or of_quant(place[1], quant)]
-    files = tuple((repo, name, commit) for _, file, commit in models for name in hub_cache.shards(file))
+    own = dict.fromkeys((repo, name, commit) for _, file, commit in models for name in hub_cache.shards(file))
     what = f"{repo}:{quant}" if quant else repo
-    if not files:
+    partials = [] if quant else hub_cache.partial_downloads(repo)
+    if not own and not partials:
         raise FamilyError(f"{what} is not on this machine")
     for family in installed():
-        if family.spec and {hub_cache.locate(path) for path in _files(family.spec)} & set(files):
+        if _hub_files([family]) & set(own):
             raise FamilyError(f"{what} belongs to {family.name}; `edge-dlf rm {family.name}` removes both")
-    return Removal(what, None, (), files, _size(files))
+    return _removal(what, partials, own, set(), None)
 
 
-def _size(files: Sequence[tuple[str, str, str]]) -> int:
-    paths = [hub_cache.snapshot(repo, commit) / file for repo, file, commit in files]
-    return sum(path.stat().st_size for path in {path.resolve() for path in paths if path.is_file()})
+def _hub_files(families: Iterable[Installed]) -> set[tuple[str, str, str] | None]:
+    """(repo, file, commit) of every file of the cache that one of `families` names."""
+    return {hub_cache.locate(path) for family in families if family.spec for path in _files(family.spec)}
+
+
+def _removal(
+    name: str,
+    paths: Sequence[Path],
+    own: Iterable[tuple[str, str, str]],
+    used: set[tuple[str, str, str] | None],
+    folder: Path | None,
+) -> Removal:
+    hub_files = tuple(place for place in own if place not in used)
+    pointers = [hub_cache.snapshot(repo, commit) / file for repo, file, commit in hub_files]
+    contents = {path.resolve() for path in (*paths, *pointers)}
+    n_bytes = sum(path.stat().st_size for path in contents if path.is_file())
+    kept = tuple(file for repo, file, commit in own if (repo, file, commit) in used)
+    return Removal(name, tuple(paths), hub_files, n_bytes, folder, kept)
 
 
 def remove(removal: Removal) -> int:
     """Do it; returns the bytes freed. The folder stays where it holds anything else. Raises FamilyError."""
+    freed = 0
     try:
-        freed = sum(hub_cache.remove(*place) for place in removal.hub_files)
         for path in removal.paths:
-            freed += path.stat().st_size if path.suffix == ".gguf" and not path.is_symlink() else 0
+            freed += 0 if path.is_symlink() else path.stat().st_size
             path.unlink(missing_ok=True)
+        freed += sum(hub_cache.remove(*place) for place in removal.hub_files)
         if removal.folder and not any(removal.folder.iterdir()):
             removal.folder.rmdir()
     except OSError as error:

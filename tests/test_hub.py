@@ -78,7 +78,7 @@ def test_a_broken_transfer_goes_on_where_it_stopped(server: HubServer) -> None:
 
 
 def test_another_process_goes_on_where_one_stopped(server: HubServer) -> None:
-    server.cuts = [100_000, *[0] * 5]
+    server.cuts = [100_000, *[0] * 20]
     file = the_file()
     with pytest.raises(DownloadError, match="the same command later goes on where it stopped") as caught:
         hub.download(file)
@@ -86,6 +86,7 @@ def test_another_process_goes_on_where_one_stopped(server: HubServer) -> None:
     assert on_disk() == {f"{sha256(CONTENT)}.incomplete": 100_000}
     assert hub.missing_bytes(file) == len(CONTENT) - 100_000
     server.log.clear()
+    server.cuts.clear()
     assert hub.download(file).read_bytes() == CONTENT
     assert server.downloads == ["bytes=100000-"]
     assert on_disk() == {sha256(CONTENT): len(CONTENT)}
@@ -143,7 +144,7 @@ def test_the_token_stays_with_the_hub(server: HubServer, monkeypatch: pytest.Mon
             "does not exist, or it is private and needs a token (`hf auth login`, or HF_TOKEN)",
         ),
         (401, "", "hf_bad", "does not exist, or the token in use gives no access to it (HTTP 401)"),
-        (403, "GatedRepo", None, "is gated: accept its terms on its page at http://127.0.0.1:"),
+        (403, "GatedRepo", None, "is gated: accept its terms at http://127.0.0.1:"),
         (403, "GatedRepo", None, "then log in (`hf auth login`, or HF_TOKEN)"),
         (403, "GatedRepo", "hf_other", "this token's account has not been granted that"),
         (404, "RepoNotFound", None, "does not exist, or it is private"),
@@ -219,6 +220,13 @@ def test_a_disk_that_fills_up_meanwhile(server: HubServer, monkeypatch: pytest.M
             hub.download(file)
     assert "\n" not in str(caught.value)
     assert hub.download(file).read_bytes() == CONTENT
+
+
+def test_what_the_hub_does_not_send_in_one_piece(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = the_file()
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", len(CONTENT) - 1)
+    with pytest.raises(DownloadError, match=rf"bring it by `hf download {REPO} {NAME}`, then try again"):
+        hub.download(file)
 
 
 def test_two_at_once(server: HubServer) -> None:

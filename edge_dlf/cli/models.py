@@ -67,8 +67,9 @@ def list_(json: bool) -> None:
         for row in catalogue
     ]
     rows += [(f"{row['repo']} {row['file']}", size(row["bytes"]), "", "here", "a single model") for row in models]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for line in _columns(rows, right={1, 2}):
-        screen.show(line)
+        screen.show(line if room is None or len(line) <= room else f"{line[: room - 1]}…")
     if catalogue and sys.stdout.isatty():
         screen.say("`edge-dlf pull FAMILY` downloads one that is not here; memory is with a context of 4096 tokens")
 
@@ -95,10 +96,10 @@ def _catalogued(entry: Entry) -> dict[str, Any]:
 
 
 def _columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """The rows as lines, each column as wide as its widest cell; cut where a terminal ends."""
+    """The rows as lines, each column as wide as its widest cell; columns without a cell are left out."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
+    return [
         "  ".join(
             cell.rjust(width) if number in right else cell.ljust(width)
             for number, (cell, width) in enumerate(zip(row, widths, strict=True))
@@ -106,8 +107,6 @@ def _columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list
         ).rstrip()
         for row in rows
     ]
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return [line if room is None or len(line) <= room else line[: room - 1] + "…" for line in lines]
 
 
 @click.command(
@@ -219,7 +218,7 @@ def _lines(about: dict[str, Any]) -> list[str]:
     rows = [("", "SIZE", "", "FILE")]
     for member in about["members"]:
         kind = " ".join(filter(None, (member.get("kind"), member.get("quantization"))))
-        where = member["path"] or f"{member['repo']} {member['file']}"
+        where = f"{member['repo']} {member['file']}" if "repo" in member else member["path"]
         scale = "" if member.get("scale") in (None, 1.0) else f" × {member['scale']:g}"
         rows.append((member["member"], size(member["bytes"]) if member["bytes"] else "?", kind, where + scale))
     return [

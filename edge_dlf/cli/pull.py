@@ -66,7 +66,7 @@ def _pull_family(spec: FamilySpec, screen: Screen, offline: bool) -> FamilySpec:
         try:
             pinned = from_cache(spec)
         except FamilyError as error:
-            raise FamilyError(f"{error} (without --offline)") from error
+            raise FamilyError(f"{error}, where the network may be used") from error
     else:
         planned = plan_pull(spec)
         _download(planned.files, screen)
@@ -85,6 +85,8 @@ def _pull_model(repo: str, quant: str | None, screen: Screen, offline: bool) -> 
 
     if offline:
         commits = {file: commit for at, file, commit in cached_models() if at == repo}
+        if not commits:
+            raise FamilyError(f"{repo} is not on this machine, and the network may not be used")
         file = choose(repo, commits, quant)
         return snapshot(repo, commits[file]) / file
     listing = read_repo(repo)
