@@ -140,9 +140,10 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in repo.files:
             return self._end(404, {"X-Error-Code": "EntryNotFound"})
         content = repo.files[name]
+        sibling = next(sibling for sibling in repo.siblings if sibling["rfilename"] == name)
         headers = {
             "X-Repo-Commit": repo.commit,
-            "X-Linked-Etag": f'"{sha256(content)}"',
+            "X-Linked-Etag": f'"{sha256(content) if "lfs" in sibling else sibling["blobId"]}"',
             "X-Linked-Size": str(len(content)),
             "Location": f"{self.server_of.cdn}/cdn/{sha256(content)}",
         }

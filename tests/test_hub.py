@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -276,11 +277,15 @@ def test_hashes_never_leave_the_cache(server: HubServer, change: dict[str, objec
 
 def test_a_small_file_is_checked_by_gits_own_hash(server: HubServer) -> None:
     content = b"GGUF"
-    git = "b1db9f1c9d7f1ad8e1d8d6a6d1b4f6b9d9f1c9d7"
-    repo = FakeRepo({NAME: content}, siblings=[{"rfilename": NAME, "size": 4, "blobId": git}])
-    server.repos[REPO] = repo
-    with pytest.raises(DownloadError, match="another content"):
-        hub.download(the_file())
+    right = hashlib.sha1(b"blob 4\0GGUF").hexdigest()
+    for git in ("0" * 40, right):
+        sibling = {"rfilename": NAME, "size": 4, "blobId": git}
+        server.repos[REPO] = FakeRepo({NAME: content}, siblings=[sibling])
+        if git == right:
+            assert hub.download(the_file()).read_bytes() == content
+        else:
+            with pytest.raises(DownloadError, match="another content"):
+                hub.download(the_file())
 
 
 @pytest.mark.parametrize(
