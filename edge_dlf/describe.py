@@ -9,11 +9,11 @@ from typing import Any
 
 from .family import FamilySpec
 from .files import FamilyFiles
+from .footprint import footprint
 from .gguf import GGUFInfo, read_info
 from .gguf_header import Array, Scalar
+from .plan import KERNELS_BYTES, N_ROWS
 
-_OTHER_BYTES = 300_000_000  # buffers, Python and kernels, as README's measurements have it
-_KV_BYTES = 2  # f16
 _FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
     13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
@@ -59,9 +59,8 @@ def describe(spec: FamilySpec, files: FamilyFiles) -> Description:
         for role, source, info, scale in zip(roles, spec.sources, infos, scales, strict=True)
     ]
     large = files.models["large"]
-    shared = hashlib.sha256()
-    for _, text in zip(range(files.n_vocab), large.vocabulary.texts(), strict=False):
-        shared.update(len(text).to_bytes(8, "little") + text)
+    texts = large.vocabulary.tokens
+    shared = hashlib.sha256(texts.data[: int(texts.starts[files.n_vocab])])
     kind = _text(large.metadata.get("tokenizer.ggml.model"))
     contexts = [model.metadata.get(f"{model.architecture}.context_length") for model in files.models.values()]
     licenses = dict.fromkeys(member["license"] for member in members if member["license"])
@@ -90,24 +89,12 @@ def quantization(info: GGUFInfo) -> str:
 
 
 def memory_bytes(files: FamilyFiles, n_ctx: int) -> dict[str, int]:
-    """Memory to run the family with a context of `n_ctx`: weights, KV cache in f16, and the rest; at most that."""
-    models = {id(model): model for model in files.models.values()}.values()
+    """Memory to run the family on a CPU with a context of `n_ctx`: weights, KV cache in f16, and the rest."""
+    models = {info.path: footprint(info, None, None) for info in files.models.values()}
+    contexts = [models[info.path] for info in files.models.values()]
     loras = {path for pairs in files.loras.values() for path, _ in pairs}
-    weights = sum(model.tensor_bytes for model in models) + sum(path.stat().st_size for path in loras)
-    kv = sum(_kv_bytes_per_token(model) for model in files.models.values()) * n_ctx
-    return {"n_ctx": n_ctx, "weights": weights, "kv": kv, "other": _OTHER_BYTES, "total": weights + kv + _OTHER_BYTES}
-
-
-def _kv_bytes_per_token(model: GGUFInfo) -> int:
-    def number(key: str) -> int:
-        value = model.metadata.get(f"{model.architecture}.{key}")
-        if isinstance(value, Array):
-            value = max(value.values, default=0)
-        return value if isinstance(value, int) else 0
-
-    n_heads, n_layers = number("attention.head_count"), number("block_count")
-    if not n_heads:
-        return 0
-    per_head = number("embedding_length") // n_heads
-    widths = (number("attention.key_length") or per_head) + (number("attention.value_length") or per_head)
-    return n_layers * (number("attention.head_count_kv") or n_heads) * widths * _KV_BYTES
+    weights = sum(model.weights for model in models.values()) + sum(path.stat().st_size for path in loras)
+    kv = sum(context.cache(n_ctx) for context in contexts)
+    other = sum(model.vocabulary for model in models.values()) + KERNELS_BYTES
+    other += sum(context.compute(n_ctx, N_ROWS) for context in contexts)
+    return {"n_ctx": n_ctx, "weights": weights, "kv": kv, "other": other, "total": weights + kv + other}

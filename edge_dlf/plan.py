@@ -15,10 +15,13 @@ from .files import FamilyFiles
 from .footprint import Footprint, footprint, rounded
 from .machine import Machine
 
-_KERNELS_BYTES = 150_000_000  # compiled kernels and their compiler
+KERNELS_BYTES = 150_000_000
+"""Compiled kernels and their compiler."""
 _KERNELS_ADDRESS_BYTES = 450_000_000  # the same with threads' stacks and arenas, of which little is ever touched
 _GPU_RESERVE_BYTES = 400_000_000  # the driver's own, on each GPU
 _LEAST_CELLS = 256
+N_ROWS = 16
+"""Rows of logits that a context reserves, at least."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Planner:
         n_gpu_layers: int | Mapping[str, int] = -1,
         type_k: str | None = None,
         type_v: str | None = None,
-        n_rows: int = 16,
+        n_rows: int = N_ROWS,
         n_seqs: int = 1,
         repacks: bool = True,
     ) -> None:
@@ -194,7 +197,7 @@ class Planner:
         host, gpu = (sum(parts) for parts in zip(*both, strict=True))
         if self.machine.gpus and all(device.shares_host for device in self.machine.gpus):
             host += gpu
-        return _Arrangement(tuple(n_gpu), host + _KERNELS_BYTES, gpu, gpu <= room)
+        return _Arrangement(tuple(n_gpu), host + KERNELS_BYTES, gpu, gpu <= room)
 
     def _fits(self, best: _Arrangement, n_cells: int) -> bool:
         address = self.machine.address_bytes

@@ -38,7 +38,7 @@ LEVELS = {
     "footprint": 5,
     "guard": 5,
     "catalogue": 3,
-    "describe": 6,
+    "describe": 7,
     "library": 6,
     "machine": 0,
     "plan": 6,
