@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, cast
 
-from edge_dlf import ContextOverflowError, FusedLlama, Token
+from edge_dlf import ContextOverflowError, RequestInterruptedError, Token
 from edge_dlf.cli.options import Options
 from edge_dlf.cli.screen import Screen
 from edge_dlf.cli.session import Session
 from edge_dlf.completion import ChatCompletionShape, CompletionShape
 from edge_dlf.params import METHODS
 from edge_dlf.stream import Report
+
+if TYPE_CHECKING:
+    from edge_dlf import FusedLlama
+
+_N_PARALLEL = 4
 
 Step = str | tuple[str, float] | tuple[str, float, str] | BaseException
 """A token's text, its text and α, its text, α and expert, or what is raised in its place."""
@@ -64,6 +72,7 @@ class FakeLlama:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.options: Options | None = None
         self.is_closed = False
+        self.is_interrupted = False
         self._answers = iter(answers)
 
     def __enter__(self) -> FakeLlama:
@@ -76,7 +85,7 @@ class FakeLlama:
         self.is_closed = True
 
     def interrupt(self) -> None:
-        pass
+        self.is_interrupted = True
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
@@ -101,6 +110,35 @@ class FakeLlama:
         stream = self.stream(self.apply_chat_template(messages), **settings)
         return ChatCompletionShape(self.name, False, lambda _: b"").result(list(stream), stream.report)
 
+    def batch(
+        self, requests: Iterable[Mapping[str, Any]], *, ordered: bool = False, **settings: Any
+    ) -> Iterator[dict[str, Any]]:
+        """A few rows at once, finished in any order. A row's answer depends on nothing but itself and the settings; a
+        prompt with "fail" in it fails."""
+        waiting, running, chance = iter(requests), [], random.Random(0)
+        while True:
+            while len(running) < _N_PARALLEL and (request := next(waiting, None)):
+                running.append(request)
+            if self.is_interrupted:
+                raise RequestInterruptedError("the request was interrupted")
+            if not running:
+                return
+            yield self.row(running.pop(0 if ordered else chance.randrange(len(running))), settings)
+
+    def row(self, request: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The finished row of one request."""
+        prompt = json.dumps({name: value for name, value in request.items() if name not in ("id", "custom_id")})
+        self.requests.append((prompt, dict(settings)))
+        id = request.get("custom_id") or request["id"]
+        row: dict[str, Any] = {"id": f"batch_req_{id}", "custom_id": id, "response": None, "error": None}
+        if "fail" in prompt:
+            return {**row, "error": {"code": "non_finite_logits", "message": "large returned NaN in its logits"}}
+        draw = blake2b(repr((settings, prompt, id)).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+        report = Report("dynamic", self.experts, len(prompt))
+        answer = FakeStream([draw[:4], draw[4:]], report, 100)
+        body = CompletionShape(self.name, False, lambda _: b"").result(list(answer), report)
+        return {**row, "response": {"status_code": 200, "request_id": f"req_{id}", "body": body}}
+
 
 class Terminal(Screen):
     """A screen that takes itself for a terminal."""
@@ -115,4 +153,4 @@ class Terminal(Screen):
 def fake_session(llm: FakeLlama, **given: Any) -> Session:
     """A chat over `llm` as on a terminal, with the given arguments of Session."""
     arguments = {"settings": {}, "defaults": {}, **given}
-    return Session(cast(FusedLlama, llm), Terminal(), **arguments)
+    return Session(cast("FusedLlama", llm), Terminal(), **arguments)

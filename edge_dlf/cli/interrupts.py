@@ -1,4 +1,4 @@
-"""Ctrl-C while llama.cpp computes.
+"""Ctrl-C, and SIGTERM where asked for, while llama.cpp computes.
 
 Python runs signal handlers between bytecodes, so a Ctrl-C during a long call into C is seen only once the call returns,
 two of them are seen as one, and one that is seen inside a callback from C is lost. The signal's wake-up descriptor is
@@ -11,7 +11,7 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ..errors import RequestInterruptedError
@@ -20,32 +20,66 @@ from .screen import Screen
 _PATIENCE_S = 0.5
 
 
+class Stop:
+    """Whether a signal has asked for the end: `signal` is its number, or None."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._raises = False
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt, or SystemExit for SIGTERM, if a signal has come."""
+        if self.signal == signal.SIGTERM:
+            raise SystemExit(143)
+        if self.signal is not None:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let signals raise in the midst of this: of waiting for input, or of what `interrupt` cannot end."""
+        self._raises = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._raises = False
+
+    def handle(self, number: int, _frame: object) -> None:
+        """What Python calls, between two of its bytecodes."""
+        self.signal = self.signal or number
+        if self._raises:
+            self.check()
+
+
 @contextmanager
-def interruptible(screen: Screen, interrupt: Callable[[], None]) -> Iterator[None]:
-    """While this lasts, the first Ctrl-C calls `interrupt`, which is to end what is running, and then raises
-    KeyboardInterrupt here; `screen` says so if that takes long. A second one ends the process with exit code 130."""
+def interruptible(
+    screen: Screen, interrupt: Callable[[], None], signals: Sequence[int] = (signal.SIGINT,)
+) -> Iterator[Stop]:
+    """While this lasts, the first of `signals` calls `interrupt`, which is to end what is running, and then raises
+    KeyboardInterrupt here, or SystemExit for SIGTERM; `screen` says so if that takes long. A second Ctrl-C ends the
+    process with exit code 130."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    was_pressed = threading.Event()
-    previous_handler = signal.signal(signal.SIGINT, lambda _signal, _frame: None)
+    stop = Stop()
+    previous_handlers = {number: signal.signal(number, stop.handle) for number in signals}
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(reader, screen, interrupt, was_pressed), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(reader, screen, interrupt, stop), daemon=True)
     watcher.start()
     try:
-        yield
+        yield stop
     except RequestInterruptedError:
-        was_pressed.set()
+        stop.signal = stop.signal or signal.SIGINT
     finally:
         signal.set_wakeup_fd(previous)
         os.close(writer)
         watcher.join()
         os.close(reader)
-        signal.signal(signal.SIGINT, previous_handler)
-    if was_pressed.is_set():
-        raise KeyboardInterrupt
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
+    stop.check()
 
 
-def _watch(reader: int, screen: Screen, interrupt: Callable[[], None], was_pressed: threading.Event) -> None:
+def _watch(reader: int, screen: Screen, interrupt: Callable[[], None], stop: Stop) -> None:
     n_interrupts = 0
     while number := os.read(reader, 1):
         if number[0] != signal.SIGINT:
@@ -55,7 +89,7 @@ def _watch(reader: int, screen: Screen, interrupt: Callable[[], None], was_press
         if n_interrupts == 2:
             screen.leave()
             os._exit(130)  # the main thread is inside llama.cpp and cannot be unwound
-        was_pressed.set()
+        stop.signal = stop.signal or signal.SIGINT
         interrupt()
         if not select.select([reader], [], [], _PATIENCE_S)[0]:
             screen.say("stopping after this step; Ctrl-C again leaves at once")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Decorator: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+DEFAULT_N_CTX = 4096
 _HOW_TO_NAME = "name a family: --family NAME|PATH, or --large FILE --base FILE --expert NAME=FILE"
 _LOADING = {
     "ctx_size": "n_ctx",
@@ -28,6 +29,7 @@ _LOADING = {
     "threads": "n_threads",
     "cache_type_k": "type_k",
     "cache_type_v": "type_v",
+    "parallel": "n_parallel",
 }
 _WAYS = ("positional_family", "family", "large", "base", "expert")
 
@@ -178,7 +180,7 @@ _SETTINGS: Sequence[Decorator] = (
     click.option("--system", help="System prompt."),
 )
 _PLACING: Sequence[Decorator] = (
-    click.option("--ctx-size", type=click.IntRange(min=1), help="Tokens of the context [4096]."),
+    click.option("--ctx-size", type=click.IntRange(min=1), help=f"Tokens of the context [{DEFAULT_N_CTX}]."),
     click.option(
         "--gpu-layers", type=_Numbers(int), help="Layers on the GPU [-1, all]; large=20,base=0 for each member."
     ),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..stream import Report
 
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_DIM, _PLAIN, _ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
+_DIM, _PLAIN, _ERASE_LINE, _SHOW_CURSOR = "\x1b[2m", "\x1b[0m", "\r\x1b[K", "\x1b[?25h"
 
 
 def one_line(message: object) -> str:
@@ -115,9 +115,13 @@ class Screen:
     def leave(self) -> None:
         """Leave the terminal in order, from whatever thread, before the process ends."""
         self._restore()
+        stderr = sys.__stderr__  # itself, not what shows a progress bar
+        if stderr and stderr.isatty():
+            print(_SHOW_CURSOR, end="" if sys.stdout.isatty() else "\n", file=stderr, flush=True)
         if may_style(sys.stdout):
             sys.stdout.write(_PLAIN)
-        self.end_line()
+        if sys.stdout.isatty():
+            self.end_line()
 
 
 def summary(report: Report) -> str:

@@ -1,0 +1,154 @@
+"""How far a batch is, on stderr: a line that moves on a terminal, one line a minute elsewhere, and a summary."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .screen import Screen
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_LINE_EVERY_S = 60.0
+
+
+class Progress:
+    """Counts rows as they finish; all is counted from the last `begin`."""
+
+    def __init__(self) -> None:
+        self.begin(None, 0, 0)
+        self.has_begun = False
+
+    def begin(self, n_total: int | None, n_before: int, n_failed: int) -> None:
+        """n_total: rows of the input, None where it is a stream. n_before, n_failed: rows that earlier runs have
+        finished, and those of them with an error."""
+        self.has_begun = True
+        self.n_total = n_total
+        self.n_done = self.n_before = n_before
+        self.n_failed = n_failed
+        self.n_prompt_tokens = self.n_tokens = 0
+        self.began_s = time.monotonic()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.n_done += 1
+        self.n_failed += bool(row["error"])
+        usage = row["response"]["body"].get("usage", {}) if row["response"] else {}
+        self.n_prompt_tokens += usage.get("prompt_tokens", 0)
+        self.n_tokens += usage.get("completion_tokens", 0)
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.began_s
+
+    @property
+    def generation_tps(self) -> float:
+        """Generated tokens a second, of the rows that this run has finished."""
+        return self.n_tokens / self.elapsed_s if self.n_tokens else 0.0
+
+    @property
+    def left_s(self) -> float | None:
+        """Time that the rest takes at the rate so far."""
+        n_here = self.n_done - self.n_before
+        return self.elapsed_s / n_here * (self.n_total - self.n_done) if self.n_total is not None and n_here else None
+
+    def figures(self) -> str:
+        """Rows, failures, speed and time left, on one line."""
+        parts = [f"{self.n_done:,} rows" if self.n_total is None else f"{self.n_done:,}/{self.n_total:,} rows"]
+        if self.n_failed:
+            parts.append(f"{self.n_failed:,} failed")
+        if self.n_tokens:
+            parts.append(f"{self.generation_tps:.1f} tokens/s")
+        if self.left_s is not None:
+            parts.append(f"{duration(self.left_s)} left")
+        return " · ".join(parts)
+
+    def report(self, status: str) -> dict[str, Any]:
+        """What was done, for scripts; `request_counts` and `usage` as OpenAI's batches have them."""
+        return {
+            "status": status,
+            "request_counts": {
+                "total": self.n_done if self.n_total is None else self.n_total,
+                "completed": self.n_done - self.n_failed,
+                "failed": self.n_failed,
+            },
+            "n_before": self.n_before,
+            "usage": {
+                "prompt_tokens": self.n_prompt_tokens,
+                "completion_tokens": self.n_tokens,
+                "total_tokens": self.n_prompt_tokens + self.n_tokens,
+            },
+            "elapsed_s": round(self.elapsed_s, 3),
+            "generation_tps": round(self.generation_tps, 3),
+        }
+
+    def summary(self) -> str:
+        """What was done, on one line."""
+        parts = [f"{self.n_done:,} rows"]
+        if self.n_before:
+            parts[0] += f", {self.n_before:,} of them before"
+        if self.n_failed:
+            parts.append(f"{self.n_failed:,} failed")
+        if self.n_tokens:
+            parts.append(f"{self.n_tokens:,} tokens in {duration(self.elapsed_s)} ({self.generation_tps:.1f} tokens/s)")
+        return " · ".join(parts)
+
+    @contextmanager
+    def shown(self, screen: Screen) -> Iterator[None]:
+        """Show the figures while this lasts; time counts from here."""
+        self.began_s = time.monotonic()
+        with self._live() if sys.stderr.isatty() else self._each_minute(screen):
+            yield
+
+    @contextmanager
+    def _live(self) -> Iterator[None]:
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(stderr=True, highlight=False)
+        with Live(console=console, get_renderable=self._line, transient=True, refresh_per_second=4):
+            yield
+
+    def _line(self) -> RenderableType:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        figures = Text(self.figures(), overflow="ellipsis", no_wrap=True)
+        if not self.n_total:
+            return figures
+        line = Table.grid(padding=(0, 1), expand=True)
+        line.add_column()
+        line.add_column(width=len(figures))
+        line.add_row(ProgressBar(total=self.n_total, completed=self.n_done), figures)
+        return line
+
+    @contextmanager
+    def _each_minute(self, screen: Screen) -> Iterator[None]:
+        is_over = threading.Event()
+
+        def tell() -> None:
+            while not is_over.wait(_LINE_EVERY_S):
+                screen.say(self.figures())
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            teller.join()
+
+
+def duration(seconds: float) -> str:
+    """In the two units that matter."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"

@@ -1,0 +1,85 @@
+"""Lines of JSON, one object each: read in bounded memory, written as one line whatever they hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import IO, Any, NamedTuple, NoReturn
+
+MAX_LINE_BYTES = 64 << 20
+
+_LINE_BREAKS = re.compile("[\x85\u2028\u2029]")  # for readers that split lines as Python's str.splitlines does
+_BOM = b"\xef\xbb\xbf"
+
+
+class Line(NamedTuple):
+    """One line of a file.
+
+    number: from 1. start, n_bytes: where it lies, its line break included. content: None where it is longer than
+    MAX_LINE_BYTES. is_whole: whether a line break ends it.
+    """
+
+    number: int
+    start: int
+    n_bytes: int
+    content: bytes | None
+    is_whole: bool
+
+
+def read_lines(file: IO[bytes]) -> Iterator[Line]:
+    """The lines of `file` that are not blank, holding no more than one of them; a byte order mark is left out."""
+    number = start = 0
+    while content := file.readline(MAX_LINE_BYTES):
+        number += 1
+        n_bytes, last, is_short = len(content), content, True
+        while not last.endswith(b"\n") and (last := file.readline(MAX_LINE_BYTES)):
+            n_bytes += len(last)
+            is_short = False
+            content = b""
+        if number == 1:
+            content = content.removeprefix(_BOM)
+        if content.strip() or not is_short:
+            yield Line(number, start, n_bytes, content if is_short else None, (last or content).endswith(b"\n"))
+        start += n_bytes
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """The JSON object in `content`. Raises ValueError, which says in one line what is wrong."""
+    try:
+        value = json.loads(content.decode("utf-8"), parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError("not usable: nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"not JSON: {name} is no number there")
+
+
+def dump_line(row: Mapping[str, Any]) -> bytes:
+    """`row` as one line of UTF-8 with its line break. Numbers that JSON does not have become null."""
+    try:
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(row), ensure_ascii=False)
+    text = _LINE_BREAKS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    try:
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return f"{json.dumps(_finite(row))}\n".encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
