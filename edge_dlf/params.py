@@ -118,7 +118,7 @@ class Picked:
 
     token: int
     logprob: float
-    top_logprobs: tuple[tuple[int, float], ...]
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 MAX_DRAFT = 8

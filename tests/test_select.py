@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_dlf.errors import InvalidParameterError
+from edge_dlf.errors import InvalidParameterError, NonFiniteLogitsError
 from edge_dlf.fusion import Fuser
-from edge_dlf.params import SamplingParams
+from edge_dlf.params import Draw, FusionParams, Picked, SamplingParams
 
 from . import naive
 
@@ -20,11 +21,11 @@ GREEDY = SamplingParams(temperature=0.0)
 PLAIN = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
-def fuser_of(row, n_threads=1):
+def pick(row, sampling, seed=0, position=0, recent=NOBODY, n_top=0):
+    """The choice from one row, or its error."""
     row = np.asarray(row, np.float32)
-    fuser = Fuser(len(row), n_threads)
-    fuser.fuse(row, None, [], [], ("large",))
-    return fuser
+    draw = Draw(sampling, seed, position, recent, n_top)
+    return Fuser(row.size).pick(row[None], None, (), [()], [draw], ("large",))[0]
 
 
 sampling_params = st.builds(
@@ -49,11 +50,11 @@ def test_select_equals_naive_small(sampling, seed, n_vocab, masked):
         row[rng.random(n_vocab) < 0.3] = -np.inf
         row[-1] = 0.5
     recent = rng.integers(0, n_vocab, 12).astype(np.int32)
-    fuser = fuser_of(row)
-    token, logprob = fuser.select(sampling, seed, 17, recent)
-    assert token == naive.select(row, sampling, seed, 17, recent)
-    assert logprob == pytest.approx(np.log(naive.softmax(row.astype(np.float64))[token]), abs=2e-6)
-    assert fuser.fused.tobytes() == row.tobytes()
+    before = row.copy()
+    picked = pick(row, sampling, seed, 17, recent)
+    assert picked.token == naive.select(row, sampling, seed, 17, recent)
+    assert picked.logprob == pytest.approx(np.log(naive.softmax(row.astype(np.float64))[picked.token]), abs=2e-6)
+    assert row.tobytes() == before.tobytes()
 
 
 @given(sampling_params, st.integers(0, 2**32))
@@ -62,66 +63,186 @@ def test_select_equals_naive_over_many_groups(sampling, seed):
     rng = np.random.default_rng(seed)
     row = rng.normal(0, rng.choice([0.3, 3.0]), 6000).astype(np.float32)
     recent = rng.integers(0, 6000, 64).astype(np.int32)
-    assert fuser_of(row).select(sampling, seed, 3, recent)[0] == naive.select(row, sampling, seed, 3, recent)
+    assert pick(row, sampling, seed, 3, recent).token == naive.select(row, sampling, seed, 3, recent)
+
+
+@pytest.mark.parametrize(
+    "layout", ["one group holds the best", "ascending", "few values", "mostly masked", "far apart"]
+)
+def test_select_equals_naive_where_the_best_lie_oddly(layout):
+    rng = np.random.default_rng(11)
+    for seed in range(12):
+        row = rng.normal(0, 1, 7000)
+        if layout == "one group holds the best":
+            row[1024:2048] += 20.0
+        elif layout == "ascending":
+            row.sort()
+        elif layout == "few values":
+            row = rng.integers(-2, 3, 7000) * 0.5 * rng.choice([-1.0, 1.0], 7000)  # −0.0 and 0.0 too
+        elif layout == "mostly masked":
+            row[rng.permutation(7000)[:6990]] = -np.inf
+        elif layout == "far apart":
+            row *= 1e4
+        row = row.astype(np.float32)
+        for top_k, top_p, min_p in [(6500, 1.0, 0.0), (0, 0.9, 0.0), (300, 0.97, 0.001), (0, 1.0, 0.0), (0, 0.6, 0.01)]:
+            sampling = SamplingParams(temperature=1.5, top_k=top_k, top_p=top_p, min_p=min_p)
+            assert pick(row, sampling, seed, 3).token == naive.select(row, sampling, seed, 3)
 
 
 def test_ties_go_to_the_lowest_id_small():
-    assert fuser_of(np.zeros(500)).select(GREEDY, 0, 0, NOBODY)[0] == 0
+    assert pick(np.zeros(500), GREEDY).token == 0
     row = np.zeros(500)
     row[[77, 300]] = 2.0
-    assert fuser_of(row).select(GREEDY, 0, 0, NOBODY)[0] == 77
-    assert fuser_of(row).select(SamplingParams(top_k=1), 5, 5, NOBODY)[0] == 77
-    assert [token for token, _ in fuser_of(row).top_logprobs(4)] == [77, 300, 0, 1]
+    row[:50] = -0.0
+    assert pick(row, GREEDY).token == 77
+    assert pick(row, SamplingParams(top_k=1), 5, 5).token == 77
+    assert [token for token, _ in pick(row, GREEDY, n_top=4).top_logprobs] == [77, 300, 0, 1]
+    assert pick(row[:70], GREEDY).token == 0
 
 
 def test_penalties_are_those_of_llama_cpp_small():
     row = np.array([2.0, -1.0, 1.9, 0.0], np.float32)
-    fuser = fuser_of(row)
     recent = np.array([0, 0, 1], np.int32)
     penalised = naive.penalised(
         row, SamplingParams(repeat_penalty=2.0, frequency_penalty=0.1, presence_penalty=0.25), recent
     )
     assert penalised == pytest.approx([2.0 / 2 - 0.2 - 0.25, -1.0 * 2 - 0.1 - 0.25, 1.9, 0.0])
-    assert fuser.select(SamplingParams(temperature=0.0, repeat_penalty=1.2), 0, 0, recent)[0] == 2
-    assert fuser.select(SamplingParams(temperature=0.0, presence_penalty=0.2), 0, 0, recent)[0] == 2
-    assert fuser.select(SamplingParams(temperature=0.0, logit_bias={3: 5.0, 99: 1.0}), 0, 0, NOBODY)[0] == 3
-    assert fuser.select(GREEDY, 0, 0, recent)[0] == 0
+    assert pick(row, SamplingParams(temperature=0.0, repeat_penalty=1.2), recent=recent).token == 2
+    assert pick(row, SamplingParams(temperature=0.0, presence_penalty=0.2), recent=recent).token == 2
+    assert pick(row, SamplingParams(temperature=0.0, logit_bias={3: 5.0, 99: 1.0})).token == 3
+    assert pick(row, GREEDY, recent=recent).token == 0
 
 
-def test_banning_every_token_is_an_error_small():
+def test_bias_adds_to_what_penalties_left_small():
+    row = np.array([3.0, 2.0, 1.0], np.float32)
+    recent = np.array([2, 0, 0, 99], np.int32)  # 99: of a prompt in a vocabulary with padding
+    for bias in (1.9, 2.1):
+        sampling = SamplingParams(temperature=0.0, frequency_penalty=1.5, logit_bias={1: -np.inf, 0: bias, 2: 2.5})
+        expected = naive.select(row, sampling, 0, 0, recent[:3])
+        assert expected == (0 if bias == 2.1 else 2)
+        assert pick(row, sampling, recent=recent).token == expected
+
+
+def test_banning_every_token_is_an_error_of_its_row_small():
     banned = SamplingParams(logit_bias={i: -float("inf") for i in range(20)})
-    fuser = fuser_of(np.zeros(20))
-    with pytest.raises(InvalidParameterError, match="bans every token"):
-        fuser.select(banned, 0, 0, NOBODY)
-    assert fuser.select(GREEDY, 0, 0, NOBODY) == (0, pytest.approx(-np.log(20)))
+    rows = np.zeros((3, 20), np.float32)
+    draws = [Draw(sampling, 0, 0, NOBODY) for sampling in (GREEDY, banned, GREEDY)]
+    first, error, last = Fuser(20).pick(rows, None, (), [()] * 3, draws, ("large",))
+    assert isinstance(error, InvalidParameterError)
+    assert str(error) == "logit_bias bans every token"
+    assert first == last == Picked(0, pytest.approx(-np.log(20)))
 
 
 def test_one_token_vocabulary_small():
-    fuser = fuser_of([3.0])
-    assert fuser.select(SamplingParams(), 9, 9, NOBODY) == (0, 0.0)
-    assert fuser.top_logprobs(5) == ((0, 0.0),)
+    assert pick([3.0], SamplingParams(), 9, 9, n_top=5) == Picked(0, 0.0, ((0, 0.0),))
 
 
 def test_top_logprobs_are_those_before_penalties_small():
     row = np.random.default_rng(1).normal(0, 2, 400).astype(np.float32)
-    fuser = fuser_of(row)
     truth = np.log(naive.softmax(row.astype(np.float64)))
     best = np.argsort(-truth)[:20]
-    for _ in range(2):
-        found = fuser.top_logprobs(20)
+    for sampling in (GREEDY, SamplingParams(repeat_penalty=2.0)):
+        found = pick(row, sampling, 1, 1, best.astype(np.int32), n_top=20).top_logprobs
         assert [token for token, _ in found] == best.tolist()
         assert [logprob for _, logprob in found] == pytest.approx(truth[best], abs=2e-6)
-        fuser.select(SamplingParams(repeat_penalty=2.0), 1, 1, best.astype(np.int32))
-    assert fuser.top_logprobs(0) == ()
-    assert len(fuser.top_logprobs(1000)) == 400
+    assert pick(row, GREEDY).top_logprobs == ()
+    assert len(pick(row, GREEDY, n_top=1000).top_logprobs) == 400
+    row[7:] = -np.inf
+    assert len(pick(row, GREEDY, n_top=20).top_logprobs) == 7
+
+
+def batch(rng, n_rows, n_vocab, n_experts):
+    """Rows (K, V + padding) of every member, alphas, and draws of every kind."""
+    members = [rng.normal(0, 2, (n_rows, n_vocab + 5 * i)).astype(np.float32) for i in range(2 + n_experts)]
+    alphas = rng.choice([0.0, 0.3, 1.7], (n_rows, n_experts)).tolist()
+    samplings = [
+        GREEDY, SamplingParams(), PLAIN, SamplingParams(top_k=0, min_p=0.0, top_p=0.7, temperature=1.3),
+        SamplingParams(repeat_penalty=1.4, presence_penalty=0.5, logit_bias={3: 4.0, 8: -np.inf}),
+        SamplingParams(temperature=0.0, frequency_penalty=0.6), SamplingParams(top_k=300, min_p=0.0),
+    ]  # fmt: skip
+    draws = [
+        Draw(
+            samplings[rng.integers(len(samplings))], int(rng.integers(2**63)), k,
+            rng.integers(0, n_vocab, rng.integers(0, 40)).astype(np.int32), int(rng.choice([0, 0, 1, 12])),
+        )
+        for k in range(n_rows)
+    ]  # fmt: skip
+    return members, alphas, draws
+
+
+@pytest.mark.parametrize("n_vocab", [60, 5000, 20_000])
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 33])
+def test_a_batch_is_its_rows_whatever_the_threads(n_rows, n_vocab):
+    rng = np.random.default_rng([n_rows, n_vocab])
+    names = ("large", "base", "one", "two")
+    (large, base, *experts), alphas, draws = batch(rng, n_rows, n_vocab, 2)
+    alone = Fuser(n_vocab)
+    expected = [
+        alone.pick(large[[k]], base[[k]], [x[[k]] for x in experts], [alphas[k]], [draws[k]], names)[0]
+        for k in range(n_rows)
+    ]
+    for k, picked in enumerate(expected):
+        fused = large[k, :n_vocab].copy()
+        for alpha, expert in zip(alphas[k], experts, strict=True):
+            fused += np.float32(alpha) * (expert[k, :n_vocab] - base[k, :n_vocab])
+        draw = draws[k]
+        assert picked.token == naive.select(fused, draw.sampling, draw.seed, draw.position, draw.recent)
+        truth = np.log(naive.softmax(fused.astype(np.float64)))
+        assert picked.logprob == pytest.approx(truth[picked.token], abs=2e-6)
+        assert [token for token, _ in picked.top_logprobs] == np.argsort(-fused, kind="stable")[: draw.n_top].tolist()
+    for n_threads in (1, 2, 5):
+        fuser = Fuser(n_vocab, n_threads)
+        for _ in range(5):
+            assert fuser.pick(large, base, experts, alphas, draws, names) == expected
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+@pytest.mark.parametrize(("value", "what"), [(np.nan, "NaN"), (np.inf, "\\+inf"), (None, "no finite value")])
+def test_a_bad_row_leaves_the_others_alone(n_threads, value, what):
+    rng = np.random.default_rng(5)
+    names, n_vocab = ("large", "base", "one", "two"), 5000
+    (large, base, *experts), _, draws = batch(rng, 6, n_vocab, 2)
+    alphas = [[1.0, 0.5]] * 5 + [[0.0, 0.5]]
+    fuser, params = Fuser(n_vocab, n_threads), FusionParams()
+    chosen, picked = (
+        fuser.search(large, base, experts, params, names),
+        fuser.pick(large, base, experts, alphas, draws, names),
+    )
+    for k, rows in enumerate((large, base, *experts)):
+        rows[k, 4999 if value else slice(None)] = value or -np.inf
+    experts[0][5] = np.nan  # takes no part in the fused row, for its α is 0
+    bad_choices, bad_picks = (
+        fuser.search(large, base, experts, params, names),
+        fuser.pick(large, base, experts, alphas, draws, names),
+    )
+    for results, before, faulty in (
+        (bad_choices, chosen, {0: "large", 1: "base", 2: "one", 3: "two", 5: "one"}),
+        (bad_picks, picked, {0: "large", 1: "base", 2: "one", 3: "two"}),
+    ):
+        for k in range(6):
+            if k in faulty:
+                assert isinstance(results[k], NonFiniteLogitsError)
+                assert results[k].member == faulty[k]
+                assert k == 5 or re.search(what, str(results[k]))
+            else:
+                assert results[k] == before[k]
+
+
+def test_rows_of_another_kind_are_refused():
+    row = np.zeros((1, 20), np.float32)
+    draw = Draw(GREEDY, 0, 0, NOBODY)
+    for wrong in (row[:, :19], row.astype(np.float64), np.zeros((1, 40), np.float32)[:, ::2], np.zeros((2, 20), "f4")):
+        with pytest.raises(ValueError, match="rows must be"):
+            Fuser(20).pick(row, wrong, [row], [[1.0]], [draw], ("large", "base", "expert"))
 
 
 def test_draw_depends_on_seed_position_and_token_alone():
     row = np.random.default_rng(2).normal(0, 1, 5000).astype(np.float32)
-    one, two = fuser_of(row), fuser_of(row, 2)
-    tokens = [one.select(PLAIN, 1, position, NOBODY)[0] for position in range(60)]
-    assert tokens == [two.select(PLAIN, 1, position, NOBODY)[0] for position in range(60)]
-    assert tokens != [one.select(PLAIN, 2, position, NOBODY)[0] for position in range(60)]
+    tokens = [pick(row, PLAIN, 1, position).token for position in range(60)]
+    draws = [Draw(PLAIN, 1, position, NOBODY) for position in range(60)]
+    together = Fuser(5000, 2).pick(np.repeat(row[None], 60, axis=0), None, (), [()] * 60, draws, ("large",))
+    assert tokens == [picked.token for picked in together]
+    assert tokens != [pick(row, PLAIN, 2, position).token for position in range(60)]
     assert len(set(tokens)) > 40
 
 
@@ -130,13 +251,12 @@ def test_a_million_draws_follow_the_softmax(keyed_by):
     """Chi-square with 19 degrees of freedom, which exceeds 50 once in 7,000 times; the draws are fixed by the keys."""
     from edge_dlf import kernels
 
-    logits = np.random.default_rng(3).normal(0, 1, 20)
-    logits -= logits.max()
-    ids = np.arange(100, 120, dtype=np.int32)
+    logits = np.random.default_rng(3).normal(0, 1, 120).astype(np.float32)
+    ids = np.arange(100, 120)
     counts = np.zeros(20)
     fixed = np.uint64(12345)
     for i in np.arange(1_000_000, dtype=np.uint64):
         key = (i, fixed) if keyed_by == "seed" else (fixed, i)
-        counts[kernels.draw(logits, ids, 0.8, *key)] += 1
-    expected = 1e6 * naive.softmax(logits / 0.8)
+        counts[kernels.draw_token(logits, ids, 2.0, 0.8, *key) - 100] += 1
+    expected = 1e6 * naive.softmax(logits[100:].astype(np.float64) / 0.8)
     assert ((counts - expected) ** 2 / expected).sum() < 50

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .vector import F64, exp64, jit, jit_sum, wide
+from .vector import F64, exp64, jit, jit_sum, row_at, wide
 
 
 @jit
@@ -46,9 +46,13 @@ def _moments64(x: Any, top: float, d: Any) -> Any:
 
 
 @jit
-def careful_curve(large: Any, base: Any, expert: Any, alphas: Any, curve: Any, targets: Any, scratch: Any) -> None:
-    """As `search_rows` for one row, at any range and with the rules for −inf. alphas[0] = 0; scratch (3, V)."""
+def careful_curve(at: Any, alphas: Any, curve: Any, targets: Any, scratch: Any) -> None:
+    """As `search_rows` for one row of one expert, at any range and with the rules for −inf.
+
+    at (3,): addresses of the rows of large, base and expert. alphas[0] = 0; scratch (3, V).
+    """
     log_p, d, x = scratch[0], scratch[1], scratch[2]
+    large, base, expert = row_at(at[0], x.size), row_at(at[1], x.size), row_at(at[2], x.size)
     for i in range(large.size):
         both = base[i] > -math.inf and expert[i] > -math.inf
         x[i] = F64(base[i]) if both else -math.inf

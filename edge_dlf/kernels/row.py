@@ -1,4 +1,4 @@
-"""The fused row, and what choosing a token from it needs."""
+"""The fused row `large + Σ α (expert − base)`, with the maximum and the mass of each group of its tokens."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from .vector import F32, F64, OK, condition, exp, extremes, fetch_add, jit, jit_sum, order_key, wide
+from .vector import F32, F64, HAS_NEG_INF, OK, condition, exp, exp64, extremes, jit, jit_sum, order_key, row_at, wide
 
 GROUP = 1024
 """Tokens per maximum kept for a fused row."""
-GROUPS = 4
-"""Groups that a thread takes at a time."""
+NEG_INF_BITS = np.int32(-0x800000)
+"""The bits of −inf in float32."""
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 @jit_sum
@@ -24,54 +25,107 @@ def _mass(row: Any, top: Any) -> Any:
 
 
 @jit
-def _measure_group(fused: Any, group: int, maxima: Any, masses: Any, box: Any) -> Any:
+def measure_group(fused: Any, group: int, maxima: Any, masses: Any) -> Any:
     """Maximum and Σ exp(row − maximum) of one group; what it holds."""
     row = fused[group * GROUP : min(group * GROUP + GROUP, fused.size)]
-    extremes(row.view(np.int32), box)
-    maxima.view(np.int32)[group] = order_key(box[0])
+    keys = np.empty(2, np.int32)
+    extremes(row.view(np.int32), keys)
+    maxima.view(np.int32)[group] = order_key(keys[0])
     masses[group] = _mass(row, maxima[group]) if maxima[group] > -math.inf else F32(0)
-    return condition(box[0], box[1])
+    return condition(keys[0], keys[1])
 
 
 @jit
-def measure_groups(fused: Any, groups: Any, maxima: Any, masses: Any) -> None:
-    """Maxima and masses of the groups named, after entries of `fused` have changed."""
-    box = np.empty(2, np.int32)
-    for group in groups:
-        _measure_group(fused, group, maxima, masses, box)
-
-
-@jit
-def _fuse_group(large: Any, base: Any, expert: Any, factor: Any, fused: Any) -> None:
+def _add(source: Any, base: Any, expert: Any, factor: Any, fused: Any) -> None:
     wide()
     for i in range(fused.size):
-        fused[i] = large[i] + factor * (expert[i] - base[i])
+        fused[i] = source[i] + factor * (expert[i] - base[i])
 
 
 @jit
-def fuse_row(large: Any, base: Any, expert: Any, alpha: Any, fused: Any, maxima: Any, masses: Any, sync: Any) -> None:
-    """fused = large + α (expert − base), and each group's maximum and mass.
+def fuse_groups(at: Any, alphas: Any, first: int, last: int, fused: Any, maxima: Any, masses: Any) -> Any:
+    """Fuse and measure groups first … last - 1; how many are not all finite. at (2 + T,) or (1,), alphas (T,)."""
+    n_unusual = 0
+    for group in range(first, last):
+        start, stop = group * GROUP, min(group * GROUP + GROUP, fused.size)
+        part, size, n_added = fused[start:stop], stop - start, 0
+        large = row_at(at[0] + 4 * start, size)
+        for t in range(alphas.size):
+            if alphas[t] != 0.0:
+                base, expert = row_at(at[1] + 4 * start, size), row_at(at[2 + t] + 4 * start, size)
+                _add(part if n_added else large, base, expert, F32(alphas[t]), part)
+                n_added += 1
+        if n_added == 0:
+            part[:] = large
+        if measure_group(fused, group, maxima, masses) != OK:
+            n_unusual += 1
+    return n_unusual
 
-    sync: zeros; chunks taken, chunks done, groups that are not all finite.
+
+@jit
+def _highest(base: Any, expert: Any, out: Any) -> None:
+    """The bits of both rows' largest logits among tokens that neither has at −inf; how many such. Rows as bits."""
+    wide()
+    high = other = np.int32(-0x80000000)
+    n = np.int32(0)
+    for i in range(base.size):
+        both = (base[i] != NEG_INF_BITS) & (expert[i] != NEG_INF_BITS)
+        high = max(high, order_key(base[i]) if both else np.int32(-0x80000000))
+        other = max(other, order_key(expert[i]) if both else np.int32(-0x80000000))
+        n += np.int32(both)
+    out[0], out[1], out[2] = order_key(high), order_key(other), n
+
+
+@jit_sum
+def _sums(base: Any, expert: Any, base_top: float, expert_top: float) -> Any:
+    """Σ exp(row − top) of both, over tokens that neither has at −inf."""
+    s = 0.0
+    t = 0.0
+    for i in range(base.size):
+        both = (base[i] > -math.inf) & (expert[i] > -math.inf)
+        s += exp64(F64(base[i]) - base_top) if both else 0.0
+        t += exp64(F64(expert[i]) - expert_top) if both else 0.0
+    return s, t
+
+
+@jit
+def _add_shifts(base: Any, expert: Any, alpha: float, x: Any) -> None:
+    """Add α (expert − base) to x in float64. Where one of them is −inf, the one that makes log Q_t − log Q = 0."""
+    out = np.empty(3, np.int32)
+    _highest(base.view(np.int32), expert.view(np.int32), out)
+    shift = 0.0
+    if 0 < out[2] < base.size:
+        tops = out.view(np.float32)
+        base_top, expert_top = F64(tops[0]), F64(tops[1])
+        base_sum, expert_sum = _sums(base, expert, base_top, expert_top)
+        shift = expert_top - base_top + math.log(expert_sum / base_sum)
+    for i in range(x.size):
+        both = (base[i] > -math.inf) & (expert[i] > -math.inf)
+        x[i] += alpha * ((F64(expert[i]) - F64(base[i])) if both else shift)
+
+
+@jit
+def fuse_carefully(at: Any, alphas: Any, fused: Any, x: Any, fault: Any) -> None:
+    """One whole row with −inf or differences beyond float32. x (V,): float64 scratch.
+
+    fault (2,): the member with NaN, +inf or nothing finite, and which of them; else untouched.
     """
-    n_chunks = (maxima.size + GROUPS - 1) // GROUPS
-    box = np.empty(2, np.int32)
-    factor = F32(alpha)
-    while True:
-        chunk = fetch_add(sync, 0, 1)
-        if chunk >= n_chunks:
-            break
-        for group in range(chunk * GROUPS, min(chunk * GROUPS + GROUPS, maxima.size)):
-            start, stop = group * GROUP, min(group * GROUP + GROUP, fused.size)
-            if factor == 0:
-                fused[start:stop] = large[start:stop]
-            else:
-                _fuse_group(large[start:stop], base[start:stop], expert[start:stop], factor, fused[start:stop])
-            if _measure_group(fused, group, maxima, masses, box) != OK:
-                fetch_add(sync, 2, 1)
-        fetch_add(sync, 1, 1)
-    while fetch_add(sync, 1, 0) < n_chunks:
-        pass
+    keys = np.empty(2, np.int32)
+    for member in range(at.size):
+        takes_part = member == 0 or (alphas[member - 2] != 0.0 if member > 1 else np.any(alphas != 0.0))
+        if takes_part:
+            extremes(row_at(at[member], fused.size).view(np.int32), keys)
+            code = condition(keys[0], keys[1])
+            if code != OK and code != HAS_NEG_INF:
+                fault[0], fault[1] = member, code
+                return
+    large = row_at(at[0], fused.size)
+    x[:] = large
+    for t in range(alphas.size):
+        if alphas[t] != 0.0:
+            _add_shifts(row_at(at[1], fused.size), row_at(at[2 + t], fused.size), alphas[t], x)
+    for i in range(fused.size):
+        fused[i] = F32(min(max(x[i], -LARGEST_FLOAT), LARGEST_FLOAT)) if large[i] > -math.inf else -math.inf
 
 
 @jit
@@ -82,49 +136,3 @@ def log_sum(maxima: Any, masses: Any) -> Any:
     for group in range(maxima.size):
         total += masses[group] * math.exp(maxima[group] - top)
     return top + math.log(total)
-
-
-@jit
-def gather(fused: Any, maxima: Any, threshold: Any, ids: Any) -> Any:
-    """Tokens with a logit of at least `threshold`, in ascending order, into `ids`; how many."""
-    n = 0
-    for group in range(maxima.size):
-        if maxima[group] >= threshold:
-            for token in range(group * GROUP, min(group * GROUP + GROUP, fused.size)):
-                if fused[token] >= threshold:
-                    ids[n] = token
-                    n += 1
-    return n
-
-
-@jit
-def mix(x: Any) -> Any:
-    """splitmix64's finaliser over uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@jit
-def draw(logits: Any, ids: Any, temperature: float, seed: Any, position: Any) -> Any:
-    """Index of the largest logit / temperature + Gumbel noise keyed by (seed, position, token); ties to the first.
-
-    float64 logits with their largest subtracted. The argmax of such a sum is a draw from softmax(logits / temperature).
-    """
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    state = mix(mix(seed + golden) + position * golden)
-    best, best_score = -1, -math.inf
-    for i in range(logits.size):
-        logit = logits[i] / temperature
-        if logit + 37.5 < best_score:  # beyond the largest noise of 53 bits
-            continue
-        noise = mix(state + (np.uint64(ids[i]) + np.uint64(1)) * golden) >> np.uint64(11)
-        uniform = (F64(noise) + 0.5) * 2.0**-53
-        y = best_score - logit
-        # −log u > 1 − u and exp(y) > its first terms, so that this rules out logit − log(−log u) > best without a log
-        if y > 0.0 and (1.0 - uniform) * (1.0 + y * (1.0 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24))))) >= 1.0:
-            continue
-        score = logit - math.log(-math.log(uniform))
-        if score > best_score:
-            best, best_score = i, score
-    return best

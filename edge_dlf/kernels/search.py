@@ -9,8 +9,10 @@ mode) has l = δ = 0, and w_α = exp(l + α δ), S0 = Σ w_α, S1 = Σ w_α δ:
 The constants cancel in both. The mode's weight is exactly 1 at every α, so that no sum underflows and float32 terms
 suffice; it is added in float64. Terms are summed in float32 within a block and in float64 across blocks.
 
-Several threads may run `search_rows`, `fuse_row` on the same arguments: each takes the next free chunk of the row
-until none is left. A chunk's sums do not depend on who computed it, so results are the same for any number of threads.
+Several threads may run `search_rows` on the same arguments. Each takes the next free row, so that no thread waits for
+another; of the last rows, as many as there are threads, the next free chunk, and the one to finish the last chunk of a
+row goes on with what follows from all of them. A chunk's sums do not depend on who computed it, so results are the same
+for any number of threads.
 """
 
 from __future__ import annotations
@@ -20,11 +22,26 @@ from typing import Any
 
 import numpy as np
 
-from .vector import F32, F64, OK, condition, exp, expm1, extremes, fetch_add, jit, jit_sum, order_key, wide
+from .vector import (
+    F32,
+    F64,
+    OK,
+    condition,
+    exp,
+    expm1,
+    extremes,
+    fetch_add,
+    jit,
+    jit_sum,
+    load,
+    order_key,
+    row_at,
+    wide,
+)
 
 BLOCK = 1024
 """Tokens per pass over the scratch; its three float32 arrays fit a first-level cache."""
-CHUNK = 4096
+CHUNK = 2048
 """Tokens that a thread takes at a time."""
 CHAIN = 30
 """Grid points reached by multiplication before the weights are computed afresh."""
@@ -192,25 +209,39 @@ def _sum_chunk(large: Any, base: Any, expert: Any, start: int, head: Any, alphas
 
 
 @jit
-def _head(large: Any, base: Any, expert: Any, keys: Any, head: Any, codes: Any) -> None:
-    """Of one row: what each member holds, into `codes` (3,); the constants of its sums, into `head` (10,):
-    maxima of large, base, expert; index of the mode; shifts of δ that are 0 at the mode; those for the targets."""
-    tops = np.empty(3, np.int32)
-    for member in range(3):
-        codes[member] = condition(keys[member, :, 0].max(), keys[member, :, 1].min())
-        tops[member] = order_key(keys[member, :, 0].max())
-    head[:3] = tops.view(np.float32)
-    if codes.max() != OK:
-        return
-    chunk = np.argmax(keys[0, :, 0])
-    mode = chunk * CHUNK
-    while large[mode] < head[0]:
-        mode += 1
+def _head(large: Any, base: Any, expert: Any, tops: Any, mode: int, head: Any) -> None:
+    """The constants of one expert's sums, into `head` (10,): maxima of large, base, expert; index of the mode; shifts
+    of δ that are 0 at the mode; those for the targets."""
+    head[:3] = tops
     head[3] = mode
     _set_shifts(base[mode], expert[mode], head[4:])
     _set_shifts(head[1], head[2], head[7:])
     if abs(head[9] - head[6]) < 2.0 and head[4] == head[5] == head[7] == head[8] == 0.0:
         head[7:] = head[4:7]  # near enough to share
+
+
+@jit
+def _heads(at: Any, n_vocab: int, keys: Any, heads: Any, codes: Any) -> None:
+    """Of one row: what each member holds, into `codes` (2 + T,), and the heads (T, 10) of the experts that can do."""
+    n_members = at.size
+    keys_of_tops = np.empty(n_members, np.int32)
+    for member in range(n_members):
+        highest = keys[member, :, 0].max()
+        codes[member] = condition(highest, keys[member, :, 1].min())
+        keys_of_tops[member] = order_key(highest)
+    maxima = keys_of_tops.view(np.float32)
+    large, base = row_at(at[0], n_vocab), row_at(at[1], n_vocab)
+    tops = np.empty(3, np.float32)
+    tops[0], tops[1] = maxima[0], maxima[1]
+    if max(codes[0], codes[1]) != OK:
+        return
+    mode = np.argmax(keys[0, :, 0]) * CHUNK
+    while large[mode] < tops[0]:
+        mode += 1
+    for t in range(n_members - 2):
+        if codes[2 + t] == OK:
+            tops[2] = maxima[2 + t]
+            _head(large, base, row_at(at[2 + t], n_vocab), tops, mode, heads[t])
 
 
 @jit
@@ -231,60 +262,6 @@ def _curve(sums: Any, head: Any, curve: Any, targets: Any) -> Any:
     targets[1] = max(0.0, gap - total[n_grid, 1] / base_sum)
     finite = math.isfinite(curve[:, :2].sum() + targets.sum())
     return finite and total[n_grid + 2, 0] == 0.0
-
-
-@jit
-def search_rows(
-    large: Any, base: Any, expert: Any, n_vocab: int, alphas: Any,
-    keys: Any, heads: Any, codes: Any, sums: Any, curves: Any, targets: Any, t: int, scratch: Any, sync: Any,
-) -> None:  # fmt: skip
-    """One expert, number t, of all K rows (K, width): curves (K, T, G, 3), targets (K, T, 2), codes (K, 3).
-
-    sync: zeros; [0] hands out scratch, then for each of the three phases tasks taken and tasks done; [7] counts rows
-    that float32 cannot do, whose targets are NaN.
-    """
-    n_rows, n_chunks = sums.shape[0], sums.shape[1]
-    n_tasks = n_rows * n_chunks
-    own = scratch[fetch_add(sync, 0, 1)]
-    while True:
-        task = fetch_add(sync, 1, 1)
-        if task >= n_tasks:
-            break
-        k, chunk = task // n_chunks, task % n_chunks
-        start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, n_vocab)
-        extremes(large[k, start:stop].view(np.int32), keys[k, 0, chunk])
-        extremes(base[k, start:stop].view(np.int32), keys[k, 1, chunk])
-        extremes(expert[k, start:stop].view(np.int32), keys[k, 2, chunk])
-        fetch_add(sync, 2, 1)
-    while fetch_add(sync, 2, 0) < n_tasks:
-        pass
-    while True:
-        k = fetch_add(sync, 3, 1)
-        if k >= n_rows:
-            break
-        _head(large[k], base[k], expert[k], keys[k], heads[k], codes[k])
-        fetch_add(sync, 4, 1)
-    while fetch_add(sync, 4, 0) < n_rows:
-        pass
-    while True:
-        task = fetch_add(sync, 5, 1)
-        if task >= n_tasks:
-            break
-        k, chunk = task // n_chunks, task % n_chunks
-        start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, n_vocab)
-        if codes[k].max() == OK:
-            _sum_chunk(
-                large[k, start:stop], base[k, start:stop], expert[k, start:stop],
-                start, heads[k], alphas, own, sums[k, chunk],
-            )  # fmt: skip
-        if fetch_add(sync, 6, 1) == n_tasks - 1:  # the last to finish: every chunk is done
-            for row in range(n_rows):
-                if codes[row].max() != OK or not _curve(sums[row], heads[row], curves[row, t], targets[row, t]):
-                    targets[row, t] = math.nan
-                    sync[7] += 1
-            fetch_add(sync, 6, 1)
-    while fetch_add(sync, 6, 0) <= n_tasks:
-        pass
 
 
 @jit
@@ -322,3 +299,85 @@ def choose(curves: Any, targets: Any, alphas: Any) -> Any:
             if other and error > tolerance and objectives[t, k] - lowest < error:
                 doubt = 2
     return best_expert, best, doubt
+
+
+@jit
+def _read_chunk(at: Any, chunk: int, n_vocab: int, keys: Any) -> None:
+    """Of one row, the extremes of each member's chunk, into `keys` (2 + T, chunks, 2)."""
+    start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, n_vocab)
+    for member in range(at.size):
+        extremes(row_at(at[member] + 4 * start, stop - start).view(np.int32), keys[member, chunk])
+
+
+@jit
+def _sum_part(
+    at: Any, t: int, chunk: int, n_vocab: int, codes: Any, head: Any, alphas: Any, scratch: Any, out: Any
+) -> None:
+    """The sums of one chunk of one row for expert `t`, unless the row is one that float32 cannot do."""
+    start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, n_vocab)
+    if max(codes[0], codes[1], codes[2 + t]) == OK:
+        large, base = row_at(at[0] + 4 * start, stop - start), row_at(at[1] + 4 * start, stop - start)
+        _sum_chunk(large, base, row_at(at[2 + t] + 4 * start, stop - start), start, head, alphas, scratch, out)
+
+
+@jit
+def _finish(codes: Any, sums: Any, heads: Any, alphas: Any, curves: Any, targets: Any, choice: Any) -> Any:
+    """Of one row: curves (T, G, 3), targets (T, 2) and `choose` of them (3,). Targets are NaN where float32 cannot do;
+    how many."""
+    n_odd = 0
+    for t in range(curves.shape[0]):
+        usable = max(codes[0], codes[1], codes[2 + t]) == OK
+        if not usable or not _curve(sums[t], heads[t], curves[t], targets[t]):
+            targets[t] = math.nan
+            n_odd += 1
+    if n_odd == 0:
+        choice[0], choice[1], choice[2] = choose(curves, targets, alphas)
+    return n_odd
+
+
+@jit
+def search_rows(
+    at: Any, n_vocab: int, alphas: Any, keys: Any, heads: Any, codes: Any, sums: Any,
+    curves: Any, targets: Any, choices: Any, scratch: Any, progress: Any, sync: Any,
+) -> None:  # fmt: skip
+    """Curves (K, T, G, 3), targets (K, T, 2), codes (K, 2 + T) and choices (K, 3) of all K rows and T experts.
+
+    at (K, 2 + T): addresses of the rows of large, base and experts. progress (2 K): zeros; chunks of each row read, and
+    summed. sync: zeros; scratch handed out, tasks taken, rows done, and how many (row, expert) float32 cannot do.
+    """
+    n_rows, n_experts, n_chunks, n_threads = sums.shape[0], sums.shape[1], sums.shape[2], scratch.shape[0]
+    n_whole, n_parts = (n_rows - 1) // n_threads * n_threads, n_chunks * (1 + n_experts)
+    own = scratch[fetch_add(sync, 0, 1)]
+    while True:
+        task = fetch_add(sync, 1, 1)
+        if task >= n_whole + (n_rows - n_whole) * n_parts:
+            break
+        is_last = False
+        if task < n_whole:
+            k = task
+            for chunk in range(n_chunks):
+                _read_chunk(at[k], chunk, n_vocab, keys[k])
+            _heads(at[k], n_vocab, keys[k], heads[k], codes[k])
+            for t in range(n_experts):
+                for chunk in range(n_chunks):
+                    _sum_part(at[k], t, chunk, n_vocab, codes[k], heads[k, t], alphas, own, sums[k, t, chunk])
+            is_last = True
+        else:
+            k, part = n_whole + (task - n_whole) // n_parts, (task - n_whole) % n_parts
+            chunk = part % n_chunks
+            if part < n_chunks:
+                _read_chunk(at[k], chunk, n_vocab, keys[k])
+                if fetch_add(progress, 2 * k, 1) == n_chunks - 1:
+                    _heads(at[k], n_vocab, keys[k], heads[k], codes[k])
+                    fetch_add(progress, 2 * k, 1)
+            else:
+                while load(progress, 2 * k) <= n_chunks:  # others are reading the last chunks of this row
+                    pass
+                t = part // n_chunks - 1
+                _sum_part(at[k], t, chunk, n_vocab, codes[k], heads[k, t], alphas, own, sums[k, t, chunk])
+                is_last = fetch_add(progress, 2 * k + 1, 1) == n_chunks * n_experts - 1
+        if is_last:
+            fetch_add(sync, 3, _finish(codes[k], sums[k], heads[k], alphas, curves[k], targets[k], choices[k]))
+            fetch_add(sync, 2, 1)
+    while load(sync, 2) < n_rows:
+        pass

@@ -1,14 +1,15 @@
-"""What the kernels stand on: exponentials that vectorise, maxima by integers, atomic counters."""
+"""What the kernels stand on: exponentials that vectorise, maxima by integers, rows by address, atomic counters."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from llvmlite import ir
-from numba import config, njit, types
+from numba import carray, config, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
 KEY_INF, KEY_NEG_INF = 0x7F800000, -0x7F800001
@@ -96,6 +97,22 @@ def _fetch_add_typing(_typing: Any, array: Any, index: Any, step: Any) -> Any:
     return types.int64(array, types.int64, types.int64), generate
 
 
+def _load_typing(_typing: Any, array: Any, index: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.load_atomic(builder.gep(data, [args[1]]), "acquire", 8)
+
+    return types.int64(array, types.int64), generate
+
+
+def _pointer_typing(_typing: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    pointer: Any = types.CPointer
+    return pointer(types.float32)(types.int64), generate
+
+
 def _plain_exp(x: Any) -> Any:
     return F32(np.exp(F64(max(x, -87.0))))
 
@@ -117,12 +134,29 @@ def _plain_fetch_add(array: Any, index: int, step: int) -> int:
     return int(array[index] - step)
 
 
+def _plain_load(array: Any, index: int) -> int:
+    return int(array[index])
+
+
+def _plain_pointer(address: Any) -> Any:
+    return ctypes.cast(int(address), ctypes.POINTER(ctypes.c_float))
+
+
 _compiled = not vars(config)["DISABLE_JIT"]
 exp: Any = intrinsic(_exponential(32, minus_one=False)) if _compiled else _plain_exp
 expm1: Any = intrinsic(_exponential(32, minus_one=True)) if _compiled else _plain_expm1
 exp64: Any = intrinsic(_exponential(64, minus_one=False)) if _compiled else _plain_exp64
 wide: Any = intrinsic(_wide_typing) if _compiled else _plain_wide
 fetch_add: Any = intrinsic(_fetch_add_typing) if _compiled else _plain_fetch_add
+load: Any = intrinsic(_load_typing) if _compiled else _plain_load
+_pointer: Any = intrinsic(_pointer_typing) if _compiled else _plain_pointer
+
+
+@jit
+def row_at(address: Any, size: int) -> Any:
+    """A row of float32 by its address: kernels take any number of members, and no list of arrays without a compilation
+    for each length."""
+    return carray(_pointer(address), size)
 
 
 @jit

@@ -1,0 +1,321 @@
+"""Choosing a token from each fused row: penalties, top-k, top-p, min-p, temperature, draw.
+
+A candidate is an int64, its logit's inverted `order_key` above its id: ascending integers are the best first, ties to
+the lower id.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .row import GROUP, LARGEST_FLOAT, fuse_carefully, fuse_groups, log_sum, measure_group
+from .vector import F32, F64, exp64, fetch_add, jit, load, order_key
+
+GROUPS = 4
+"""Groups of a shared row that a thread takes at a time."""
+SCAN = 64
+"""Tokens that are compared at once while candidates are gathered."""
+FEW = 24
+"""Candidates that are sorted rather than divided further."""
+DRAW = np.dtype(
+    [(name, np.float64) for name in ("temperature", "top_p", "min_p", "repeat", "frequency", "presence")]
+    + [(name, np.int64) for name in ("top_k", "n_top", "recent", "n_recent", "bias", "n_bias")]
+    + [(name, np.uint64) for name in ("seed", "position")]
+)
+"""What choosing from one row needs. recent, bias: where its tokens start in the lists of all rows."""
+PICKED = np.dtype(
+    [("token", np.int64), ("logprob", np.float64), ("member", np.int64), ("fault", np.int64), ("n_top", np.int64)]
+)
+"""What was chosen: token −1 where logit_bias bans all; fault: what is wrong with the logits of `member`, else 0."""
+
+
+@jit
+def _token(candidate: Any) -> Any:
+    return candidate & np.int64(0x7FFFFFFF)
+
+
+@jit
+def _any_from(row: Any, threshold: Any) -> Any:
+    found = np.int32(0)
+    for i in range(row.size):
+        found |= np.int32(row[i] >= threshold)
+    return found
+
+
+@jit
+def _gather(fused: Any, maxima: Any, threshold: Any, out: Any) -> Any:
+    """Candidates with a logit of at least `threshold`, in order of id, into `out`; how many."""
+    bits = fused.view(np.int32)
+    n = 0
+    for group in range(maxima.size):
+        if maxima[group] >= threshold:
+            end = min(group * GROUP + GROUP, fused.size)
+            for start in range(group * GROUP, end, SCAN):
+                stop = min(start + SCAN, end)
+                if _any_from(fused[start:stop], threshold):
+                    for token in range(start, stop):
+                        if fused[token] >= threshold:
+                            key = ~order_key(bits[token]) if fused[token] != 0.0 else np.int32(-1)  # −0.0 ties with 0.0
+                            out[n] = (np.int64(key) << np.int64(32)) | np.int64(token)
+                            n += 1
+    return n
+
+
+@jit
+def _weight(fused: Any, candidate: Any, top: float) -> Any:
+    return exp64(F64(fused[_token(candidate)]) - top)
+
+
+@jit
+def _weights(fused: Any, candidates: Any, top: float) -> Any:
+    total = 0.0
+    for candidate in candidates:
+        total += _weight(fused, candidate, top)
+    return total
+
+
+@jit
+def _keep_best(candidates: Any, wanted: float, by_weight: bool, fused: Any, top: float) -> Any:
+    """Move the best candidates to the front: as few as are `wanted`, or weigh that much together; how many."""
+    low, high = 0, candidates.size
+    while high - low > FEW:
+        a, b, c = candidates[low], candidates[(low + high) // 2], candidates[high - 1]
+        pivot = max(min(a, b), min(max(a, b), c))
+        total = 0.0
+        middle = low
+        for i in range(low, high):
+            candidate = candidates[i]
+            if candidate <= pivot:
+                candidates[i] = candidates[middle]
+                candidates[middle] = candidate
+                middle += 1
+                total += _weight(fused, candidate, top) if by_weight else 1.0
+        if total >= wanted:
+            high = middle
+        else:
+            low = middle
+            wanted -= total
+    for i in range(low + 1, high):
+        candidate, j = candidates[i], i
+        while j > low and candidates[j - 1] > candidate:
+            candidates[j] = candidates[j - 1]
+            j -= 1
+        candidates[j] = candidate
+    while low < high and wanted > 0.0:
+        wanted -= _weight(fused, candidates[low], top) if by_weight else 1.0
+        low += 1
+    return low
+
+
+@jit
+def _best(fused: Any, maxima: Any, n: int, out: Any) -> Any:
+    """The n best candidates above −inf, or as many as there are, in any order, into `out`; how many."""
+    n = min(n, fused.size)
+    ordered = np.sort(maxima)
+    threshold = max(ordered[max(ordered.size - n, 0)], F32(-LARGEST_FLOAT))
+    step = F32(1)
+    n_found = _gather(fused, maxima, threshold, out)
+    while n_found < n and threshold > -LARGEST_FLOAT:
+        threshold = max(threshold - step, F32(-LARGEST_FLOAT)) if step < 100 else F32(-LARGEST_FLOAT)
+        step *= F32(2)
+        n_found = _gather(fused, maxima, threshold, out)
+    return n_found if n_found <= n else _keep_best(out[:n_found], n, False, fused, 0.0)
+
+
+@jit
+def _kept(draw: Any, fused: Any, maxima: Any, masses: Any, out: Any) -> Any:
+    """Candidates that top-k, top-p and min-p leave, into `out`; how many. Each filter keeps the best: fewest win."""
+    top, top_p = F64(maxima.max()), draw["top_p"]
+    cut = F32(top + math.log(draw["min_p"])) if draw["min_p"] > 0.0 else F32(-LARGEST_FLOAT)
+    wanted = top_p * math.exp(log_sum(maxima, masses) - top)
+    if draw["top_k"] > 0:
+        n = _best(fused, maxima, draw["top_k"], out)
+        if top_p < 1.0:
+            wanted = top_p * _weights(fused, out[:n], top)
+    elif top_p == 1.0 or draw["min_p"] > 0.0:
+        n = _gather(fused, maxima, cut, out)
+    else:
+        span = 3.0
+        n = _gather(fused, maxima, F32(top - span), out)
+        while _weights(fused, out[:n], top) < wanted and span < 100.0:
+            span *= 2.0
+            n = _gather(fused, maxima, F32(top - span) if span < 100.0 else F32(-LARGEST_FLOAT), out)
+    if top_p < 1.0:
+        n = _keep_best(out[:n], wanted, True, fused, top)
+    n_kept = 0
+    for i in range(n):
+        if fused[_token(out[i])] >= cut:
+            out[n_kept] = out[i]
+            n_kept += 1
+    return n_kept
+
+
+@jit
+def mix(x: Any) -> Any:
+    """splitmix64's finaliser over uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@jit
+def draw_token(fused: Any, candidates: Any, top: float, temperature: float, seed: Any, position: Any) -> Any:
+    """The candidate with the largest logit / temperature + Gumbel noise keyed by (seed, position, token).
+
+    The argmax of such a sum is a draw from softmax(logits / temperature). `top` is subtracted from logits.
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    state = mix(mix(seed + golden) + position * golden)
+    best, best_score = np.int64(-1), -math.inf
+    for candidate in candidates:
+        token = _token(candidate)
+        logit = (F64(fused[token]) - top) / temperature
+        if logit + 37.5 < best_score:  # beyond the largest noise of 53 bits
+            continue
+        noise = mix(state + (np.uint64(token) + np.uint64(1)) * golden) >> np.uint64(11)
+        uniform = (F64(noise) + 0.5) * 2.0**-53
+        y = best_score - logit
+        # −log u > 1 − u and exp(y) > its first terms, so that this rules out logit − log(−log u) > best without a log
+        if y > 0.0 and (1.0 - uniform) * (1.0 + y * (1.0 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24))))) >= 1.0:
+            continue
+        score = logit - math.log(-math.log(uniform))
+        if score > best_score:
+            best, best_score = token, score
+    return best
+
+
+@jit
+def _penalised(draw: Any, recent: Any, bias_tokens: Any, biases: Any, fused: Any, tokens: Any, logits: Any) -> Any:
+    """Tokens whose logits penalties and logit_bias change, and their new logits, as llama.cpp reckons them; how many.
+
+    recent: sorted. All but `fused` are this row's own; tokens, logits have room for both lists.
+    """
+    n = 0
+    i = 0
+    while i < recent.size:
+        token, count = recent[i], 0
+        while i < recent.size and recent[i] == token:
+            count += 1
+            i += 1
+        if not 0 <= token < fused.size:  # a prompt may hold tokens beyond those that all members share
+            continue
+        logit = F64(fused[token])
+        logit = logit * draw["repeat"] if logit <= 0.0 else logit / draw["repeat"]
+        tokens[n], logits[n] = token, logit - count * draw["frequency"] - draw["presence"]
+        n += 1
+    n_penalised = n
+    for j in range(bias_tokens.size):
+        token = bias_tokens[j]
+        place = np.searchsorted(tokens[:n_penalised], token)
+        if place < n_penalised and tokens[place] == token:
+            logits[place] += biases[j]
+        else:
+            tokens[n], logits[n] = token, F64(fused[token]) + biases[j]
+            n += 1
+    return n
+
+
+@jit
+def _change(fused: Any, tokens: Any, logits: Any, maxima: Any, masses: Any) -> None:
+    """Give `tokens` new logits, and their groups new maxima and masses; the old logits into `logits`."""
+    for i in range(tokens.size):
+        before = fused[tokens[i]]
+        fused[tokens[i]] = F32(min(logits[i], LARGEST_FLOAT))
+        logits[i] = before
+    groups = np.sort(tokens // GROUP)
+    for i in range(groups.size):
+        if i == 0 or groups[i] != groups[i - 1]:
+            measure_group(fused, groups[i], maxima, masses)
+
+
+@jit
+def _pick(
+    draw: Any, recent: Any, bias_tokens: Any, biases: Any, fused: Any, maxima: Any, masses: Any, candidates: Any,
+    picked: Any, top_tokens: Any, top_logprobs: Any,
+) -> None:  # fmt: skip
+    """A token from one fused row, which is used up; its logprob and the top ones are those before any change."""
+    total = log_sum(maxima, masses)
+    if draw["n_top"] > 0:
+        n = _best(fused, maxima, draw["n_top"], candidates)
+        best = np.sort(candidates[:n])
+        for i in range(n):
+            top_tokens[i] = _token(best[i])
+            top_logprobs[i] = F64(fused[top_tokens[i]]) - total
+        picked["n_top"] = n
+    recent = np.sort(recent)
+    tokens, logits = np.empty(recent.size + biases.size, np.int64), np.empty(recent.size + biases.size, np.float64)
+    n = _penalised(draw, recent, bias_tokens, biases, fused, tokens, logits)
+    if n > 0:
+        _change(fused, tokens[:n], logits[:n], maxima, masses)
+    group = np.argmax(maxima)
+    top = maxima[group]
+    if top == -math.inf:
+        picked["token"] = -1
+        return
+    if draw["temperature"] == 0.0:
+        token = group * GROUP
+        while fused[token] != top:
+            token += 1
+    else:
+        n_kept = _kept(draw, fused, maxima, masses, candidates)
+        key = draw["seed"], draw["position"]
+        token = draw_token(fused, candidates[:n_kept], F64(top), draw["temperature"], key[0], key[1])
+    logit = F64(fused[token])
+    for i in range(n):
+        if tokens[i] == token:
+            logit = logits[i]
+    picked["token"] = token
+    picked["logprob"] = logit - total
+
+
+@jit
+def pick_rows(
+    at: Any, alphas: Any, draws: Any, recent: Any, bias_tokens: Any, biases: Any,
+    fused: Any, maxima: Any, masses: Any, candidates: Any, picked: Any, top_tokens: Any, top_logprobs: Any,
+    progress: Any, sync: Any,
+) -> None:  # fmt: skip
+    """Fuse each of K rows, choose a token from it, into `picked` (K,), and name the most likely ones (K, N).
+
+    at (K, 2 + T) or (K, 1): addresses of the rows of large, base, experts; alphas (K, T). candidates (threads, V).
+    fused (2 threads, V): first each thread's own, then those of the last rows, which are shared out by chunks as in
+    `search_rows`. progress (2 K): zeros; of each row chunks fused, and groups not all finite. sync: zeros; scratch
+    handed out, tasks taken, rows done.
+    """
+    n_rows, n_groups, n_threads = at.shape[0], maxima.shape[1], candidates.shape[0]
+    n_chunks = (n_groups + GROUPS - 1) // GROUPS
+    n_whole = (n_rows - 1) // n_threads * n_threads
+    own = fetch_add(sync, 0, 1)
+    while True:
+        task = fetch_add(sync, 1, 1)
+        if task >= n_whole + (n_rows - n_whole) * n_chunks:
+            break
+        if task < n_whole:
+            k, slot = task, own
+            n_unusual = fuse_groups(at[k], alphas[k], 0, n_groups, fused[slot], maxima[slot], masses[slot])
+        else:
+            k, first = n_whole + (task - n_whole) // n_chunks, (task - n_whole) % n_chunks * GROUPS
+            slot, last = n_threads + k - n_whole, min(first + GROUPS, n_groups)
+            n_unusual = fuse_groups(at[k], alphas[k], first, last, fused[slot], maxima[slot], masses[slot])
+            fetch_add(progress, 2 * k + 1, n_unusual)
+            if fetch_add(progress, 2 * k, 1) < n_chunks - 1:
+                continue
+            n_unusual = load(progress, 2 * k + 1)
+        draw, fault = draws[k], np.zeros(2, np.int64)
+        if n_unusual:
+            fuse_carefully(at[k], alphas[k], fused[slot], candidates[own].view(np.float64), fault)
+            for group in range(n_groups):
+                measure_group(fused[slot], group, maxima[slot], masses[slot])
+        picked[k]["member"], picked[k]["fault"] = fault[0], fault[1]
+        if fault[1] == 0:
+            start, bias = draw["recent"], draw["bias"]
+            _pick(
+                draw, recent[start : start + draw["n_recent"]], bias_tokens[bias : bias + draw["n_bias"]],
+                biases[bias : bias + draw["n_bias"]], fused[slot], maxima[slot], masses[slot], candidates[own],
+                picked[k], top_tokens[k], top_logprobs[k],
+            )  # fmt: skip
+        fetch_add(sync, 2, 1)
+    while load(sync, 2) < n_rows:
+        pass
