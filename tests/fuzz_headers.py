@@ -39,7 +39,10 @@ class Report:
 
     @property
     def peak_bytes(self) -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        status = Path("/proc/self/status")
+        if status.exists():  # what getrusage says counts the process that started this one too
+            return 1024 * next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM"))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def __str__(self) -> str:
         return (
@@ -153,7 +156,10 @@ def fuzz_by_coverage(n_cases: int, seed: int, folder: Path) -> int:
 
     Returns how many were checked; the first crash, hang or allocation above 200 MB ends it.
     """
-    seeds(folder)
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    seeds(corpus)
+    (folder / "seed-model.gguf").write_bytes((corpus / "seed-model.gguf").read_bytes())
     n_done = 0
     while n_done < n_cases:
         n_runs = min(CHUNK, n_cases - n_done)
@@ -172,18 +178,19 @@ def fuzz_by_coverage(n_cases: int, seed: int, folder: Path) -> int:
             print(done.stderr[-4000:], file=sys.stderr)
             sys.exit(f"stopped after {n_done:,} files")
         n_done += n_runs
-        print(f"{n_done:,} files, no crash; {len(list(folder.glob('*')))} in the corpus", flush=True)
+        print(f"{n_done:,} files, no crash; {len(list(corpus.iterdir()))} in the corpus", flush=True)
     return n_done
 
 
 def run_chunk(n_cases: int, seed: int, folder: Path) -> None:
     import atheris
 
-    with atheris.instrument_imports(include=["edge_dlf"]), tempfile.TemporaryDirectory(dir=folder.parent) as own:
-        (Path(own) / "seed-model.gguf").write_bytes((folder / "seed-model.gguf").read_bytes())
-        checker = Checker(Path(own))
+    with atheris.instrument_imports(include=["edge_dlf"]):
+        checker = Checker(folder)
         limits = ["-max_len=65536", "-timeout=10", "-malloc_limit_mb=200", "-rss_limit_mb=0"]
-        atheris.Setup([sys.argv[0], f"-runs={n_cases}", f"-seed={seed}", *limits, str(folder)], checker.check)
+        atheris.Setup(
+            [sys.argv[0], f"-runs={n_cases}", f"-seed={seed}", *limits, str(folder / "corpus")], checker.check
+        )
         atheris.Fuzz()
 
 
