@@ -225,7 +225,7 @@ class TestResume:
             assert result.exit_code == (143 if n_runs % 2 else 130)
             n_runs += 1
             n_done = len(read("out"))
-            assert result.stderr.startswith(f"stopped: {n_done} rows")
+            assert result.stderr.startswith(f"stopped: {n_done} of 42 rows")
             assert result.stderr.endswith("; the same command goes on from here\n")
         assert n_runs > 4
         assert n_requests <= 40 + n_runs
@@ -492,7 +492,7 @@ class TestProgress:
         now.s = 100.0
         self.finish(shown, 101)
         assert shown.figures() == "761/1,660 rows · 1 failed · 20.0 tokens/s · 15 min left"
-        assert shown.summary() == "761 rows, 660 of them before · 1 failed · 2,000 tokens in 2 min (20.0 tokens/s)"
+        assert shown.summary() == "761 of 1,660 rows, 660 of them before · 1 failed · 2,000 tokens in 1 min 40 s (20.0 tokens/s)"
         assert shown.report("completed") == {
             "status": "completed",
             "request_counts": {"total": 1660, "completed": 760, "failed": 1},
@@ -514,7 +514,9 @@ class TestProgress:
             (0, "0.0 s"),
             (9.94, "9.9 s"),
             (59.4, "59 s"),
-            (60, "1 min"),
+            (59.6, "1 min 0 s"),
+            (599, "9 min 59 s"),
+            (3500, "58 min"),
             (3599, "1 h 0 min"),
             (9000, "2 h 30 min"),
             (200_000, "2 days 8 h"),

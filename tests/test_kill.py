@@ -118,7 +118,7 @@ def test_sigterm(start: Start, whole: Path, tmp_path: Path) -> None:
         worker.signal(signal.SIGTERM)
         code, stderr = worker.wait()
         assert (code, stderr.count("\n")) == (143, 1)
-        assert stderr.startswith(f"stopped: {len(read(out))} rows")
+        assert stderr.startswith(f"stopped: {len(read(out))} of {N_ROWS} rows")
         assert stderr.endswith("; the same command goes on from here\n")
     assert start().wait()[0] == 1
     assert answers(out) == answers(whole / "whole")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _LINE_EVERY_S = 60.0
+_BAR_WIDTH = 30
 
 
 class Progress:
@@ -88,7 +89,8 @@ class Progress:
 
     def summary(self) -> str:
         """What was done, on one line."""
-        parts = [f"{self.n_done:,} rows"]
+        is_part = self.n_total is not None and self.n_done < self.n_total
+        parts = [f"{self.n_done:,} of {self.n_total:,} rows" if is_part else f"{self.n_done:,} rows"]
         if self.n_before:
             parts[0] += f", {self.n_before:,} of them before"
         if self.n_failed:
@@ -121,10 +123,8 @@ class Progress:
         figures = Text(self.figures(), overflow="ellipsis", no_wrap=True)
         if not self.n_total:
             return figures
-        line = Table.grid(padding=(0, 1), expand=True)
-        line.add_column()
-        line.add_column(width=len(figures))
-        line.add_row(ProgressBar(total=self.n_total, completed=self.n_done), figures)
+        line = Table.grid(padding=(0, 1))  # not the whole width: the terminal's ^C must not break it
+        line.add_row(ProgressBar(total=self.n_total, completed=self.n_done, width=_BAR_WIDTH), figures)
         return line
 
     @contextmanager
@@ -145,10 +145,15 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """In the two units that matter."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 60:
+    """In the units that matter."""
+    if seconds < 59.5:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if seconds < 600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+    minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(minutes / 60)
+    return f"{hours // 24} days {hours % 24} h"
