@@ -492,7 +492,10 @@ class TestProgress:
         now.s = 100.0
         self.finish(shown, 101)
         assert shown.figures() == "761/1,660 rows · 1 failed · 20.0 tokens/s · 15 min left"
-        assert shown.summary() == "761 of 1,660 rows, 660 of them before · 1 failed · 2,000 tokens in 1 min 40 s (20.0 tokens/s)"
+        assert (
+            shown.summary()
+            == "761 of 1,660 rows, 660 of them before · 1 failed · 2,000 tokens in 1 min 40 s (20.0 tokens/s)"
+        )
         assert shown.report("completed") == {
             "status": "completed",
             "request_counts": {"total": 1660, "completed": 760, "failed": 1},
