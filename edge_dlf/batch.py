@@ -16,6 +16,8 @@ from .requests import Request, parse_line, request_id
 from .scheduler import Scheduler
 from .stream import Answer
 
+LATER = object()
+"""In place of a request: there is none yet, and those that are being decoded shall go on."""
 _AHEAD = 8
 """Requests pulled beyond the oldest one that is not done, relative to those decoded at once, while order is kept."""
 _CODES = (
@@ -45,8 +47,9 @@ def run_batch(
 ) -> Iterator[Dict]:
     """Results of `requests` as they are done, or in their order; see `FusedLlama.batch`.
 
-    prepare: request and its id -> its answer, not begun, and the shape of its result; an EdgeDLFError that it raises is
-    that request's result. n_parallel: requests decoded at once; one more is pulled, to be at hand.
+    requests: may give LATER, and is asked again after a step. prepare: request and its id -> its answer, not begun, and
+    the shape of its result; an EdgeDLFError that it raises is that request's result. n_parallel: requests decoded at
+    once; one more is pulled, to be at hand.
     """
     numbered = enumerate(requests, 1)
     jobs: dict[Generation, _Job] = {}
@@ -58,6 +61,8 @@ def run_batch(
                 number, line = next(numbered, (0, None))
                 if not number:
                     is_exhausted = True
+                    break
+                if line is LATER:
                     break
                 job = _begin(line, number, prepare)
                 unreported.append(job)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from edge_dlf import EdgeDLFError, FusedLlama, InvalidParameterError, RequestInterruptedError
-from edge_dlf.batch import row_seed
+from edge_dlf.batch import LATER, row_seed
 
 PROMPTS = [f"{head} {n} is" for n in range(8) for head in ("The number", "Nobody knows why", "1 + 1 and")]
 CHAT = [{"role": "user", "content": "Hello"}]
@@ -155,6 +155,21 @@ def test_requests_are_pulled_as_there_is_room(llm: FusedLlama) -> None:
     assert pulled <= 2 * 6 + 1
     results.close()  # type: ignore[attr-defined]
     assert llm.create_completion("The", max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+def test_requests_may_come_later(llm: FusedLlama) -> None:
+    done: list[str] = []
+
+    def requests() -> Iterator[Any]:
+        yield {"id": "long", "prompt": "The", "max_tokens": 30}
+        yield {"id": "short", "prompt": "The", "max_tokens": 1}
+        while not done:
+            yield LATER
+        yield {"id": "late", "prompt": "The", "max_tokens": 1}
+
+    for result in llm.batch(requests()):
+        done.append(result["custom_id"])
+    assert done == ["short", "late", "long"]
 
 
 def test_settings_that_concern_all_rows_are_refused_at_once(llm: FusedLlama) -> None:
