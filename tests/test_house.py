@@ -56,7 +56,9 @@ LEVELS = {
     "batch": 8,
     "doctor": 8,
     "api": 9,
-    "cli": 10,
+    "ray_worker": 10,
+    "ray_batch": 11,
+    "cli": 12,
 }
 HELP = """from click.testing import CliRunner
 from edge_dlf.cli import main
