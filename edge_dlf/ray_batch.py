@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import queue
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,6 +41,7 @@ N_SHARES = 8
 """Shares that an actor has at a time: while some wait for their longest row, others keep its sequences busy."""
 _N_PARALLEL = 32
 """Rows decoded at once that shares are made for where each actor finds its own number."""
+_PATIENCE_S = 30.0
 
 _Arrivals: TypeAlias = "queue.SimpleQueue[tuple[int, bytes] | BaseException]"
 
@@ -50,7 +52,7 @@ class RayLlama:
     load: makes a FusedLlama from `n_threads`, `n_gpu_layers`, `n_parallel` and `settings`, in every actor: each machine
     has the files at the same place. address: the cluster's, as `ray.init` takes it; None starts Ray on this machine.
     n_threads: cores of each actor; None gives every GPU an actor, or, where there is none or n_gpu_layers is 0, every
-    machine; n_actors of them. Raises EdgeDLFError where the cluster cannot be reached, InvalidParameterError where it has no such actor.
+    machine. Raises EdgeDLFError where the cluster cannot be reached, InvalidParameterError where it has no such cores.
     """
 
     def __init__(
@@ -104,7 +106,8 @@ class RayLlama:
         arrivals: _Arrivals = queue.SimpleQueue()
         self._arrivals = arrivals
         feed = ray.remote(num_cpus=0)(_Feed).remote()
-        threading.Thread(target=_collect, args=(self._dataset(feed, settings), arrivals), daemon=True).start()
+        collector = threading.Thread(target=_collect, args=(self._dataset(feed, settings), arrivals), daemon=True)
+        collector.start()
         shares = _shares(requests, self._n_rows)
         n_sent = n_given = 0
         running: dict[int, int] = {}
@@ -129,6 +132,7 @@ class RayLlama:
                     n_given += 1
         finally:
             ray.kill(feed)  # which ends the read task, and so the dataset and its actors
+            collector.join(_PATIENCE_S)  # a thread that calls Ray after its end would start it again
 
     def _dataset(self, feed: Any, settings: Mapping[str, Any]) -> Dataset:
         """Results of the shares that `feed` gives, each a row and a block."""
@@ -273,12 +277,16 @@ def _start(address: str | None) -> None:
             handler.setLevel(logging.CRITICAL)
     own = {"num_cpus": default_n_threads(), "include_dashboard": False} if address is None else {}
     ray._private.worker.print_to_stdstream = _log  # it writes of every death to stdout
+    sigterm = signal.getsignal(signal.SIGTERM)
     try:
         with _no_stderr():
             ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:
         where = f"at {address}" if address else "on this machine"
         raise EdgeDLFError(f"cannot reach Ray {where}: {_one_line(error)}") from error
+    finally:
+        if sigterm is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, sigterm)  # Ray takes it for itself
 
 
 def _log(data: Mapping[str, Any], *_: Any, **__: Any) -> None:

@@ -45,6 +45,13 @@ class _Parallel(click.ParamType):  # type: ignore[type-arg]
 @click.option("--errors", metavar="FILE", help="Where rows that failed go, in place of the output.")
 @click.option("--ordered", is_flag=True, help="Write rows in the order of the input, not as they finish.")
 @click.option("--parallel", type=_Parallel(), default="auto", help="Rows at once [auto: as many as memory allows].")
+@click.option(
+    "--ray",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="local",
+    help="Run on all machines of a Ray cluster: auto, or its address; alone, start Ray on this machine.",
+)
 @click.option("--retry-errors", is_flag=True, help="Run again the rows that failed in an earlier run.")
 @click.option("--restart", is_flag=True, help="Begin anew; the earlier output is kept as FILE.1, FILE.2, …")
 @click.option("--raw", is_flag=True, help="Take prompts as they are, without the chat template.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .interrupts import interruptible
 from .options import Options
@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_family(options: Options, screen: Screen) -> Iterator[FusedLlama]:
-    """Load the family, saying so, and close it at the end; the library's notices become lines on stderr."""
+    """Load the family, saying so, and close it at the end; the library's notices become lines on stderr. On Ray it is a
+    RayLlama, which has of FusedLlama's methods those of a batch."""
     logger, notices = logging.getLogger("edge_dlf"), Notices(screen)
     logger.addHandler(notices)
     try:
-        screen.begin_wait(f"loading {options.spec.name}{_sizes(options.spec)} …")
+        begun = "joining Ray for" if options.ray else "loading"
+        screen.begin_wait(f"{begun} {options.spec.name}{_sizes(options.spec)} …")
         try:
             with interruptible(screen, lambda: None):
-                llm = options.load()
+                llm = cast("FusedLlama", options.load_on_ray()) if options.ray else options.load()
         finally:
             screen.end_wait()
         with llm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,6 +19,7 @@ from .settings import DEFAULTS, check, parse, parse_numbers, show
 if TYPE_CHECKING:
     from ..api import FusedLlama
     from ..family import FamilySpec
+    from ..ray_batch import RayLlama
 
 Decorator: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -40,7 +42,7 @@ class Options:
 
     spec: the family. family: its name or path, None where it is made of files. experts: those files by name.
     loading: keyword arguments of FusedLlama from `n_ctx` on. settings: keyword arguments of its requests. Both hold
-    only what was given.
+    only what was given. ray: address of a cluster to run on, "local" for one that starts here; None for this process.
     """
 
     spec: FamilySpec
@@ -49,6 +51,7 @@ class Options:
     loading: dict[str, Any]
     settings: dict[str, Any]
     system: str | None
+    ray: str | None = None
 
     @classmethod
     def of(cls, ctx: click.Context, values: Mapping[str, Any]) -> Options:
@@ -63,15 +66,27 @@ class Options:
         settings = {name: given[name] for name in DEFAULTS if name in given}
         check(settings, [expert.name for expert in spec.experts])
         loading = {_LOADING[name]: value for name, value in given.items() if name in _LOADING}
-        return cls(spec, family, experts, loading, settings, given.get("system"))
+        return cls(spec, family, experts, loading, settings, given.get("system"), given.get("ray"))
 
     def load(self) -> FusedLlama:
         """The family, in memory."""
+        return self._loader()(**self.loading)
+
+    def load_on_ray(self) -> RayLlama:
+        """The family on the machines of the cluster. Raises InvalidParameterError where Ray is not installed."""
+        try:
+            from ..ray_batch import RayLlama
+        except ImportError as error:
+            raise InvalidParameterError(f"--ray needs Ray: pip install 'edge-dlf[ray]' ({error})") from error
+        return RayLlama(self._loader(), address=self.ray, **self.loading)
+
+    def _loader(self) -> Callable[..., FusedLlama]:
+        """What makes the family from the keyword arguments in `loading`."""
         from ..api import FusedLlama
 
         if self.family:
-            return FusedLlama.from_family(self.family, **self.loading)
-        return FusedLlama(self.spec.large.local_path(), self.spec.base.local_path(), self.experts, **self.loading)
+            return partial(FusedLlama.from_family, self.family)
+        return partial(FusedLlama, self.spec.large.local_path(), self.spec.base.local_path(), self.experts)
 
 
 def names_a_family(values: Mapping[str, Any]) -> bool:
