@@ -44,7 +44,7 @@ class _Parallel(click.ParamType):  # type: ignore[type-arg]
 @click.option("--output", "-o", metavar="FILE|-", required=True, help="Where the answers go, one line a row.")
 @click.option("--errors", metavar="FILE", help="Where rows that failed go, in place of the output.")
 @click.option("--ordered", is_flag=True, help="Write rows in the order of the input, not as they finish.")
-@click.option("--parallel", type=_Parallel(), default="auto", help="Rows at once [auto: as many as memory allows].")
+@click.option("--parallel", type=_Parallel(), default="auto", help="Rows at once [auto: 16, or 32 on a GPU].")
 @click.option(
     "--ray",
     metavar="[ADDRESS]",
