@@ -8,7 +8,7 @@ from hashlib import blake2b
 from typing import IO, Any
 
 from .ids import Ids
-from .jsonl import MAX_LINE_BYTES, Line, parse_object
+from .jsonl import BOM, MAX_LINE_BYTES, Line, parse_object
 
 _BLOCK_BYTES = 1 << 20
 _OPENAI = {"custom_id", "url", "body"}
@@ -43,7 +43,10 @@ def survey(file: IO[bytes], n_earlier_bytes: int = 0) -> Survey:
             n_rows += is_row
             is_row = bool(part.strip())
     file.seek(0)
-    return Survey(n_rows + is_row, n_bytes, digest.hexdigest(), earlier_digest)
+    start = file.readline(_BLOCK_BYTES)
+    n_rows += is_row - (start.startswith(BOM) and not start.removeprefix(BOM).strip())
+    file.seek(0)
+    return Survey(n_rows, n_bytes, digest.hexdigest(), earlier_digest)
 
 
 def _blocks(file: IO[bytes], boundary: int) -> Iterator[bytes]:
@@ -81,6 +84,11 @@ class Intake:
             if found == "new":
                 self._running[id] = line.number
                 yield request
+
+    @property
+    def n_running(self) -> int:
+        """Requests given out whose rows are not finished."""
+        return len(self._running)
 
     def finished(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row of a request that has been run; an error gets the number of its line."""

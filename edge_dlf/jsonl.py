@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import select
 from collections.abc import Iterator, Mapping
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 MAX_LINE_BYTES = 64 << 20
+BOM = b"\xef\xbb\xbf"
 
 _LINE_BREAKS = re.compile("[\x85\u2028\u2029]")  # for readers that split lines as Python's str.splitlines does
-_BOM = b"\xef\xbb\xbf"
 
 
 class Line(NamedTuple):
@@ -28,7 +30,39 @@ class Line(NamedTuple):
     is_whole: bool
 
 
-def read_lines(file: IO[bytes]) -> Iterator[Line]:
+class LineFile(Protocol):
+    """What can be read by lines of `limit` bytes or fewer."""
+
+    def readline(self, limit: int, /) -> bytes: ...
+
+
+class Pipe:
+    """A pipe or terminal to read lines from, which tells whether there is anything to read."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._held = bytearray()
+
+    def would_wait(self) -> bool:
+        """Whether `readline` would have to wait for whoever writes."""
+        return not self._held and not select.select([self._fd], [], [], 0)[0]
+
+    def readline(self, limit: int, /) -> bytes:
+        """A line with its line break, or as much of it as `limit` allows; nothing at the end."""
+        n_seen = 0
+        while (end := self._held.find(b"\n", n_seen, limit)) < 0 and len(self._held) < limit:
+            n_seen = len(self._held)
+            block = os.read(self._fd, 1 << 16)
+            if not block:
+                break
+            self._held += block
+        n_bytes = end + 1 if end >= 0 else min(limit, len(self._held))
+        line = bytes(self._held[:n_bytes])
+        del self._held[:n_bytes]
+        return line
+
+
+def read_lines(file: LineFile) -> Iterator[Line]:
     """The lines of `file` that are not blank, holding no more than one of them; a byte order mark is left out."""
     number = start = 0
     while content := file.readline(MAX_LINE_BYTES):
@@ -39,7 +73,7 @@ def read_lines(file: IO[bytes]) -> Iterator[Line]:
             is_short = False
             content = b""
         if number == 1:
-            content = content.removeprefix(_BOM)
+            content = content.removeprefix(BOM)
         if content.strip() or not is_short:
             yield Line(number, start, n_bytes, content if is_short else None, (last or content).endswith(b"\n"))
         start += n_bytes

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, cast
 
 from edge_dlf import ContextOverflowError, RequestInterruptedError, Token
+from edge_dlf.batch import LATER
 from edge_dlf.cli.options import Options
 from edge_dlf.cli.screen import Screen
 from edge_dlf.cli.session import Session
@@ -117,8 +118,10 @@ class FakeLlama:
         prompt with "fail" in it fails."""
         waiting, running, chance = iter(requests), [], random.Random(0)
         while True:
-            while len(running) < _N_PARALLEL and (request := next(waiting, None)):
-                running.append(request)
+            is_late = False
+            while len(running) < _N_PARALLEL and not is_late and (request := next(waiting, None)):
+                is_late = request is LATER
+                running += [] if is_late else [request]
             if self.is_interrupted:
                 raise RequestInterruptedError("the request was interrupted")
             if not running:

@@ -174,12 +174,14 @@ def test_a_full_file_system(start: Start, whole: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_ctrl_c_while_the_next_row_is_waited_for(start: Start, tmp_path: Path) -> None:
+def test_rows_of_a_pipe_are_answered_as_they_come_and_ctrl_c_ends_the_wait(start: Start, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "in")
     worker = start(stdin=tmp_path / "in")
     with (tmp_path / "in").open("wb", buffering=0) as file:
-        file.write(b'{"prompt": "a"}\n' * 6)
-        worker.wait_until_grown(tmp_path / "out", 2)
+        for n_rows in range(1, 4):
+            file.write(b'{"prompt": "a"}\n')
+            worker.wait_until_grown(tmp_path / "out", 1)
+            assert len(read(tmp_path / "out")) == n_rows
         worker.signal(signal.SIGINT)
         assert worker.wait()[0] == 130
     assert len(read(tmp_path / "out")) == 3

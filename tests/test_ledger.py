@@ -21,7 +21,7 @@ from edge_dlf.durable import Appender, new_name, replacing
 from edge_dlf.family import FamilySpec
 from edge_dlf.ids import Ids
 from edge_dlf.intake import Intake, survey
-from edge_dlf.jsonl import dump_line, parse_object, read_lines
+from edge_dlf.jsonl import Pipe, dump_line, parse_object, read_lines
 from edge_dlf.ledger import Ledger, locked, resume
 from edge_dlf.manifest import Manifest
 
@@ -64,6 +64,21 @@ class TestLines:
             (4, None, False),
         ]
         assert [(line.start, line.n_bytes) for line in lines] == [(0, 8), (8, 10), (18, 1001), (1019, 54)]
+
+    def test_a_pipe_gives_the_lines_that_a_file_gives(self) -> None:
+        content = b"one\n\n" + b"x" * 70_000 + b"\nthree"
+        for limit in (3, 1000, 1 << 20):
+            reader, writer = os.pipe()
+            pipe, file = Pipe(reader), io.BytesIO(content)
+            assert pipe.would_wait()
+            feeding = threading.Thread(target=lambda fd=writer: (os.write(fd, content), os.close(fd)))
+            feeding.start()
+            while line := file.readline(limit):
+                assert pipe.readline(limit) == line
+            assert pipe.readline(limit) == b""
+            assert not pipe.would_wait()
+            feeding.join()
+            os.close(reader)
 
     def test_a_byte_order_mark_is_left_out_and_carriage_returns_do_no_harm(self) -> None:
         (line,) = read_lines(io.BytesIO(b'\xef\xbb\xbf{"a": 1}\r\n\r\n'))
@@ -322,7 +337,10 @@ class TestIntake:
         assert intake.finished(done("b")) == done("b")
         assert not intake._running
 
-    @given(st.binary(max_size=60), st.integers(0, 70))
+    @given(
+        st.lists(st.sampled_from([b"\xef\xbb\xbf", b"\n", b" ", b"{}", b"\x00\r"]), max_size=9).map(b"".join),
+        st.integers(0, 30),
+    )
     def test_a_survey_counts_and_digests(self, content: bytes, n_earlier: int) -> None:
         seen = survey(io.BytesIO(content), n_earlier)
         assert seen.n_rows == sum(1 for _ in read_lines(io.BytesIO(content)))

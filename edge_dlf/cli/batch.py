@@ -15,14 +15,15 @@ from ..errors import InvalidParameterError
 from .interrupts import Stop, interruptible
 from .opening import open_family
 from .options import DEFAULT_N_CTX, EPILOG, Options, method_option, shared_options
-from .outputs import Outputs, Targets, open_outputs
+from .outputs import Outputs, Targets, has_descriptor, open_outputs
 from .progress import Progress
 from .screen import Screen
 from .settings import DEFAULTS
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
-    from ..jsonl import Line
+    from ..intake import Intake
+    from ..jsonl import Line, Pipe
     from ..manifest import Manifest
 
 
@@ -125,7 +126,7 @@ def _run(
 ) -> None:
     """Run every row that is not finished; nothing is loaded where there is none."""
     from ..intake import Intake
-    from ..jsonl import read_lines
+    from ..jsonl import Pipe, read_lines
 
     llm: FusedLlama | None = None
 
@@ -139,8 +140,9 @@ def _run(
 
     with ExitStack() as stack:
         stop = stack.enter_context(interruptible(screen, interrupt, (signal.SIGINT, signal.SIGTERM)))
-        intake = Intake(_until(stop, read_lines(input)), outputs.ledger.ids, finish)
-        requests = iter(intake)
+        pipe = Pipe(input.fileno()) if outputs.n_rows is None and has_descriptor(input) else None
+        intake = Intake(_until(stop, read_lines(pipe or input)), outputs.ledger.ids, finish)
+        requests = _as_they_come(intake, pipe) if pipe else iter(intake)
         first = next(requests, None)
         if first is None:
             return
@@ -160,6 +162,20 @@ def _until(stop: Stop, lines: Iterator[Line]) -> Iterator[Line]:
         if line is None:
             return
         yield line
+
+
+def _as_they_come(intake: Intake, pipe: Pipe) -> Iterator[Any]:
+    """The requests in `pipe`; while the next one is waited for, those that run go on."""
+    from ..batch import LATER
+
+    requests = iter(intake)
+    while True:
+        if intake.n_running and pipe.would_wait():
+            yield LATER
+        elif request := next(requests, None):
+            yield request
+        else:
+            return
 
 
 def _seed(options: Options) -> int:

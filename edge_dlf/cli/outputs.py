@@ -194,6 +194,11 @@ def _status(file: Any) -> os.stat_result | None:
     return None
 
 
+def has_descriptor(file: Any) -> bool:
+    """Whether it is a file of the system's."""
+    return _status(file) is not None
+
+
 def _is_regular(status: os.stat_result | None) -> bool:
     return status is not None and stat.S_ISREG(status.st_mode)
 

@@ -66,6 +66,8 @@ class Progress:
             parts.append(f"{self.generation_tps:.1f} tokens/s")
         if self.left_s is not None:
             parts.append(f"{duration(self.left_s)} left")
+        elif self.n_done == self.n_before:
+            parts.append(f"{duration(self.elapsed_s)} so far")
         return " · ".join(parts)
 
     def report(self, status: str) -> dict[str, Any]:
