@@ -270,8 +270,8 @@ class TestListAndShow:
         assert [m["kind"] for m in about["members"]] == ["llama", "llama", "LoRA over llama", "llama"]
         assert [m["quantization"] for m in about["members"]] == ["F32"] * 4
         assert [m["scale"] for m in about["members"]] == [None, None, 1.0, None]
-        # two layers, one key head of 16, keys and values in f16, four contexts
-        assert about["memory"]["kv"] == 2 * 1 * 32 * 2 * 100 * 4
+        # two layers, one key head of 16, keys and values in f16, four contexts, rounded up as llama.cpp does
+        assert about["memory"]["kv"] == 2 * 1 * 32 * 2 * 256 * 4
         text = run("show", tiny).stdout
         assert "512 tokens" in text
         assert "LoRA over llama F32" in text
