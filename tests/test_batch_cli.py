@@ -600,3 +600,33 @@ class TestProgress:
         result = run(FakeLlama(), "in", "-o", "out", "--quiet")
         assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
         assert len(answers("out")) == 4
+
+
+def test_a_tiny_family_from_end_to_end(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    body = {"messages": [{"role": "user", "content": "one"}], "max_tokens": 3}
+    rows = [
+        {"id": 30, "prompt": "one two"},
+        {"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": body},
+        {"url": "/v1/completions", "body": {"prompt": "two", "edge_dlf": {"method": "large"}}},
+        {"prompt": "one", "id": "odd", "temperature": "hot"},
+        {"id": "long", "prompt": "one " * 200},
+        "[",
+        {"custom_id": "embedding", "url": "/v1/embeddings", "body": {}},
+    ]
+    write("in", rows)
+    args = "--max-tokens 4 --ctx-size 128 --threads 1 --parallel 3 --seed 1 --temperature 1"
+    contents = []
+    for name in ("out", "again"):
+        result = CliRunner().invoke(main, ["batch", "in", "-o", name, "-f", str(tiny), *args.split()])
+        assert result.exit_code == 1, result.stderr
+        contents.append(answers(name))
+    first, second = contents
+    assert {key: row["code"] for key, row in first.items() if isinstance(row, dict)} == {
+        "odd": "invalid_request",
+        "long": "context_length_exceeded",
+        "line 6": "invalid_json",
+        "embedding": "invalid_request",
+    }
+    assert first.keys() == {"30", "chat", "3", "odd", "long", "line 6", "embedding"}
+    assert first == second

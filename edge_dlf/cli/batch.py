@@ -142,7 +142,7 @@ def _run(
         stop = stack.enter_context(interruptible(screen, interrupt, (signal.SIGINT, signal.SIGTERM)))
         pipe = Pipe(input.fileno()) if outputs.n_rows is None and has_descriptor(input) else None
         intake = Intake(_until(stop, read_lines(pipe or input)), outputs.ledger.ids, finish)
-        requests = _as_they_come(intake, pipe) if pipe else iter(intake)
+        requests = _as_they_come(intake, pipe) if pipe and not options.ray else iter(intake)
         first = next(requests, None)
         if first is None:
             return
