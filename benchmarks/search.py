@@ -1,4 +1,5 @@
-"""The cost of one fused step without its models: α search, fused row and greedy selection, beside a plain NumPy loop.
+"""The cost of a fused step without its models: α search, fused row and choice of a token, beside a plain NumPy loop;
+then of many rows in one call, beside as many calls.
 
     python benchmarks/search.py [--family FAMILY]
 
@@ -20,11 +21,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from edge_dlf import FusedLlama, FusionParams, SamplingParams
 from edge_dlf.fusion import Fuser
+from edge_dlf.params import Draw
 from tests import naive
 
 GREEDY = SamplingParams(temperature=0.0)
 NOBODY = np.empty(0, np.int32)
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of large (V,), base (V,) and experts (T, V); of many rows (K, V), (K, V) and (T, K, V)."""
 
 
 def random_rows(n_vocab: int, n_experts: int, n: int = 8) -> list[Rows]:
@@ -52,18 +55,33 @@ def rows_of_family(family: str, n: int = 24) -> list[Rows]:
     return rows
 
 
-def stepper(n_vocab: int, n_threads: int, search: str = "grid") -> Callable[[Rows], None]:
+def stepper(
+    n_vocab: int, n_threads: int, search: str = "grid", sampling: SamplingParams = GREEDY
+) -> Callable[[Rows], None]:
+    """One row or K of them through one fuser."""
     fuser, params = Fuser(n_vocab, n_threads), FusionParams(search=search)
 
     def step(rows: Rows) -> None:
-        large, base, experts = rows
+        large, base = (np.atleast_2d(x) for x in rows[:2])
+        experts = [np.atleast_2d(x) for x in rows[2]]
         names = ("large", "base", *(f"expert {t}" for t in range(len(experts))))
-        (choice,) = fuser.search(large[None], base[None], [expert[None] for expert in experts], params, names)
-        alphas = [choice.alpha if t == choice.expert else 0.0 for t in range(len(experts))]
-        fuser.fuse(large, base, list(experts), alphas, names)
-        fuser.select(GREEDY, 0, 0, NOBODY)
+        choices = fuser.search(large, base, experts, params, names)
+        alphas = [[choice.alpha if t == choice.expert else 0.0 for t in range(len(experts))] for choice in choices]
+        draws = [Draw(sampling, 0, position, NOBODY) for position in range(len(large))]
+        fuser.pick(large, base, experts, alphas, draws, names)
 
     return step
+
+
+def one_by_one(step: Callable[[Rows], None]) -> Callable[[Rows], None]:
+    """The same for K rows in K calls."""
+
+    def steps(rows: Rows) -> None:
+        large, base, experts = rows
+        for k in range(len(large)):
+            step((large[k], base[k], experts[:, k]))
+
+    return steps
 
 
 def medians(steps: list[Callable[[Rows], None]], rows: list[Rows], n_rounds: int) -> list[float]:
@@ -105,6 +123,16 @@ def main() -> None:
     for size in (32_000, 64_000, 128_000, 256_000):
         cells = [medians([stepper(size, 1)], random_rows(size, t, 2), 40)[0] for t in (1, 2, 4)]
         print(f"| {size:,} | " + " | ".join(f"{ms:.3f}" for ms in cells) + " |")
+    print("\n| search + pick (default sampling), ms a row | row by row | in one call | in one call, 2 threads |")
+    print("|---|---|---|---|")
+    for n_rows in (1, 4, 16, 64):
+        some = [rows[i % len(rows)] for i in range(n_rows)]
+        large, base, experts = (
+            np.stack(x, axis=axis) for x, axis in zip(zip(*some, strict=True), (0, 0, 1), strict=True)
+        )
+        one, two = (stepper(n_vocab, n_threads, sampling=SamplingParams()) for n_threads in (1, 2))
+        cells = medians([one_by_one(one), one, two], [(large, base, experts)], max(10, 160 // n_rows))
+        print(f"| K = {n_rows} | " + " | ".join(f"{ms / n_rows:.3f}" for ms in cells) + " |")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,9 +19,14 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int32]
 Addresses = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.int64]
 
 _WHAT = {kernels.HAS_NAN: "NaN", kernels.HAS_INF: "+inf", kernels.NONE_FINITE: "no finite value"}
 _NEWTON_STEPS = 20
+_NOBODY: Ids = np.empty(0, np.int32)
+_NO_TOKENS: Tokens = np.empty(0, np.int64)
+_NO_BIASES: Doubles = np.empty(0)
+_GREEDY = Draw(SamplingParams(temperature=0.0), seed=0, position=0, recent=_NOBODY)
 
 
 class Fuser:
@@ -40,8 +46,12 @@ class Fuser:
         self._blocks: Floats = np.empty((n_threads, 3, kernels.BLOCK + 16), np.float32)
         self._team = kernels.Team(n_threads - 1)
         self._wide: Doubles | None = None
-        self._keys: Ids = np.empty(0, np.int32)
-        self._sums: Doubles = np.empty(0)
+        self._members: tuple[Floats, ...] = ()
+        self._at: Addresses = np.empty((0, 0), np.int64)
+        self._ints: Ids = np.empty(0, np.int32)
+        self._reals: Doubles = np.empty(0)
+        self._rooms: tuple[npt.NDArray[Any], ...] = ()
+        self._room_shape: tuple[int, ...] = ()
 
     def search(
         self, large: Floats, base: Floats, experts: Sequence[Floats], params: FusionParams, names: Sequence[str]
@@ -50,32 +60,33 @@ class Fuser:
 
         In place of a choice, NonFiniteLogitsError where a row holds NaN, +inf or no finite value.
         """
+        if not len(large):
+            return []
         alphas = _grid(params.n_grid, params.alpha_step)
         at = self._addresses((large, base, *experts))
-        curves, targets, codes, chosen = self._curves(at, alphas)
-        choices: list[AlphaChoice | NonFiniteLogitsError] = []
-        for k, (expert, grid, doubt) in enumerate(chosen.tolist()):
-            if codes[k].max() >= kernels.HAS_NAN:
-                member = int(np.argmax(codes[k] >= kernels.HAS_NAN))
-                choices.append(NonFiniteLogitsError(names[member], _WHAT[int(codes[k, member])]))
+        curves, targets, found = self._curves(at, alphas)
+        results: list[AlphaChoice | NonFiniteLogitsError] = []
+        for k, (expert, grid, doubt, member, fault, *rest) in enumerate(found.tolist()):
+            if fault:
+                results.append(NonFiniteLogitsError(names[member], _WHAT[fault]))
                 continue
-            curve, target = curves[k], targets[k]
-            if doubt == 1 and params.search == "grid":
+            choice = AlphaChoice(expert, *rest)
+            if doubt == kernels.VALUE and params.search == "grid":
                 pair = np.empty((2, 3))
-                self._careful(at[k, [0, 1, 2 + expert]], alphas[[0, grid]], pair, target[expert])
-                curve[expert, [0, grid]] = pair
+                self._careful(at[k, [0, 1, 2 + expert]], alphas[[0, grid]], pair, targets[k, expert])
+                choice = _choice(expert, choice.alpha, pair[1], pair[0], targets[k])
             elif doubt:
-                for t in range(len(experts)):
-                    self._careful(at[k, [0, 1, 2 + t]], alphas, curve[t], target[t])
-                expert, grid, _ = kernels.choose(curve, target, alphas)
-            choice = _choice(expert, float(alphas[grid]), curve[expert, grid], curve[expert, 0], target)
-            if params.search == "exact" and target.max() > kernels.NOISE:
-                choice = self._refine(choice, at[k : k + 1], curve, target, alphas, params.alpha_max)
-            choices.append(choice)
-        return choices
+                self._choose_carefully(at[k], alphas, curves[k], targets[k], found[k : k + 1])
+                choice = _found(found[k : k + 1])
+            if params.search == "exact" and targets[k].max() > kernels.NOISE:
+                choice = self._refine(choice, at[k : k + 1], curves[k], targets[k], alphas, params.alpha_max)
+            results.append(choice)
+        return results
 
     def _addresses(self, members: Sequence[Floats]) -> Addresses:
-        """Of each row of each member, (K, members)."""
+        """Of each row of each member, (K, members); those of the last call where the arrays are the same."""
+        if len(members) == len(self._members) and all(map(operator.is_, members, self._members)):
+            return self._at
         n_rows = len(members[0])
         for rows in members:
             fits = rows.shape[0] == n_rows and rows.shape[1] >= self.n_vocab
@@ -83,41 +94,55 @@ class Fuser:
                 raise ValueError(
                     f"rows must be (K, {self.n_vocab} or more), float32, C-contiguous, as many of each member"
                 )
-        places = [(rows.__array_interface__["data"][0], rows.strides[0]) for rows in members]
-        return np.array([[start + k * stride for start, stride in places] for k in range(n_rows)], np.int64)
+        places = [(kernels.address(rows), rows.strides[0]) for rows in members]
+        self._at = np.array([[start + k * stride for start, stride in places] for k in range(n_rows)], np.int64)
+        self._members = tuple(members)
+        return self._at
 
-    def _curves(self, at: Addresses, alphas: Doubles) -> tuple[Doubles, Doubles, Ids, npt.NDArray[np.int64]]:
-        """Λ, Λ', Λ'' (K, T, G, 3) at the grid values, the targets a, b (K, T, 2), what rows hold (K, 2 + T), and the
-        choices (K, 3), by `kernels.choose`. at (K, 2 + T)."""
+    def _curves(self, at: Addresses, alphas: Doubles) -> tuple[Doubles, Doubles, npt.NDArray[Any]]:
+        """Λ, Λ', Λ'' (K, T, G, 3) at the grid values, the targets a, b (K, T, 2), and `kernels.FOUND` (K,).
+
+        at: (K, 2 + T).
+        """
         n_rows, n_experts, n_grid = len(at), at.shape[1] - 2, len(alphas)
         curves, targets = np.empty((n_rows, n_experts, n_grid, 3)), np.empty((n_rows, n_experts, 2))
-        codes, choices = np.empty((n_rows, 2 + n_experts), np.int32), np.empty((n_rows, 3), np.int64)
-        keys, heads, sums = self._room(n_rows, n_experts, n_grid)
+        found = np.empty(n_rows, kernels.FOUND)
         sync = self._team.run(
-            kernels.search_rows, at, self.n_vocab, alphas, keys, heads, codes, sums,
-            curves, targets, choices, self._blocks, np.zeros(2 * n_rows, np.int64),
+            kernels.search_rows, at, self.n_vocab, alphas, *self._room(n_rows, n_experts, n_grid),
+            curves, targets, found, self._blocks, np.zeros(2 * n_rows, np.int64),
         )  # fmt: skip
         if sync[3]:
-            for k in np.flatnonzero(np.isnan(targets).any(axis=(1, 2)) & (codes.max(axis=1) < kernels.HAS_NAN)):
-                for t in np.flatnonzero(np.isnan(targets[k, :, 0])):
-                    self._careful(at[k, [0, 1, 2 + t]], alphas, curves[k, t], targets[k, t])
-                choices[k] = kernels.choose(curves[k], targets[k], alphas)
-        return curves, targets, codes, choices
+            for k in np.flatnonzero(found["doubt"] == kernels.ALL):
+                self._choose_carefully(at[k], alphas, curves[k], targets[k], found[k : k + 1])
+        return curves, targets, found
 
-    def _room(self, n_rows: int, n_experts: int, n_grid: int) -> tuple[npt.NDArray[Any], ...]:
-        """Scratch of the search, kept as large as it ever was: keys, heads and sums of the chunks."""
-        n_chunks = -(-self.n_vocab // kernels.CHUNK)
-        n_keys = n_rows * (2 + n_experts) * n_chunks * 2
-        n_heads, n_sums = n_rows * n_experts * 10, n_rows * n_experts * n_chunks * (n_grid + 3) * 3
-        if len(self._keys) < n_keys:
-            self._keys = np.empty(n_keys, np.int32)
-        if len(self._sums) < n_heads + n_sums:
-            self._sums = np.empty(n_heads + n_sums)
-        return (
-            self._keys[:n_keys].reshape(n_rows, 2 + n_experts, n_chunks, 2),
-            self._sums[:n_heads].reshape(n_rows, n_experts, 10),
-            self._sums[n_heads : n_heads + n_sums].reshape(n_rows, n_experts, n_chunks, n_grid + 3, 3),
-        )
+    def _room(self, *shape: int) -> tuple[npt.NDArray[Any], ...]:
+        """Scratch of the search for (K, T, G): keys, heads, codes and sums. Its memory is kept as large as it was."""
+        if shape != self._room_shape:
+            n_rows, n_experts, n_grid = self._room_shape = shape
+            n_chunks, n_pairs = -(-self.n_vocab // kernels.CHUNK), n_rows * n_experts
+            n_keys, n_codes = n_rows * (2 + n_experts) * n_chunks * 2, n_rows * (2 + n_experts)
+            n_heads, n_sums = n_pairs * 10, n_pairs * n_chunks * (n_grid + 3) * 3
+            if len(self._ints) < n_keys + n_codes:
+                self._ints = np.empty(n_keys + n_codes, np.int32)
+            if len(self._reals) < n_heads + n_sums:
+                self._reals = np.empty(n_heads + n_sums)
+            self._rooms = (
+                self._ints[:n_keys].reshape(n_rows, 2 + n_experts, n_chunks, 2),
+                self._reals[:n_heads].reshape(n_rows, n_experts, 10),
+                self._ints[n_keys : n_keys + n_codes].reshape(n_rows, 2 + n_experts),
+                self._reals[n_heads : n_heads + n_sums].reshape(n_rows, n_experts, n_chunks, n_grid + 3, 3),
+            )
+        return self._rooms
+
+    def _choose_carefully(
+        self, at: Addresses, alphas: Doubles, curves: Doubles, targets: Doubles, found: npt.NDArray[Any]
+    ) -> None:
+        """As `kernels.search_rows` for one row, in float64."""
+        for t in range(len(curves)):
+            self._careful(at[[0, 1, 2 + t]], alphas, curves[t], targets[t])
+        kernels.choose(curves, targets, alphas, found)
+        found["doubt"] = kernels.SURE
 
     def _careful(self, at: Addresses, alphas: Doubles, curve: Doubles, target: Doubles) -> None:
         """`curve` (G, 3) and `target` (2,) of large, base and one expert, in float64."""
@@ -180,6 +205,8 @@ class Fuser:
         alphas (K, T). base: None if nothing is fused. In place of a token, NonFiniteLogitsError where a row that takes
         part holds NaN, +inf or no finite value, InvalidParameterError where logit_bias bans every token.
         """
+        if not len(large):
+            return []
         at = self._addresses((large,) if base is None else (large, base, *experts))
         n_rows, n_top = len(at), min(self.n_vocab, max(draw.n_top for draw in draws))
         weights = np.array(alphas, np.float64).reshape(n_rows, len(experts))
@@ -200,32 +227,31 @@ class Fuser:
                 results.append(Picked(token, logprob, tuple(best)))
         return results
 
-    def _tables(self, draws: Sequence[Draw]) -> tuple[npt.NDArray[Any], Ids, npt.NDArray[np.int64], Doubles]:
+    def _tables(self, draws: Sequence[Draw]) -> tuple[npt.NDArray[Any], Tokens, Tokens, Doubles]:
         """`draws` for the kernel: a record for each; recent tokens, tokens of logit_bias, biases of all."""
-        records, recent, n_recent = [], [np.empty(0, np.int32)], 0
+        records, recent, n_recent = np.empty(len(draws), kernels.DRAW), [], 0
         biases: list[tuple[int, float]] = []
-        for draw in draws:
+        for k, draw in enumerate(draws):
             x = draw.sampling
-            looks_back = x.repeat_penalty != 1.0 or x.frequency_penalty or x.presence_penalty
-            tokens = draw.recent if looks_back else recent[0]
-            bias = [pair for pair in (x.logit_bias or {}).items() if pair[0] < self.n_vocab]
-            records.append((
+            tokens, bias = _NOBODY, []
+            if x.repeat_penalty != 1.0 or x.frequency_penalty or x.presence_penalty:
+                tokens = draw.recent
+            if x.logit_bias:
+                bias = sorted(pair for pair in x.logit_bias.items() if pair[0] < self.n_vocab)
+            records[k] = (
                 x.temperature, x.top_p, x.min_p, x.repeat_penalty, x.frequency_penalty, x.presence_penalty,
                 min(x.top_k, self.n_vocab), min(draw.n_top, self.n_vocab),
                 n_recent, len(tokens), len(biases), len(bias), draw.seed, draw.position,
-            ))  # fmt: skip
+            )  # fmt: skip
             recent.append(tokens)
             n_recent += len(tokens)
             biases += bias
         return (
-            np.array(records, kernels.DRAW),
-            np.concatenate(recent),
-            np.array([token for token, _ in biases], np.int64),
-            np.array([bias for _, bias in biases], np.float64),
+            records,
+            np.concatenate(recent, dtype=np.int64) if n_recent else _NO_TOKENS,
+            np.array([token for token, _ in biases], np.int64) if biases else _NO_TOKENS,
+            np.array([bias for _, bias in biases], np.float64) if biases else _NO_BIASES,
         )
-
-
-_GREEDY = Draw(SamplingParams(temperature=0.0), seed=0, position=0, recent=np.empty(0, np.int32))
 
 
 @lru_cache
@@ -235,12 +261,15 @@ def _grid(n_grid: int, alpha_step: float) -> Doubles:
 
 def _choice(expert: int, alpha: float, here: Doubles, start: Doubles, targets: Doubles) -> AlphaChoice:
     """J and its parts from Λ, Λ' at α (`here`) and at 0 (`start`), and the targets of every expert (T, 2)."""
-    forward = max(0.0, alpha * float(here[1]) - float(here[0]))
-    reverse = max(0.0, float(here[0]) - alpha * float(start[1]))
-    pairs = targets.tolist()
-    objective = sum((forward - a) ** 2 + (reverse - b) ** 2 for a, b in pairs)
-    target_forward, target_reverse = sum(a for a, _ in pairs) / len(pairs), sum(b for _, b in pairs) / len(pairs)
-    return AlphaChoice(expert, alpha, objective, forward, reverse, target_forward, target_reverse)
+    found = np.zeros(1, kernels.FOUND)
+    found["expert"] = expert
+    kernels.describe(alpha, here, start, targets, found)
+    return _found(found)
+
+
+def _found(found: npt.NDArray[Any]) -> AlphaChoice:
+    ((expert, _grid_index, _doubt, _member, _fault, *rest),) = found.tolist()
+    return AlphaChoice(expert, *rest)
 
 
 def _slope(choice: AlphaChoice, here: Doubles, start: Doubles) -> tuple[float, float]:
@@ -311,7 +340,7 @@ def _rows(large: npt.ArrayLike, base: npt.ArrayLike, expert: npt.ArrayLike) -> t
 
 
 def warm_up() -> None:
-    """Load or compile every kernel that a step may use, in 1 s from the disk cache and some 30 s without it."""
+    """Load or compile every kernel that a step may use, in 1 s from the disk cache and up to a minute without it."""
     fuser, names = Fuser(2), ("large", "base", "expert")
     rows = np.array([[[0.0, 1.0]], [[0.0, 1.0]], [[1.0, -np.inf]]], np.float32)
     fuser.search(rows[0], rows[1], [rows[2]], FusionParams(), names)

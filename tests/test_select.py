@@ -71,7 +71,7 @@ def test_select_equals_naive_over_many_groups(sampling, seed):
 )
 def test_select_equals_naive_where_the_best_lie_oddly(layout):
     rng = np.random.default_rng(11)
-    for seed in range(12):
+    for seed in range(4):
         row = rng.normal(0, 1, 7000)
         if layout == "one group holds the best":
             row[1024:2048] += 20.0
@@ -192,7 +192,7 @@ def test_a_batch_is_its_rows_whatever_the_threads(n_rows, n_vocab):
         assert [token for token, _ in picked.top_logprobs] == np.argsort(-fused, kind="stable")[: draw.n_top].tolist()
     for n_threads in (1, 2, 5):
         fuser = Fuser(n_vocab, n_threads)
-        for _ in range(5):
+        for _ in range(3):
             assert fuser.pick(large, base, experts, alphas, draws, names) == expected
 
 
@@ -226,6 +226,12 @@ def test_a_bad_row_leaves_the_others_alone(n_threads, value, what):
                 assert k == 5 or re.search(what, str(results[k]))
             else:
                 assert results[k] == before[k]
+
+
+def test_no_rows_are_no_results():
+    rows = np.empty((0, 20), np.float32)
+    assert Fuser(20, 2).search(rows, rows, [rows], FusionParams(), ("large", "base", "expert")) == []
+    assert Fuser(20, 2).pick(rows, rows, [rows], [], [], ("large", "base", "expert")) == []
 
 
 def test_rows_of_another_kind_are_refused():

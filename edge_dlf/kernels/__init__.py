@@ -3,23 +3,30 @@
 from .careful import careful_curve
 from .pick import DRAW, PICKED, draw_token, pick_rows
 from .row import GROUP
-from .search import BLOCK, CHUNK, NOISE, choose, search_rows
+from .search import ALL, CHUNK, FOUND, NOISE, SURE, VALUE, choose, describe, search_rows
+from .sums import BLOCK
 from .team import Team
-from .vector import HAS_INF, HAS_NAN, NONE_FINITE
+from .vector import HAS_INF, HAS_NAN, NONE_FINITE, address
 
 __all__ = [
+    "ALL",
     "BLOCK",
     "CHUNK",
     "DRAW",
+    "FOUND",
     "GROUP",
     "HAS_INF",
     "HAS_NAN",
     "NOISE",
     "NONE_FINITE",
     "PICKED",
+    "SURE",
+    "VALUE",
     "Team",
+    "address",
     "careful_curve",
     "choose",
+    "describe",
     "draw_token",
     "pick_rows",
     "search_rows",

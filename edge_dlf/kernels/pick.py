@@ -20,6 +20,8 @@ SCAN = 64
 """Tokens that are compared at once while candidates are gathered."""
 FEW = 24
 """Candidates that are sorted rather than divided further."""
+NEG_ZERO = np.int32(-0x80000000)
+"""The bits of −0.0 in float32."""
 DRAW = np.dtype(
     [(name, np.float64) for name in ("temperature", "top_p", "min_p", "repeat", "frequency", "presence")]
     + [(name, np.int64) for name in ("top_k", "n_top", "recent", "n_recent", "bias", "n_bias")]
@@ -30,6 +32,12 @@ PICKED = np.dtype(
     [("token", np.int64), ("logprob", np.float64), ("member", np.int64), ("fault", np.int64), ("n_top", np.int64)]
 )
 """What was chosen: token −1 where logit_bias bans all; fault: what is wrong with the logits of `member`, else 0."""
+
+
+@jit
+def _candidate(bits: Any, token: Any) -> Any:
+    key = ~order_key(bits) if bits != NEG_ZERO else np.int32(-1)  # −0.0 ties with 0.0
+    return (np.int64(key) << np.int64(32)) | np.int64(token)
 
 
 @jit
@@ -58,8 +66,7 @@ def _gather(fused: Any, maxima: Any, threshold: Any, out: Any) -> Any:
                 if _any_from(fused[start:stop], threshold):
                     for token in range(start, stop):
                         if fused[token] >= threshold:
-                            key = ~order_key(bits[token]) if fused[token] != 0.0 else np.int32(-1)  # −0.0 ties with 0.0
-                            out[n] = (np.int64(key) << np.int64(32)) | np.int64(token)
+                            out[n] = _candidate(bits[token], token)
                             n += 1
     return n
 
@@ -114,15 +121,18 @@ def _keep_best(candidates: Any, wanted: float, by_weight: bool, fused: Any, top:
 def _best(fused: Any, maxima: Any, n: int, out: Any) -> Any:
     """The n best candidates above −inf, or as many as there are, in any order, into `out`; how many."""
     n = min(n, fused.size)
-    ordered = np.sort(maxima)
-    threshold = max(ordered[max(ordered.size - n, 0)], F32(-LARGEST_FLOAT))
+    bits = maxima.view(np.int32)
+    for group in range(maxima.size):
+        out[group] = _candidate(bits[group], group)
+    worst = out[: _keep_best(out[: maxima.size], n, False, fused, 0.0)].max()
+    threshold = max(maxima[_token(worst)], F32(-LARGEST_FLOAT))
     step = F32(1)
     n_found = _gather(fused, maxima, threshold, out)
     while n_found < n and threshold > -LARGEST_FLOAT:
         threshold = max(threshold - step, F32(-LARGEST_FLOAT)) if step < 100 else F32(-LARGEST_FLOAT)
         step *= F32(2)
         n_found = _gather(fused, maxima, threshold, out)
-    return n_found if n_found <= n else _keep_best(out[:n_found], n, False, fused, 0.0)
+    return _keep_best(out[:n_found], n, False, fused, 0.0)
 
 
 @jit
@@ -191,44 +201,44 @@ def draw_token(fused: Any, candidates: Any, top: float, temperature: float, seed
 def _penalised(draw: Any, recent: Any, bias_tokens: Any, biases: Any, fused: Any, tokens: Any, logits: Any) -> Any:
     """Tokens whose logits penalties and logit_bias change, and their new logits, as llama.cpp reckons them; how many.
 
-    recent: sorted. All but `fused` are this row's own; tokens, logits have room for both lists.
+    recent, bias_tokens: ascending. tokens, logits: room for both.
     """
-    n = 0
-    i = 0
-    while i < recent.size:
-        token, count = recent[i], 0
+    n = i = j = 0
+    while i < recent.size or j < bias_tokens.size:
+        token = recent[i] if i < recent.size else bias_tokens[j]
+        if j < bias_tokens.size:
+            token = min(token, bias_tokens[j])
+        count = 0
         while i < recent.size and recent[i] == token:
             count += 1
             i += 1
+        bias = 0.0
+        if j < bias_tokens.size and bias_tokens[j] == token:
+            bias = biases[j]
+            j += 1
         if not 0 <= token < fused.size:  # a prompt may hold tokens beyond those that all members share
             continue
         logit = F64(fused[token])
-        logit = logit * draw["repeat"] if logit <= 0.0 else logit / draw["repeat"]
-        tokens[n], logits[n] = token, logit - count * draw["frequency"] - draw["presence"]
+        if count > 0:
+            logit = logit * draw["repeat"] if logit <= 0.0 else logit / draw["repeat"]
+            logit = logit - count * draw["frequency"] - draw["presence"]
+        tokens[n], logits[n] = token, logit + bias
         n += 1
-    n_penalised = n
-    for j in range(bias_tokens.size):
-        token = bias_tokens[j]
-        place = np.searchsorted(tokens[:n_penalised], token)
-        if place < n_penalised and tokens[place] == token:
-            logits[place] += biases[j]
-        else:
-            tokens[n], logits[n] = token, F64(fused[token]) + biases[j]
-            n += 1
     return n
 
 
 @jit
 def _change(fused: Any, tokens: Any, logits: Any, maxima: Any, masses: Any) -> None:
-    """Give `tokens` new logits, and their groups new maxima and masses; the old logits into `logits`."""
+    """Give `tokens`, ascending, new logits, and their groups new maxima and masses; the old logits into `logits`."""
+    keys = np.empty(2, np.int32)
     for i in range(tokens.size):
         before = fused[tokens[i]]
         fused[tokens[i]] = F32(min(logits[i], LARGEST_FLOAT))
         logits[i] = before
-    groups = np.sort(tokens // GROUP)
-    for i in range(groups.size):
-        if i == 0 or groups[i] != groups[i - 1]:
-            measure_group(fused, groups[i], maxima, masses)
+    for i in range(tokens.size):
+        group = tokens[i] // GROUP
+        if i == tokens.size - 1 or tokens[i + 1] // GROUP != group:
+            measure_group(fused, group, maxima, masses, keys)
 
 
 @jit
@@ -281,33 +291,31 @@ def pick_rows(
 
     at (K, 2 + T) or (K, 1): addresses of the rows of large, base, experts; alphas (K, T). candidates (threads, V).
     fused (2 threads, V): first each thread's own, then those of the last rows, which are shared out by chunks as in
-    `search_rows`. progress (2 K): zeros; of each row chunks fused, and groups not all finite. sync: zeros; scratch
+    `search_rows`. progress (2 K): zeros; of each row groups fused, and those not all finite. sync: zeros; scratch
     handed out, tasks taken, rows done.
     """
     n_rows, n_groups, n_threads = at.shape[0], maxima.shape[1], candidates.shape[0]
     n_chunks = (n_groups + GROUPS - 1) // GROUPS
     n_whole = (n_rows - 1) // n_threads * n_threads
-    own = fetch_add(sync, 0, 1)
+    own, keys = fetch_add(sync, 0, 1), np.empty(2, np.int32)
     while True:
         task = fetch_add(sync, 1, 1)
-        if task >= n_whole + (n_rows - n_whole) * n_chunks:
-            break
         if task < n_whole:
-            k, slot = task, own
-            n_unusual = fuse_groups(at[k], alphas[k], 0, n_groups, fused[slot], maxima[slot], masses[slot])
-        else:
+            k, first, last, slot = task, 0, n_groups, own
+        elif task < n_whole + (n_rows - n_whole) * n_chunks:
             k, first = n_whole + (task - n_whole) // n_chunks, (task - n_whole) % n_chunks * GROUPS
-            slot, last = n_threads + k - n_whole, min(first + GROUPS, n_groups)
-            n_unusual = fuse_groups(at[k], alphas[k], first, last, fused[slot], maxima[slot], masses[slot])
-            fetch_add(progress, 2 * k + 1, n_unusual)
-            if fetch_add(progress, 2 * k, 1) < n_chunks - 1:
-                continue
-            n_unusual = load(progress, 2 * k + 1)
+            last, slot = min(first + GROUPS, n_groups), n_threads + k - n_whole
+        else:
+            break
+        n_unusual = fuse_groups(at[k], alphas[k], first, last, fused[slot], maxima[slot], masses[slot])
+        fetch_add(progress, 2 * k + 1, n_unusual)
+        if fetch_add(progress, 2 * k, last - first) + last - first < n_groups:
+            continue
         draw, fault = draws[k], np.zeros(2, np.int64)
-        if n_unusual:
+        if load(progress, 2 * k + 1):
             fuse_carefully(at[k], alphas[k], fused[slot], candidates[own].view(np.float64), fault)
             for group in range(n_groups):
-                measure_group(fused[slot], group, maxima[slot], masses[slot])
+                measure_group(fused[slot], group, maxima[slot], masses[slot], keys)
         picked[k]["member"], picked[k]["fault"] = fault[0], fault[1]
         if fault[1] == 0:
             start, bias = draw["recent"], draw["bias"]

@@ -25,10 +25,9 @@ def _mass(row: Any, top: Any) -> Any:
 
 
 @jit
-def measure_group(fused: Any, group: int, maxima: Any, masses: Any) -> Any:
-    """Maximum and Σ exp(row − maximum) of one group; what it holds."""
+def measure_group(fused: Any, group: int, maxima: Any, masses: Any, keys: Any) -> Any:
+    """Maximum and Σ exp(row − maximum) of one group; what it holds. keys (2,): int32 scratch."""
     row = fused[group * GROUP : min(group * GROUP + GROUP, fused.size)]
-    keys = np.empty(2, np.int32)
     extremes(row.view(np.int32), keys)
     maxima.view(np.int32)[group] = order_key(keys[0])
     masses[group] = _mass(row, maxima[group]) if maxima[group] > -math.inf else F32(0)
@@ -36,16 +35,24 @@ def measure_group(fused: Any, group: int, maxima: Any, masses: Any) -> Any:
 
 
 @jit
-def _add(source: Any, base: Any, expert: Any, factor: Any, fused: Any) -> None:
+def _fuse(large: Any, base: Any, expert: Any, factor: Any, fused: Any) -> None:
     wide()
     for i in range(fused.size):
-        fused[i] = source[i] + factor * (expert[i] - base[i])
+        fused[i] = large[i] + factor * (expert[i] - base[i])
+
+
+@jit
+def _add(base: Any, expert: Any, factor: Any, fused: Any) -> None:
+    wide()
+    for i in range(fused.size):
+        fused[i] += factor * (expert[i] - base[i])
 
 
 @jit
 def fuse_groups(at: Any, alphas: Any, first: int, last: int, fused: Any, maxima: Any, masses: Any) -> Any:
     """Fuse and measure groups first … last - 1; how many are not all finite. at (2 + T,) or (1,), alphas (T,)."""
     n_unusual = 0
+    keys = np.empty(2, np.int32)
     for group in range(first, last):
         start, stop = group * GROUP, min(group * GROUP + GROUP, fused.size)
         part, size, n_added = fused[start:stop], stop - start, 0
@@ -53,11 +60,14 @@ def fuse_groups(at: Any, alphas: Any, first: int, last: int, fused: Any, maxima:
         for t in range(alphas.size):
             if alphas[t] != 0.0:
                 base, expert = row_at(at[1] + 4 * start, size), row_at(at[2 + t] + 4 * start, size)
-                _add(part if n_added else large, base, expert, F32(alphas[t]), part)
+                if n_added:
+                    _add(base, expert, F32(alphas[t]), part)
+                else:
+                    _fuse(large, base, expert, F32(alphas[t]), part)
                 n_added += 1
         if n_added == 0:
             part[:] = large
-        if measure_group(fused, group, maxima, masses) != OK:
+        if measure_group(fused, group, maxima, masses, keys) != OK:
             n_unusual += 1
     return n_unusual
 
@@ -112,8 +122,7 @@ def fuse_carefully(at: Any, alphas: Any, fused: Any, x: Any, fault: Any) -> None
     """
     keys = np.empty(2, np.int32)
     for member in range(at.size):
-        takes_part = member == 0 or (alphas[member - 2] != 0.0 if member > 1 else np.any(alphas != 0.0))
-        if takes_part:
+        if member == 0 or (alphas[member - 2] != 0.0 if member > 1 else np.count_nonzero(alphas)):
             extremes(row_at(at[member], fused.size).view(np.int32), keys)
             code = condition(keys[0], keys[1])
             if code != OK and code != HAS_NEG_INF:
