@@ -153,7 +153,8 @@ class Engine:
         self.command(self._end_all)
 
     def stop_after(self, seconds: float) -> None:
-        """Let `stop` follow. May be called from a signal's handler."""
+        """Let `stop` follow. May be called from a signal's handler, where `stop` itself could wait for a lock that the
+        same thread holds."""
         self._loop.call_soon_threadsafe(self._loop.call_later, seconds, self.stop)
 
     def command(self, what: Callable[[], None]) -> None:

@@ -69,7 +69,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:  # nothing is left to wait for then: uvicorn's own haste would log a traceback
             self.engine.llm.interrupt()
-            self.engine.stop()
+            self.engine.stop_after(0)
             return
         self.engine.refuse()
         self.engine.stop_after(GRACE_S)
