@@ -125,7 +125,7 @@ def _amx(crashes: bool, rebuild: str) -> Check:
     if not crashes:
         return Check("AMX", "ok", "no kernels that crash in this build")
     text = "this build holds kernels that crash (llama.cpp issue 20824); they are kept off, at the price of some speed"
-    return Check("AMX", "note", text, f"rebuild without them: {rebuild}")
+    return Check("AMX", "note", text, f"rebuild: {rebuild}")
 
 
 def _gpus(machine: Machine) -> Check:

@@ -18,16 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from .backend import Run
 from .errors import EdgeDLFError, ModelFileError
 from .gguf import GGUFInfo
 from .gguf_rules import TRIED
 from .llama import system_info
+from .remember import recall, remember
 
 Adapters = Sequence[tuple[Path, float]]
 
+_NAME = "verdicts"
 _PATIENCE_S = 120.0
 _SLOWEST_DISK = 20e6  # bytes a second
 _N_TOKENS = 8
@@ -60,10 +60,8 @@ def require_harmless(info: GGUFInfo, n_gpu_layers: int) -> None:
 
 def verdict(shards: Sequence[Path], loras: Adapters = (), *, n_gpu_layers: int = -1) -> Verdict:
     """The remembered verdict on the model in `shards` with `loras` over it; where there is none, a try's."""
-    known = _read_cache().get(_key(shards, loras))
-    if isinstance(known, dict) and known.get("state") == _state(shards, loras):
-        with suppress(KeyError, TypeError):
-            return Verdict(**known["verdict"])
+    with suppress(TypeError):
+        return Verdict(**recall(_NAME, _key(shards, loras), _state(shards, loras)))
     return attempt(shards, loras, n_gpu_layers=n_gpu_layers)
 
 
@@ -75,7 +73,7 @@ def attempt(
     patience_s = patience_s or _PATIENCE_S + sum(path.stat().st_size for path in shards) / _SLOWEST_DISK
     found = _run(shards[0], loras, n_gpu_layers, patience_s)
     if found.is_final:
-        _remember(_key(shards, loras), {"state": state, "verdict": asdict(found)})
+        remember(_NAME, _key(shards, loras), state, asdict(found))
     return found
 
 
@@ -148,25 +146,3 @@ def _state(shards: Sequence[Path], loras: Adapters) -> list[Any]:
     """What a verdict holds for: size and time of every file, the build of llama.cpp."""
     stats = [path.stat() for path in (*shards, *(lora for lora, _ in loras))]
     return [system_info(), *([stat.st_size, stat.st_mtime_ns] for stat in stats)]
-
-
-def _cache_file() -> Path:
-    return Path(platformdirs.user_cache_dir("edge-dlf", appauthor=False)) / "verdicts.json"
-
-
-def _read_cache() -> dict[str, Any]:
-    try:
-        cache = json.loads(_cache_file().read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return cache if isinstance(cache, dict) else {}
-
-
-def _remember(key: str, value: dict[str, Any]) -> None:
-    """Add to the cache; a folder that cannot be written costs another try, no more."""
-    path = _cache_file()
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({**_read_cache(), key: value}))
-        part.replace(path)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from edge_dlf import doctor, guard, llama
+from edge_dlf import doctor, guard, llama, remember
 from edge_dlf.cli import main
 from edge_dlf.guard import Verdict
 from edge_dlf.machine import GPU, Machine
@@ -22,7 +22,7 @@ from .tiny import tiny_model
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_DLF_MODELS", str(tmp_path / "models"))
     monkeypatch.delenv("EDGE_DLF_FAMILY", raising=False)
-    monkeypatch.setattr(guard.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    monkeypatch.setattr(remember.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
     monkeypatch.setattr(guard, "_run", lambda *_: Verdict(True, tps=12.0))
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
 
@@ -151,7 +151,7 @@ def test_amx_and_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_cpu_flags", lambda: {"avx2", "avx512f"})
     found = checks()
     assert [found[name]["verdict"] for name in ("AMX", "llama.cpp", "CPU")] == ["note"] * 3
-    assert "GGML_AVX512=ON" in found["AMX"]["next_step"]
+    assert "-fno-tree-dse" in found["AMX"]["next_step"]
     assert "does not use avx2, avx512f" in found["CPU"]["text"]
 
 

@@ -50,6 +50,7 @@ LEVELS = {
     "describe": 8,
     "library": 7,
     "machine": 0,
+    "remember": 0,
     "plan": 7,
     "members": 8,
     "tokenizer": 7,

@@ -5,10 +5,11 @@ with its own KV cache and its own LoRA adapters, so that a base and its LoRA exp
 """
 
 from ..backend import N_BATCH
+from .amx import amx_crashes
 from .context import CACHE_TYPES, LlamaBackend
 from .grammar import Grammar
 from .model import Model
-from .runtime import AMX_REBUILD, Interrupt, amx_crashes, default_n_threads, gpus, repacks_weights, system_info
+from .runtime import AMX_REBUILD, Interrupt, default_n_threads, gpus, repacks_weights, system_info
 
 __all__ = [
     "AMX_REBUILD",

@@ -10,7 +10,8 @@ from typing import Any
 import llama_cpp as lib
 
 from ..errors import InvalidParameterError, ModelFileError, OutOfMemoryError
-from .runtime import amx_crashes, initialise
+from .amx import amx_crashes
+from .runtime import initialise
 
 
 class Model:

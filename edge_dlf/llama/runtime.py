@@ -17,16 +17,16 @@ from llama_cpp._ggml import libggml
 
 from ..errors import RequestInterruptedError
 from ..machine import GPU
+from .amx import amx_crashes
 
 logger = logging.getLogger(__name__)
 
 AMX_REBUILD = (
-    "CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON "
-    "-DGGML_AVX512_BF16=ON' pip install --force-reinstall --no-cache-dir --no-deps "
-    f"llama-cpp-python=={lib.__version__}"
+    "CMAKE_ARGS=\"-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'\" pip install --force-reinstall --no-cache-dir --no-deps "
+    f"--no-binary llama-cpp-python llama-cpp-python=={lib.__version__}"
 )
 AMX_NOTICE = (
-    "AMX is off, for it crashes in this build of llama.cpp; that can cost a quarter of the speed. "
+    "AMX is off, for it crashes in this build of llama.cpp; that costs speed, most of all in batches. "
     f"To rebuild: {AMX_REBUILD}"
 )
 
@@ -148,14 +148,10 @@ def system_info() -> str:
     return f"{lib.__version__} {lib.llama_print_system_info().decode()}".strip(" |")
 
 
-def amx_crashes() -> bool:
-    """Whether this build of llama.cpp holds the AMX kernels that crash on quantized weights."""
-    return "AMX_INT8 = 1" in system_info()
-
-
 def repacks_weights() -> bool:
-    """Whether weights on the CPU get a second copy in another order."""
-    return "REPACK = 1" in system_info() and not amx_crashes()
+    """Whether weights on the CPU get a second copy, in another order."""
+    info = system_info()
+    return ("REPACK = 1" in info or "AMX_INT8 = 1" in info) and not amx_crashes()
 
 
 def default_n_threads() -> int:

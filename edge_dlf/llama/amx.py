@@ -1,0 +1,65 @@
+"""Whether the AMX kernels of this build of llama.cpp can be used.
+
+GCC 12 takes `_tile_loadconfig` to read 8 of the 64 bytes of a tile configuration, drops the stores to the others as
+dead, and the CPU faults on what it finds in their place: llama.cpp issue 20824. The same source is right when it is
+built with -fno-tree-dse -fno-dse. Nothing in a build tells which it is, so one try is made, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import llama_cpp as lib
+
+from ..family import shipped_dir
+from ..remember import recall, remember
+
+_MODEL = Path("demo", "base-q8_0.gguf")
+_PATIENCE_S = 60.0
+_TRY = """
+import ctypes, sys
+import llama_cpp as lib
+import numpy as np
+
+def row(uses_amx):
+    params = lib.llama_model_default_params()
+    params.use_extra_bufts, params.n_gpu_layers = uses_amx, 0
+    model = lib.llama_model_load_from_file(sys.argv[1].encode(), params)
+    context = lib.llama_init_from_model(model, lib.llama_context_default_params())
+    tokens = (lib.llama_token * 8)(*range(8))
+    assert lib.llama_decode(context, lib.llama_batch_get_one(tokens, 8)) == 0
+    n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    return np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), (n_vocab,)).copy()
+
+plain, amx = row(False), row(True)
+print("right" if np.abs(amx - plain).max() < 0.05 * np.abs(plain).max() else "wrong")
+"""
+
+
+@functools.cache
+def amx_crashes() -> bool:
+    """Whether this build holds AMX kernels that crash, or give wrong numbers, on quantized weights."""
+    info = lib.llama_print_system_info().decode()
+    if "AMX_INT8 = 1" not in info:
+        return False
+    folder = Path(lib.__file__).parent
+    stats = [path.stat() for path in sorted((folder / "lib").glob("*ggml-cpu*"))]
+    state = [info, *([stat.st_size, stat.st_mtime_ns] for stat in stats)]
+    found = recall("amx", str(folder), state)
+    if found is None:
+        try:
+            found = _try(shipped_dir() / _MODEL)
+        except (OSError, subprocess.TimeoutExpired):
+            return True
+        remember("amx", str(folder), state, found)
+    return bool(found != "right")
+
+
+def _try(model: Path) -> str:
+    """`right`, or something else, such as how the process ended."""
+    command = [sys.executable, "-c", _TRY, str(model)]
+    process = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, start_new_session=True, text=True)
+    return process.stdout.strip() or f"exit code {process.returncode}"
