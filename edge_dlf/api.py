@@ -49,7 +49,9 @@ class FusedLlama:
     large, base: GGUF files. experts: name -> a GGUF file, a LoRA GGUF over the base, or [(lora, scale), …].
     n_ctx: positions of the context, for every member; None takes 4096, or what the large model was trained for where
     that is less. n_gpu_layers: layers to offload, -1 for all; one number, or a mapping from member to a number (LoRA
-    experts have the base's layers).
+    experts have the base's layers). Members that a GPU cannot hold are split by what memory it has, small ones first.
+    main_gpu: the one GPU to be on, of several; a number, or a mapping as before. tensor_split: the share of its layers
+    that each GPU gets of every other member; None gives each member one GPU where that suffices.
     n_threads: None takes the physical cores. type_k, type_v: types of the KV cache, such as "f16" (default) or "q8_0".
     n_parallel: requests that `batch` decodes at once; "auto" is 16, or 32 on a GPU. They share as many positions of a
     KV cache as memory allows, n_ctx at least.
@@ -66,6 +68,8 @@ class FusedLlama:
         *,
         n_ctx: int | None = 4096,
         n_gpu_layers: int | Mapping[str, int] = -1,
+        main_gpu: int | Mapping[str, int] | None = None,
+        tensor_split: Sequence[float] | None = None,
         n_threads: int | None = None,
         type_k: str | None = None,
         type_v: str | None = None,
@@ -75,6 +79,8 @@ class FusedLlama:
             FamilySpec.from_files(large, base, experts),
             n_ctx=n_ctx,
             n_gpu_layers=n_gpu_layers,
+            main_gpu=main_gpu,
+            tensor_split=tensor_split,
             n_threads=n_threads,
             type_k=type_k,
             type_v=type_v,
@@ -97,6 +103,8 @@ class FusedLlama:
         *,
         n_ctx: int | None = 4096,
         n_gpu_layers: int | Mapping[str, int] = -1,
+        main_gpu: int | Mapping[str, int] | None = None,
+        tensor_split: Sequence[float] | None = None,
         n_threads: int | None = None,
         type_k: str | None = None,
         type_v: str | None = None,
@@ -108,7 +116,14 @@ class FusedLlama:
         self.name = spec.name
         self._defaults = dict(spec.defaults)
         placement = place(
-            files, n_ctx=n_ctx, n_parallel=n_parallel, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v
+            files,
+            n_ctx=n_ctx,
+            n_parallel=n_parallel,
+            n_gpu_layers=n_gpu_layers,
+            main_gpu=main_gpu,
+            tensor_split=tensor_split,
+            type_k=type_k,
+            type_v=type_v,
         )
         # Importing numba and loading kernels takes as long as mapping the models: both at once.
         background = ThreadPoolExecutor(1)

@@ -23,7 +23,7 @@ from .errors import EdgeDLFError, LoadError, ModelFileError, VocabMismatchError
 from .family import FILE_NAME, FamilySpec, models_dir
 from .files import FamilyFiles, check_files
 from .machine import Machine, this_machine
-from .plan import Planner
+from .plan import MemberPlan, Planner
 
 LLAMA_CPP = "0.3.36"
 _REINSTALL = f"pip install --force-reinstall --no-cache-dir --no-deps llama-cpp-python=={LLAMA_CPP}"
@@ -66,7 +66,8 @@ def examine_machine() -> Iterator[Check]:
 def examine_family(load: Callable[[], FamilySpec], *, n_ctx: int = 4096, **loading: Any) -> Iterator[Check]:
     """One family: its files, its tokenizer, the memory it takes, its chat template, and a decode of every member.
 
-    load: reads the family. loading: `n_gpu_layers`, `type_k`, `type_v` as FusedLlama has them.
+    load: reads the family. loading: `n_gpu_layers`, `main_gpu`, `tensor_split`, `type_k`, `type_v` as FusedLlama has
+    them.
     Raises InvalidParameterError for settings that cannot be.
     """
     try:
@@ -217,12 +218,19 @@ def _plan(planner: Planner, files: FamilyFiles, n_ctx: int) -> Check:
         return Check("fits", "problem", str(error), step, {"largest_n_ctx": largest})
     each = [
         f"{m.name} {_gb(m.weights_bytes)} + {_gb(m.cache_bytes)} cache + {_gb(m.buffer_bytes)} buffers"
-        + (f" ({m.n_gpu_layers}/{m.n_layers} layers on the GPU)" if planner.machine.gpus else "")
+        + (f" ({m.n_gpu_layers}/{m.n_layers} layers on {_devices(planner.machine, m)})" if planner.machine.gpus else "")
         for m in plan.members
     ]
     text = f"{_gb(plan.n_bytes)} at a context of {n_ctx}; {fits}: {'; '.join(each)}"
     facts = {"largest_n_ctx": largest, "n_ctx": n_ctx, "members": [vars(member) for member in plan.members]}
     return Check("fits", "ok", text, facts=facts)
+
+
+def _devices(machine: Machine, member: MemberPlan) -> str:
+    """The GPUs that hold layers of a member."""
+    if len(machine.gpus) == 1 or not member.n_gpu_layers:
+        return "the GPU"
+    return " and ".join(gpu.name for gpu, share in zip(machine.gpus, member.split, strict=True) if share)
 
 
 def _template(files: FamilyFiles) -> Check:
@@ -248,11 +256,13 @@ def _decodes(files: FamilyFiles, planner: Planner, n_ctx: int) -> Iterator[Check
     from . import guard
 
     try:
-        layers = dict(planner.plan(n_ctx).layers)
+        plan = planner.plan(n_ctx)
     except EdgeDLFError:
-        layers = dict(planner.plan(256).layers)
+        plan = planner.plan(256)
     for name, info in files.models.items():
-        found = guard.attempt(info.shards, files.loras.get(name, ()), n_gpu_layers=layers[name])
+        found = guard.attempt(
+            info.shards, files.loras.get(name, ()), n_gpu_layers=plan.layers[name], split=plan.splits[name]
+        )
         facts = {"member": name, "tps": found.tps}
         if found.ok:
             yield Check(f"decode {name}", "ok", f"{found.tps:.1f} tokens/s alone", facts=facts)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +41,49 @@ class FamilyFiles:
 
         Raises InvalidParameterError for a name that has no layers of its own.
         """
-        if isinstance(n_gpu_layers, int):
-            return dict.fromkeys(self.models, n_gpu_layers)
-        if unknown := sorted(set(n_gpu_layers) - set(self.models)):
-            raise InvalidParameterError(f"n_gpu_layers names {unknown[0]!r}; the members are {', '.join(self.models)}")
-        if shared := sorted(set(n_gpu_layers) & set(self.loras)):
-            raise InvalidParameterError(f"n_gpu_layers names {shared[0]!r}, a LoRA that has its layers from the base")
-        return {name: n_gpu_layers.get(name, -1) for name in self.models}
+        return {name: -1 if n is None else n for name, n in self._each("n_gpu_layers", n_gpu_layers).items()}
+
+    def splits(
+        self, main_gpu: int | Mapping[str, int] | None, tensor_split: Sequence[float] | None, n_gpus: int
+    ) -> dict[str, tuple[float, ...]]:
+        """Share of its layers that each of n_gpus GPUs gets, for each role that something is asked for; nothing is
+        where there is no GPU. A member with a GPU of its own in `main_gpu` is there alone, all others are split.
+
+        Raises InvalidParameterError for GPUs that do not exist, shares that are none, and both for all members.
+        """
+        own = self._each("main_gpu", main_gpu)
+        shares = [] if tensor_split is None else [float(share) for share in tensor_split]
+        if any(n is not None and n < 0 for n in own.values()):
+            raise InvalidParameterError(f"main_gpu counts GPUs from 0 on, it cannot be {main_gpu!r}")
+        if tensor_split is not None:
+            if not all(0 <= share < math.inf for share in shares) or not sum(shares):
+                raise InvalidParameterError(f"tensor_split must be shares of each GPU, such as 3,1; not {shares}")
+            if None not in own.values():
+                raise InvalidParameterError("tensor_split and main_gpu for every member exclude each other")
+        if not n_gpus:
+            return {}
+        if highest := max((n for n in own.values() if n is not None and n >= n_gpus), default=None):
+            raise InvalidParameterError(f"main_gpu is {highest}, but the GPUs are 0 to {n_gpus - 1}")
+        if any(shares[n_gpus:]):
+            raise InvalidParameterError(f"tensor_split has {len(shares)} shares for {n_gpus} GPUs")
+        spread = tuple([*shares, *[0.0] * n_gpus][:n_gpus]) if shares else None
+        split = {
+            name: spread if n is None else tuple(float(gpu == n) for gpu in range(n_gpus)) for name, n in own.items()
+        }
+        return {name: each for name, each in split.items() if each}
+
+    def _each(self, setting: str, value: int | Mapping[str, int] | None) -> dict[str, int | None]:
+        """A setting's number for each role, None where it says nothing of a member. A LoRA has its base's.
+
+        Raises InvalidParameterError for a name that has none of its own.
+        """
+        if not isinstance(value, Mapping):
+            return dict.fromkeys(self.models, value)
+        if unknown := sorted(set(value) - set(self.models)):
+            raise InvalidParameterError(f"{setting} names {unknown[0]!r}; the members are {', '.join(self.models)}")
+        if shared := sorted(set(value) & set(self.loras)):
+            raise InvalidParameterError(f"{setting} names {shared[0]!r}, a LoRA that has its layers from the base")
+        return {name: value.get(name) for name in self.models}
 
 
 def check_files(spec: FamilySpec) -> FamilyFiles:

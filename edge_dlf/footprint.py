@@ -64,14 +64,14 @@ class Footprint:
         """KV cache of one context."""
         return int(sum(self.kv) * rounded(n_cells))
 
-    def compute(self, n_cells: int, n_rows: int) -> int:
-        """Compute buffer of one context, with the rows of logits it returns."""
+    def compute(self, n_cells: int, n_rows: int, n_copies: int = 1) -> int:
+        """Compute buffer of one context, with the rows of logits it returns. n_copies: of what goes into the graph."""
         n_tokens = min(N_BATCH, rounded(n_cells))
         layer = 4 * n_tokens * (4 * self.n_embd + 3 * self.n_ff)
         head = 4 * n_tokens * 2 * self.n_embd + 4 * n_rows * self.n_vocab
-        mask = 2 * n_tokens * rounded(n_cells) * self.n_masks
+        inputs = n_copies * 2 * n_tokens * rounded(n_cells) * self.n_masks
         work = 4 * n_tokens * max(self.n_ff, self.n_embd)
-        return max(layer, head) + mask + work + 4 * n_rows * self.n_vocab
+        return max(layer, head) + inputs + work + 4 * n_rows * self.n_vocab
 
 
 def footprint(info: GGUFInfo, type_k: str | None = None, type_v: str | None = None) -> Footprint:

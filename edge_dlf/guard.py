@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,39 +46,48 @@ class Verdict:
     is_final: bool = True
 
 
-def require_harmless(info: GGUFInfo, n_gpu_layers: int) -> None:
-    """Try a model of an architecture that the rules of `gguf_rules` were not tried on.
+def require_harmless(info: GGUFInfo, n_gpu_layers: int, split: Sequence[float] = ()) -> None:
+    """Try a model of an architecture that the rules of `gguf_rules` were not tried on, its layers where `Model` is told
+    to have them.
 
     Raises ModelFileError where it does not run.
     """
     if info.architecture in TRIED:
         return
-    found = verdict(info.shards, n_gpu_layers=n_gpu_layers)
+    found = verdict(info.shards, n_gpu_layers=n_gpu_layers, split=split)
     if not found.ok:
         raise ModelFileError(info.path, f"cannot be used, as a try in another process showed: {found.reason}")
 
 
-def verdict(shards: Sequence[Path], loras: Adapters = (), *, n_gpu_layers: int = -1) -> Verdict:
+def verdict(
+    shards: Sequence[Path], loras: Adapters = (), *, n_gpu_layers: int = -1, split: Sequence[float] = ()
+) -> Verdict:
     """The remembered verdict on the model in `shards` with `loras` over it; where there is none, a try's."""
     with suppress(TypeError):
         return Verdict(**recall(_NAME, _key(shards, loras), _state(shards, loras)))
-    return attempt(shards, loras, n_gpu_layers=n_gpu_layers)
+    return attempt(shards, loras, n_gpu_layers=n_gpu_layers, split=split)
 
 
 def attempt(
-    shards: Sequence[Path], loras: Adapters = (), *, n_gpu_layers: int = -1, patience_s: float | None = None
+    shards: Sequence[Path],
+    loras: Adapters = (),
+    *,
+    n_gpu_layers: int = -1,
+    split: Sequence[float] = (),
+    patience_s: float | None = None,
 ) -> Verdict:
     """Load the model in `shards`, `loras` over it, in another process, decode a few tokens, and remember the end."""
     state = _state(shards, loras)
     patience_s = patience_s or _PATIENCE_S + sum(path.stat().st_size for path in shards) / _SLOWEST_DISK
-    found = _run(shards[0], loras, n_gpu_layers, patience_s)
+    placed = {"n_gpu_layers": n_gpu_layers, "split": list(split)}
+    found = _run(shards[0], loras, placed, patience_s)
     if found.is_final:
         remember(_NAME, _key(shards, loras), state, asdict(found))
     return found
 
 
-def _run(model: Path, loras: Adapters, n_gpu_layers: int, patience_s: float) -> Verdict:
-    question = {"model": str(model), "loras": [(str(path), scale) for path, scale in loras], "layers": n_gpu_layers}
+def _run(model: Path, loras: Adapters, placed: Mapping[str, Any], patience_s: float) -> Verdict:
+    question = {"model": str(model), "loras": [(str(path), scale) for path, scale in loras], "placed": placed}
     # Its own session: Ctrl-C in the terminal is for this process, which then ends it.
     process = subprocess.Popen(
         [sys.executable, "-c", _TRY, json.dumps(sys.path), json.dumps(question)],
@@ -112,18 +121,18 @@ def main(question: str) -> None:
     """The other process: print a verdict as one line of JSON."""
     asked = json.loads(question)
     try:
-        found = _decode(Path(asked["model"]), [(Path(p), scale) for p, scale in asked["loras"]], asked["layers"])
+        found = _decode(Path(asked["model"]), [(Path(p), scale) for p, scale in asked["loras"]], asked["placed"])
     except EdgeDLFError as error:
         found = Verdict(False, str(error), is_final=error.exit_code == 3)
     print(json.dumps(asdict(found)), flush=True)
 
 
-def _decode(path: Path, loras: Adapters, n_gpu_layers: int) -> Verdict:
+def _decode(path: Path, loras: Adapters, placed: Mapping[str, Any]) -> Verdict:
     import numpy as np
 
     from .llama import LlamaBackend, Model
 
-    model = Model(path, n_gpu_layers)
+    model = Model(path, **placed)
     backend = LlamaBackend(model, path.name, n_ctx=256, loras=loras)
     tokens = model.tokenize(b"The capital of France is", special=True) or [0]
     if model.adds_bos and model.bos is not None:

@@ -23,7 +23,7 @@ from .params import FusionParams, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-_LOADING = ("n_ctx", "n_gpu_layers", "n_threads", "type_k", "type_v")
+_LOADING = ("n_ctx", "n_gpu_layers", "main_gpu", "n_threads", "type_k", "type_v")
 _FUSION = frozenset(field.name for field in dataclasses.fields(FusionParams))
 _SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _PLAIN: dict[str, Any] = {
@@ -41,8 +41,8 @@ _IGNORED = frozenset({"do_sample", "until", "max_gen_toks"})
 class HarnessModel(TemplateLM):  # type: ignore[misc]
     """family: a family's name or path, or what gives one that is loaded, which is called when it is first needed.
 
-    batch_size: requests decoded at once, or "auto". settings: `n_ctx`, `n_gpu_layers`, `n_threads`, `type_k`, `type_v`
-    of FusedLlama, and fields of FusionParams.
+    batch_size: requests decoded at once, or "auto". settings: `n_ctx`, `n_gpu_layers`, `main_gpu`, `n_threads`,
+    `type_k`, `type_v` of FusedLlama, and fields of FusionParams.
     """
 
     def __init__(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from .llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights
 from .machine import this_machine
 from .plan import Planner
 
+logger = logging.getLogger(__name__)
+
 MAX_PARALLEL = 256
 """Sequences that llama.cpp can tell apart."""
 _AUTO_PARALLEL = 16, 32
@@ -25,12 +28,14 @@ _CELLS_PER_SEQUENCE = 1024
 
 @dataclass(frozen=True)
 class Placement:
-    """How a family is to lie in memory: sequences decoded at once, positions that they share in each KV cache, and
-    n_gpu_layers of each role."""
+    """How a family is to lie in memory: sequences decoded at once, positions that they share in each KV cache, and of
+    each role n_gpu_layers and the share of them that each GPU holds. on_gpu: roles of which no layer is on the host."""
 
     n_seq_max: int
     n_cells: int
     layers: Mapping[str, int]
+    splits: Mapping[str, tuple[float, ...]]
+    on_gpu: frozenset[str] = frozenset()
 
 
 def place(
@@ -39,6 +44,8 @@ def place(
     n_ctx: int,
     n_parallel: int | Literal["auto"],
     n_gpu_layers: int | Mapping[str, int],
+    main_gpu: int | Mapping[str, int] | None,
+    tensor_split: Sequence[float] | None,
     type_k: str | None,
     type_v: str | None,
 ) -> Placement:
@@ -48,11 +55,16 @@ def place(
     InvalidParameterError.
     """
     machine = this_machine(gpus())
+    wants_gpu = n_gpu_layers.values() if isinstance(n_gpu_layers, Mapping) else [n_gpu_layers]
+    if not machine.gpus and (max(wants_gpu, default=0) > 0 or main_gpu is not None or tensor_split is not None):
+        logger.warning("there is no GPU that this build of llama.cpp can use: everything runs on the CPU")
     n_seq_max = _n_seq_max(n_parallel, is_on_gpu=bool(machine.gpus))
     planner = Planner(
         files,
         machine,
         n_gpu_layers=n_gpu_layers,
+        main_gpu=main_gpu,
+        tensor_split=tensor_split,
         type_k=type_k,
         type_v=type_v,
         n_seqs=n_seq_max,
@@ -60,7 +72,9 @@ def place(
     )
     n_shared = n_seq_max * min(n_ctx, _CELLS_PER_SEQUENCE)
     n_cells = max(n_ctx, planner.largest_n_cells(n_shared) if n_shared > n_ctx else 0)
-    return Placement(n_seq_max, n_cells, planner.plan(n_cells).layers)
+    plan = planner.plan(n_cells)
+    whole = frozenset(member.name for member in plan.members if member.n_gpu_layers == member.n_layers)
+    return Placement(n_seq_max, n_cells, plan.layers, plan.splits, whole)
 
 
 class Members:
@@ -86,8 +100,9 @@ class Members:
         with ExitStack() as stack:
             for name, info in files.models.items():
                 if info.path not in loaded:
-                    require_harmless(info, placement.layers[name])
-                    loaded[info.path] = Model(info.path, placement.layers[name])
+                    where = placement.layers[name], placement.splits[name]
+                    require_harmless(info, *where)
+                    loaded[info.path] = Model(info.path, *where)
                     stack.callback(loaded[info.path].close)
             models = {name: loaded[info.path] for name, info in files.models.items()}
             for name, model in models.items():

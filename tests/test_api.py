@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from edge_dlf import (
     ModelFileError,
     VocabMismatchError,
     fuse_logits,
+    members,
     search_alpha,
 )
 from edge_dlf.backend import Run
@@ -357,6 +359,17 @@ def test_layers_are_given_to_members_that_exist(tiny: Path) -> None:
         FusedLlama.from_family(tiny, n_gpu_layers={"poetry": 1})
     with pytest.raises(InvalidParameterError, match="'lora', a LoRA"):
         FusedLlama.from_family(tiny, n_gpu_layers={"lora": 1})
+
+
+@pytest.mark.parametrize("settings", [{"n_gpu_layers": 4}, {"main_gpu": 1}, {"tensor_split": [3, 1]}])
+def test_a_gpu_that_is_asked_for_and_is_not_here(
+    tiny: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(members, "gpus", lambda: [])
+    with FusedLlama.from_family(tiny, n_ctx=64, n_threads=1, **settings) as llm:
+        assert len(list(llm.stream("a", max_tokens=2))) == 2
+    said = [record.message for record in caplog.records if "GPU" in record.message]
+    assert said == ["there is no GPU that this build of llama.cpp can use: everything runs on the CPU"]
 
 
 def test_a_context_of_none_is_no_longer_than_the_large_model_was_trained_for(tiny: Path) -> None:

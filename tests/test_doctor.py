@@ -163,6 +163,16 @@ def test_gpus_that_are_used_and_that_are_not(monkeypatch: pytest.MonkeyPatch) ->
     assert "-DGGML_CUDA=on" in checks()["GPU"]["next_step"]
 
 
+def test_layers_of_a_family_on_several_gpus(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = tuple(GPU(f"CUDA{n}", "a GPU", 10**10, 10**10) for n in range(2))
+    monkeypatch.setattr(doctor, "this_machine", lambda _: Machine(10**10, gpus=gpus))
+    found = checks(tiny, "--main-gpu", "base=1", "--tensor-split", "1,1", "--gpu-layers", "tuned=0")
+    for words in ("buffers (3/3 layers on CUDA0 and CUDA1)", "(3/3 layers on CUDA1)", "(0/3 layers on the GPU)"):
+        assert words in found["fits"]["text"]
+    assert found["decode base"]["verdict"] == "ok"
+    assert examine(tiny, "--main-gpu", 2).exit_code == 2
+
+
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama, "default_n_threads", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

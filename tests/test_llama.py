@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import llama_cpp as lib
 import numpy as np
 import pytest
 
@@ -57,6 +58,35 @@ def test_rows_are_read_in_place(base: Model) -> None:
     assert first.dtype == np.float32
     assert first.ctypes.data == second.ctypes.data
     member.close()
+
+
+def test_what_is_asked_of_llama_cpp_for_gpus(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts, models = [], []
+    make, load = lib.llama_init_from_model, lib.llama_model_load_from_file
+    monkeypatch.setattr(
+        lib, "llama_init_from_model", lambda handle, params: contexts.append(params) or make(handle, params)
+    )
+
+    def without_gpu(path: bytes, params: object) -> object:
+        seen = {name: getattr(params, name) for name in ("n_gpu_layers", "split_mode", "main_gpu")}
+        models.append((seen, params.tensor_split[:3] if params.tensor_split else None))  # type: ignore[attr-defined]
+        params.split_mode, params.main_gpu = lib.LLAMA_SPLIT_MODE_LAYER, 0  # type: ignore[attr-defined]
+        return load(path, params)
+
+    monkeypatch.setattr(lib, "llama_model_load_from_file", without_gpu)
+    for split in ((), (1.0,), (0.0, 1.0, 0.0), (3.0, 1.0, 0.0)):
+        model = Model(tiny / "base.gguf", -1, split)
+        backend(model).close()
+        model.close()
+    for params in contexts:
+        assert params.offload_kqv
+        assert params.op_offload
+        assert params.flash_attn_type == lib.LLAMA_FLASH_ATTN_TYPE_AUTO
+    layers = {"n_gpu_layers": -1, "split_mode": lib.LLAMA_SPLIT_MODE_LAYER, "main_gpu": 0}
+    alone = {**layers, "split_mode": lib.LLAMA_SPLIT_MODE_NONE, "main_gpu": 1}
+    assert [seen for seen, _ in models] == [layers, layers, alone, layers]
+    assert models[0][1] is models[2][1] is None
+    assert models[3][1] == [3.0, 1.0, 0.0]
 
 
 def test_single_steps_batches_and_prefill_agree(base: Model) -> None:

@@ -23,7 +23,7 @@ from edge_dlf.llama import CACHE_TYPES as ENGINE_CACHE_TYPES
 from edge_dlf.llama import LlamaBackend, Model
 from edge_dlf.llama.runtime import gpus, initialise
 from edge_dlf.machine import GPU, Machine, cgroup_bytes, this_machine
-from edge_dlf.plan import Plan, Planner
+from edge_dlf.plan import Plan, Planner, _gpu_of
 
 from .tiny import tiny_model
 
@@ -171,6 +171,88 @@ def test_layers_asked_for_that_the_gpu_cannot_hold(files: FamilyFiles) -> None:
     assert said
     fits = {name: int(number) for name, number in (pair.split("=") for pair in said[1].split(","))}
     assert planned(files, machine, n_gpu_layers=fits).layers["large"] == fits["large"]
+
+
+def of_sizes(tiny: Path, folder: Path, n_layer: int = 6) -> FamilyFiles:
+    large = tiny_model(folder / "large.gguf", n_embd=512, n_layer=n_layer)
+    return check_files(FamilySpec.from_files(large, tiny / "base.gguf", {"lora": tiny / "lora.gguf"}))
+
+
+def several(*free: int) -> Machine:
+    return Machine(8 * GB, gpus=tuple(GPU(f"CUDA{n}", "a GPU", each, 2 * each) for n, each in enumerate(free)))
+
+
+def test_of_several_gpus_a_model_gets_one_that_holds_it(tiny: Path, tmp_path: Path) -> None:
+    files = of_sizes(tiny, tmp_path)
+    one = planned(files, several(8 * GB))
+    large, base = (Planner(files, several(8 * GB), n_gpu_layers=layers) for layers in ({"base": 0}, {"large": 0}))
+    large_bytes, base_bytes = (planner.plan(512).gpu_bytes for planner in (large, base))
+    assert one.gpu_bytes == large_bytes + base_bytes
+    two = planned(files, several(400_000_000 + large_bytes, 400_000_000 + base_bytes))
+    assert two.splits == {"large": (1.0, 0.0), "base": (0.0, 1.0), "lora": (0.0, 1.0)}
+    assert two.each_gpu_bytes == (large_bytes, base_bytes)
+    assert set(two.layers.values()) == {-1}
+
+
+def test_a_model_that_no_gpu_holds_alone_is_spread_over_them(tiny: Path, tmp_path: Path) -> None:
+    files = of_sizes(tiny, tmp_path)
+    large_bytes = planned(files, several(8 * GB), n_gpu_layers={"base": 0}).gpu_bytes
+    plan = planned(files, several(*[400_000_000 + large_bytes - 1] * 2), n_gpu_layers={"base": 0})
+    assert all(plan.splits["large"])
+    assert plan.layers["large"] == -1
+    assert 0 < min(plan.each_gpu_bytes) < max(plan.each_gpu_bytes) < large_bytes
+    assert plan.gpu_bytes > large_bytes
+
+
+def test_gpus_and_shares_that_are_asked_for(tiny: Path, tmp_path: Path) -> None:
+    files = of_sizes(tiny, tmp_path)
+    machine = several(*[8 * GB] * 3)
+    assert set(planned(files, machine, main_gpu=2).splits.values()) == {(0.0, 0.0, 1.0)}
+    each = planned(files, machine, main_gpu={"large": 1}, tensor_split=[3, 1])
+    assert each.splits == {"large": (0.0, 1.0, 0.0), "base": (3.0, 1.0, 0.0), "lora": (3.0, 1.0, 0.0)}
+    assert each.each_gpu_bytes[2] == 0 < each.each_gpu_bytes[0] < each.each_gpu_bytes[1]
+    assert planned(files, Machine(8 * GB), main_gpu=5, tensor_split=None).splits == dict.fromkeys(each.splits, ())
+
+
+def test_a_split_that_one_gpu_cannot_hold_names_it(tiny: Path, tmp_path: Path) -> None:
+    files = of_sizes(tiny, tmp_path)
+    machine = several(8 * GB, 401_000_000)
+    with pytest.raises(OutOfMemoryError, match=r" on CUDA1 with these layers, 401 MB are free there; .* would fit"):
+        planned(files, machine, main_gpu=1, n_gpu_layers=7)
+    fitting = planned(files, machine, main_gpu=1)
+    assert fitting.layers["large"] < 7
+    assert fitting.each_gpu_bytes[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"main_gpu": 2}, "main_gpu is 2, but the GPUs are 0 to 1"),
+        ({"main_gpu": -1}, "counts GPUs from 0"),
+        ({"main_gpu": {"poetry": 1}}, "main_gpu names 'poetry'"),
+        ({"main_gpu": {"lora": 1}}, "main_gpu names 'lora', a LoRA"),
+        ({"main_gpu": 0, "tensor_split": [1, 1]}, "exclude each other"),
+        ({"tensor_split": [1, 1, 1]}, "3 shares for 2 GPUs"),
+        ({"tensor_split": [0, 0]}, "must be shares"),
+        ({"tensor_split": []}, "must be shares"),
+        ({"tensor_split": [1, -1]}, "must be shares"),
+        ({"tensor_split": [float("nan")]}, "must be shares"),
+        ({"tensor_split": [float("inf")]}, "must be shares"),
+    ],
+)
+def test_gpus_and_shares_that_cannot_be(files: FamilyFiles, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidParameterError, match=words):
+        Planner(files, several(8 * GB, 8 * GB), **settings)
+
+
+@pytest.mark.parametrize(
+    ("split", "n_gpu", "counts"),
+    [((1.0, 1.0), 8, (4, 4)), ((3.0, 1.0), 8, (6, 2)), ((1.0, 0.0, 1.0), 5, (3, 0, 2)), ((0.0, 2.0), 3, (0, 3))],
+)
+def test_layers_are_shared_out_as_llama_cpp_does(split: tuple[float, ...], n_gpu: int, counts: tuple[int, ...]) -> None:
+    gpus = [_gpu_of(number, n_gpu, split) for number in range(n_gpu)]
+    assert tuple(gpus.count(gpu) for gpu in range(len(split))) == counts
+    assert gpus == sorted(gpus)
 
 
 def test_a_context_that_does_not_fit_names_one_that_does(files: FamilyFiles) -> None:

@@ -73,6 +73,8 @@ def _checks(ctx: click.Context, values: dict[str, Any]) -> Iterator[Check]:
     given = {
         "n_ctx": values["ctx_size"],
         "n_gpu_layers": values["gpu_layers"],
+        "main_gpu": values["main_gpu"],
+        "tensor_split": values["tensor_split"],
         "type_k": values["cache_type_k"],
         "type_v": values["cache_type_v"],
     }

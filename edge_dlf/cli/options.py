@@ -30,6 +30,8 @@ _SHIPPED = "demo"
 _LOADING = {
     "ctx_size": "n_ctx",
     "gpu_layers": "n_gpu_layers",
+    "main_gpu": "main_gpu",
+    "tensor_split": "tensor_split",
     "threads": "n_threads",
     "cache_type_k": "type_k",
     "cache_type_v": "type_v",
@@ -146,6 +148,18 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+class _Shares(click.ParamType):  # type: ignore[type-arg]
+    """Numbers with commas between them."""
+
+    name = "N,N,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return [float(part) for part in value.split(",")] if isinstance(value, str) else value
+        except ValueError:
+            self.fail(f"expected numbers with commas between them, such as 3,1; not {value!r}", param, ctx)
+
+
 class _Expert(click.ParamType):  # type: ignore[type-arg]
     """NAME=FILE; in the environment several of them, separated as in PATH."""
 
@@ -230,6 +244,12 @@ _PLACING: Sequence[Decorator] = (
     ),
     click.option(
         "--gpu-layers", type=_Numbers(int), help="Layers on the GPU [-1, all]; large=20,base=0 for each member."
+    ),
+    click.option(
+        "--main-gpu", type=_Numbers(int), help="The one GPU to be on, from 0 on; large=0,base=1 for each member."
+    ),
+    click.option(
+        "--tensor-split", type=_Shares(), help="Shares of each GPU, such as 3,1 [what fits; a GPU a member at best]."
     ),
     click.option("--cache-type-k", help="Type of the KV cache's keys, such as q8_0 [f16]."),
     click.option("--cache-type-v", help="Type of the KV cache's values [f16]."),

@@ -88,7 +88,9 @@ class LlamaBackend:
         params.n_seq_max = n_seq_max
         params.n_outputs_max = self._n_rows
         params.n_threads = params.n_threads_batch = n_threads or default_n_threads()
+        # On wherever the device that holds a layer can; forced, it would run beside it, on the CPU.
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_AUTO
+        params.offload_kqv = params.op_offload = True
         params.type_k = CACHE_TYPES[type_k or "f16"]
         params.type_v = CACHE_TYPES[type_v or "f16"]
         params.no_perf = True

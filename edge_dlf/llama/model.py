@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,21 @@ from .runtime import initialise
 class Model:
     """Weights and vocabulary of one GGUF, memory-mapped where the system can.
 
-    path: the first shard where the model is split. n_gpu_layers: layers to offload; -1 is all of them.
+    path: the first shard where the model is split. n_gpu_layers: layers to offload; -1 is all of them. split: the share
+    of these that each GPU of `gpus()` gets; nothing leaves it to llama.cpp.
     Raises ModelFileError or OutOfMemoryError.
     """
 
-    def __init__(self, path: Path, n_gpu_layers: int = -1) -> None:
+    def __init__(self, path: Path, n_gpu_layers: int = -1, split: Sequence[float] = ()) -> None:
         log = initialise()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        used = [number for number, share in enumerate(split) if share > 0]
+        if len(used) == 1 < len(split):
+            params.split_mode, params.main_gpu = lib.LLAMA_SPLIT_MODE_NONE, used[0]
+        elif used:
+            shares = (ctypes.c_float * max(lib.llama_max_devices(), len(split)))(*split)
+            params.split_mode, params.tensor_split = lib.LLAMA_SPLIT_MODE_LAYER, shares
         params.use_extra_bufts = not amx_crashes()
         self.path = path
         self._adapters: dict[Path, Any] = {}

@@ -119,7 +119,8 @@ class Interrupt:
 
 
 def gpus() -> list[GPU]:
-    """Devices that this build of llama.cpp can offload layers to, with the memory each has free."""
+    """Devices that this build of llama.cpp offloads layers to, in its order, with the memory each has free: GPUs, and
+    integrated ones only where there is no other."""
     initialise()
     ggml = libggml
     ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
@@ -130,7 +131,7 @@ def gpus() -> list[GPU]:
     size = ctypes.POINTER(ctypes.c_size_t)
     ggml.ggml_backend_dev_memory.restype, ggml.ggml_backend_dev_memory.argtypes = None, [ctypes.c_void_p, size, size]
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
-    found = []
+    found: dict[int, list[GPU]] = {_GPU: [], _INTEGRATED_GPU: []}
     for number in range(ggml.ggml_backend_dev_count()):
         device = ggml.ggml_backend_dev_get(number)
         kind = ggml.ggml_backend_dev_type(device)
@@ -139,8 +140,8 @@ def gpus() -> list[GPU]:
             ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
             name, about = ggml.ggml_backend_dev_name(device), ggml.ggml_backend_dev_description(device)
             shares_host = kind == _INTEGRATED_GPU or sys.platform == "darwin"
-            found.append(GPU(name.decode(), about.decode(errors="replace"), free.value, total.value, shares_host))
-    return found
+            found[kind].append(GPU(name.decode(), about.decode(errors="replace"), free.value, total.value, shares_host))
+    return found[_GPU] or found[_INTEGRATED_GPU]
 
 
 def system_info() -> str:
