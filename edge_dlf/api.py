@@ -20,8 +20,9 @@ from .family import FamilySpec
 from .files import check_files
 from .generation import Generation
 from .llama import default_n_threads
-from .members import Members, place
-from .params import FusionParams, SamplingParams, check_draft
+from .members import Members, place, ways_to_overlap
+from .overlap import settle
+from .params import OVERLAPS, FusionParams, Overlap, SamplingParams, check_draft
 from .requests import Request, schema_of
 from .scheduler import Scheduler
 from .scoring import Score, run_scores
@@ -53,6 +54,9 @@ class FusedLlama:
     main_gpu: the one GPU to be on, of several; a number, or a mapping as before. tensor_split: the share of its layers
     that each GPU gets of every other member; None gives each member one GPU where that suffices.
     n_threads: None takes the physical cores. type_k, type_v: types of the KV cache, such as "f16" (default) or "q8_0".
+    overlap: how members that are wholly on GPUs are decoded beside the others: "off" waits for each before the next,
+    "queue" hands all over from one thread, "threads" from a thread each; "auto" measures once what is fastest here, and
+    remembers it. Members on the CPU are decoded in turn.
     n_parallel: requests that `batch` decodes at once; "auto" is 16, or 32 on a GPU. They share as many positions of a
     KV cache as memory allows, n_ctx at least.
 
@@ -74,6 +78,7 @@ class FusedLlama:
         type_k: str | None = None,
         type_v: str | None = None,
         n_parallel: int | Literal["auto"] = 1,
+        overlap: Overlap | Literal["auto"] = "auto",
     ) -> None:
         self._load(
             FamilySpec.from_files(large, base, experts),
@@ -85,6 +90,7 @@ class FusedLlama:
             type_k=type_k,
             type_v=type_v,
             n_parallel=n_parallel,
+            overlap=overlap,
         )
 
     @classmethod
@@ -109,7 +115,10 @@ class FusedLlama:
         type_k: str | None = None,
         type_v: str | None = None,
         n_parallel: int | Literal["auto"] = 1,
+        overlap: Overlap | Literal["auto"] = "auto",
     ) -> None:
+        if overlap not in ("auto", *OVERLAPS):
+            raise InvalidParameterError(f"overlap must be auto, {', '.join(OVERLAPS)}, not {overlap!r}")
         n_threads = n_threads or default_n_threads()
         files = check_files(spec)
         n_ctx = n_ctx or min(_MAX_OWN_CTX, files.n_ctx_train or _MAX_OWN_CTX)
@@ -131,7 +140,12 @@ class FusedLlama:
         background.shutdown(wait=False)
         self._members = Members(files, placement, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
         try:
-            decoder = Decoder(Ensemble(self._members.backends, files.n_vocab), fuser.result())
+            ensemble = Ensemble(self._members.backends, files.n_vocab, self._members.lanes)
+            decoder = Decoder(ensemble, fuser.result())
+            if overlap != "auto":
+                ensemble.overlap = overlap
+            elif len(ensemble.lanes) > 1:
+                settle(ensemble, self._members.key, ways_to_overlap())
         except BaseException:
             self._members.close()
             raise
@@ -159,6 +173,7 @@ class FusedLlama:
         if self._open_tokenizer is not None:
             self._open_tokenizer.close()
         self._open_tokenizer = None
+        self._ensemble.close()
         self._members.close()
 
     def interrupt(self) -> None:

@@ -45,6 +45,9 @@ class Backend(Protocol):
         """Append all `runs`, each of another sequence and of one token or more, in one batch; `logits()` is then the
         rows wanted, in the order given."""
 
+    def wait(self) -> None:
+        """Return once what the last `decode` began is done: a GPU may still be at it when `decode` returns."""
+
     def logits(self) -> Logits:
         """Rows of the last `decode`; width is at least the family's n_vocab."""
 

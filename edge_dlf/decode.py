@@ -13,7 +13,7 @@ import dataclasses
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -95,8 +95,7 @@ class Decoder:
     def _step_plainly(self, generations: Sequence[Generation], n_prefill: int | None) -> list[Outcome]:
         """As `step`, without drafts."""
         groups, given, runs = self._plan(generations, n_prefill)
-        for name, member_runs in runs.items():
-            self.ensemble.decode(name, member_runs)
+        self.ensemble.decode_all(runs)
         outcomes: dict[Generation, Outcome] = {generation: [] for generation in generations}
         first: Counter[str] = Counter()
         for group in groups:
@@ -194,8 +193,7 @@ class Decoder:
     def _pick_drafted(self, generation: Generation, draft: Draft, picks: list[Pick]) -> EdgeDLFError | None:
         """Verify a draft; as `_verify`."""
         seq, roles, guesses = generation.seq, generation.roles, draft.guesses[: draft.n]
-        for name in draft.way.batched:
-            self._evaluate(name, seq, [*generation.last(name), *guesses])
+        self._evaluate_all(seq, {name: [*generation.last(name), *guesses] for name in draft.way.batched})
         if draft.rows is None:
             return self._verify(generation, self.ensemble.rows(roles, {}, draft.n + 1), guesses, picks)
         # The drafting expert evaluates its last guess only once all are accepted.
@@ -299,6 +297,23 @@ class Decoder:
         self._evaluating += elapsed
         self.pace.timed(name, len(tokens), elapsed)
         return rows
+
+    def _evaluate_all(self, seq: int, due: Mapping[str, Sequence[int]]) -> None:
+        """As `_evaluate`, several members. Where they overlap it cannot be told how long which of them took, nor does
+        that matter to what all of them cost: each is noted with a share by its size."""
+        if not self.ensemble.overlaps:
+            for name, tokens in due.items():
+                self._evaluate(name, seq, tokens)
+            return
+        started = self._clock()
+        self.ensemble.decode_all({name: [Run(seq, tokens, len(tokens))] for name, tokens in due.items()})
+        for name in due:
+            self.ensemble.members[name].logits()
+        elapsed = self._clock() - started
+        self._evaluating += elapsed
+        n_bytes = sum(self.ensemble.members[name].n_bytes for name in due)
+        for name, tokens in due.items():
+            self.pace.timed(name, len(tokens), elapsed * self.ensemble.members[name].n_bytes / n_bytes)
 
     def _rows(self, roles: Roles, n_rows: int, t: int, rows_of_t: Logits, first: int = 0) -> Rows:
         """`n_rows` rows of all members from row `first` on, those of expert `t` given."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from .backend import Backend, Logits, Run
 from .errors import InvalidParameterError
-from .params import METHODS, FusionParams
+from .lanes import Lanes
+from .params import METHODS, FusionParams, Overlap
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,16 @@ class Ensemble:
     """The members of a family by role name: "large", "base" and the experts' own names.
 
     n_vocab: tokens that all members share; what lies beyond in longer rows is padding. n_ctx: positions that every
-    member has for one sequence. n_batch: tokens that every member can evaluate at once.
+    member has for one sequence. n_batch: tokens that every member can evaluate at once. lanes: members by what computes
+    them; those of one lane, as all on the CPU are, are decoded in turn, the lanes as `overlap` says. Lanes that return
+    before they are done, as a GPU's do, come first.
     """
 
-    def __init__(self, members: Mapping[str, Backend], n_vocab: int) -> None:
+    def __init__(self, members: Mapping[str, Backend], n_vocab: int, lanes: Sequence[Sequence[str]] = ()) -> None:
         self.members = dict(members)
+        self.lanes = tuple(lanes) or (tuple(members),)
+        self.overlap: Overlap = "queue"
+        self._threads = Lanes()
         self.experts = tuple(name for name in members if name not in ("large", "base"))
         self.n_vocab = n_vocab
         self.n_ctx = min(member.n_ctx for member in members.values())
@@ -138,6 +145,28 @@ class Ensemble:
             account.append(run.seq, run.tokens)
         account.unsettled.clear()
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether members are decoded at the same time."""
+        return len(self.lanes) > 1 and self.overlap != "off"
+
+    def decode_all(self, runs: Mapping[str, Sequence[Run]]) -> None:
+        """Append to each member what `runs` has for it, in one batch a member. Raises what one of them raises; then
+        others may have been decoded or not, and none is still at it."""
+        lanes = [[name for name in lane if name in runs] for lane in self.lanes]
+        jobs = [partial(self._decode_in_turn, lane, runs) for lane in lanes if lane]
+        if self.overlap == "threads" and len(jobs) > 1:
+            self._threads.run(jobs)
+        else:
+            for job in jobs:
+                job()
+
+    def _decode_in_turn(self, names: Sequence[str], runs: Mapping[str, Sequence[Run]]) -> None:
+        for name in names:
+            self.decode(name, runs[name])
+            if self.overlap == "off":
+                self.members[name].wait()
+
     def _settle(self, name: str) -> None:
         """After an interrupt, make the cache what the account says of it; what cannot be trimmed is emptied."""
         account, member = self._accounts[name], self.members[name]
@@ -191,6 +220,7 @@ class Ensemble:
 
     def close(self) -> None:
         """Close every member."""
+        self._threads.close()
         for member in self.members.values():
             member.close()
 

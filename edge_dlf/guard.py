@@ -23,11 +23,11 @@ from .errors import EdgeDLFError, ModelFileError
 from .gguf import GGUFInfo
 from .gguf_rules import TRIED
 from .llama import system_info
-from .remember import recall, remember
+from .remembered import recall, remember, states
 
 Adapters = Sequence[tuple[Path, float]]
 
-_NAME = "verdicts"
+_COLLECTION = "verdicts"
 _PATIENCE_S = 120.0
 _SLOWEST_DISK = 20e6  # bytes a second
 _N_TOKENS = 8
@@ -63,8 +63,10 @@ def verdict(
     shards: Sequence[Path], loras: Adapters = (), *, n_gpu_layers: int = -1, split: Sequence[float] = ()
 ) -> Verdict:
     """The remembered verdict on the model in `shards` with `loras` over it; where there is none, a try's."""
-    with suppress(TypeError):
-        return Verdict(**recall(_NAME, _key(shards, loras), _state(shards, loras)))
+    known = recall(_COLLECTION, _key(shards, loras))
+    if isinstance(known, dict) and known.get("state") == _state(shards, loras):
+        with suppress(KeyError, TypeError):
+            return Verdict(**known["verdict"])
     return attempt(shards, loras, n_gpu_layers=n_gpu_layers, split=split)
 
 
@@ -82,7 +84,7 @@ def attempt(
     placed = {"n_gpu_layers": n_gpu_layers, "split": list(split)}
     found = _run(shards[0], loras, placed, patience_s)
     if found.is_final:
-        remember(_NAME, _key(shards, loras), state, asdict(found))
+        remember(_COLLECTION, _key(shards, loras), {"state": state, "verdict": asdict(found)})
     return found
 
 
@@ -153,5 +155,4 @@ def _key(shards: Sequence[Path], loras: Adapters) -> str:
 
 def _state(shards: Sequence[Path], loras: Adapters) -> list[Any]:
     """What a verdict holds for: size and time of every file, the build of llama.cpp."""
-    stats = [path.stat() for path in (*shards, *(lora for lora, _ in loras))]
-    return [system_info(), *([stat.st_size, stat.st_mtime_ns] for stat in stats)]
+    return [system_info(), *states([*shards, *(lora for lora, _ in loras)])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -12,9 +13,11 @@ from typing import Literal
 from .errors import InvalidParameterError
 from .files import FamilyFiles
 from .guard import require_harmless
-from .llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights
+from .llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights, system_info
 from .machine import this_machine
+from .params import OVERLAPS, Overlap
 from .plan import Planner
+from .remembered import states
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,8 @@ MAX_PARALLEL = 256
 """Sequences that llama.cpp can tell apart."""
 _AUTO_PARALLEL = 16, 32
 """Sequences decoded at once where nobody says how many: on a CPU, and on a GPU."""
+_THREAD_SAFE = ("CUDA", "ROCm", "MTL")
+"""Names of devices, as they begin."""
 _CELLS_PER_SEQUENCE = 1024
 """Positions of the shared KV cache for each sequence; one that grows beyond takes what others leave."""
 
@@ -80,7 +85,9 @@ def place(
 class Members:
     """Models and contexts of `files`, loaded.
 
-    models: each file once, the large model's first. backends: role -> its context. interrupt: stops them all.
+    models: each file once, the large model's first. backends: role -> its context. lanes: roles by what computes them,
+    a GPU for one at a time, and the CPU, whose cores the others share. key: what their speed depends on. interrupt:
+    stops them all.
     n_ctx, n_threads, type_k, type_v: as in FusedLlama. Raises LoadError, OutOfMemoryError or InvalidParameterError.
     """
 
@@ -95,6 +102,8 @@ class Members:
         type_v: str | None,
     ) -> None:
         self.interrupt = Interrupt()
+        on_host = tuple(name for name in files.models if name not in placement.on_gpu)
+        self.lanes = (*((name,) for name in files.models if name in placement.on_gpu), *([on_host] if on_host else []))
         self.backends: dict[str, LlamaBackend] = {}
         loaded: dict[Path, Model] = {}
         with ExitStack() as stack:
@@ -120,11 +129,31 @@ class Members:
                 )
                 stack.callback(self.backends[name].close)
             self.models = tuple(loaded.values())
+            self.key = _key(files, placement, n_threads, type_k, type_v)
             self._closing = stack.pop_all()
 
     def close(self) -> None:
         """Free contexts and weights. Calling it twice is no error."""
         self._closing.close()
+
+
+def ways_to_overlap() -> tuple[Overlap, ...]:
+    """Ways to overlap that are safe to try here. llama.cpp tests contexts in several threads on these backends; of
+    others, crashes are reported."""
+    return OVERLAPS if all(gpu.name.startswith(_THREAD_SAFE) for gpu in gpus()) else ("off", "queue")
+
+
+def _key(files: FamilyFiles, placement: Placement, n_threads: int, type_k: str | None, type_v: str | None) -> str:
+    paths = {path: None for info in files.models.values() for path in info.shards}
+    paths |= {path: None for pairs in files.loras.values() for path, _ in pairs}
+    facts = [
+        system_info(),
+        [[gpu.name, gpu.description, gpu.total_bytes] for gpu in gpus()],
+        [[str(path.resolve()), *state] for path, state in zip(paths, states(list(paths)), strict=True)],
+        [[name, placement.layers[name], placement.splits[name]] for name in files.models],
+        [placement.n_seq_max, n_threads, type_k, type_v],
+    ]
+    return json.dumps(facts)
 
 
 def _n_seq_max(n_parallel: int | Literal["auto"], *, is_on_gpu: bool) -> int:

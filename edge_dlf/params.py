@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -129,6 +130,11 @@ class Picked:
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
+
+Overlap: TypeAlias = Literal["off", "queue", "threads"]
+"""How members that have devices of their own are decoded: each once the one before is done, or handed over one after
+the other without waiting for any, or handed over by a thread each."""
+OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 
 MAX_DRAFT = 8
 """Most tokens that are drafted at once."""

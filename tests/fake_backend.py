@@ -86,6 +86,9 @@ class FakeBackend:
         """Positions in use, each that several sequences share counted once."""
         return len({id(cell) for cells in self._cells.values() for cell in cells})
 
+    def wait(self) -> None:
+        """What `decode` began is done."""
+
     def logits(self) -> Logits:
         assert self._rows is not None, "no rows: the last call failed, or none was made"
         return self._rows

@@ -210,7 +210,7 @@ class TestOptions:
         settings = "--method static --search exact --alpha math=0.5 --max-tokens 9 --temperature 0 --top-k 0 --top-p 1"
         more = "--min-p 0 --repeat-penalty 1.1 --seed 0 --stop END --stop ."
         loading = "--ctx-size 99 --gpu-layers large=20,base=-1 --threads 3 --cache-type-k q8_0 --cache-type-v f16"
-        loading += " --main-gpu base=1 --tensor-split 3,1"
+        loading += " --main-gpu base=1 --tensor-split 3,1 --overlap threads"
         result = run(llm, "generate", *FILES, *f"{settings} {more} {loading}".split(), "Hi")
         assert result.exit_code == 0, result.stderr
         assert llm.requests[0][1] == {
@@ -232,6 +232,7 @@ class TestOptions:
             "n_gpu_layers": {"large": 20, "base": -1},
             "main_gpu": {"base": 1},
             "tensor_split": [3.0, 1.0],
+            "overlap": "threads",
             "n_threads": 3,
             "type_k": "q8_0",
             "type_v": "f16",

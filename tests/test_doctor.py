@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from edge_dlf import doctor, guard, llama, remember
+from edge_dlf import doctor, guard, llama, remembered
 from edge_dlf.cli import main
 from edge_dlf.guard import Verdict
 from edge_dlf.machine import GPU, Machine
@@ -22,7 +22,7 @@ from .tiny import tiny_model
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_DLF_MODELS", str(tmp_path / "models"))
     monkeypatch.delenv("EDGE_DLF_FAMILY", raising=False)
-    monkeypatch.setattr(remember.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
     monkeypatch.setattr(guard, "_run", lambda *_: Verdict(True, tps=12.0))
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_dlf import FusedLlama, ModelFileError, guard, remember
+from edge_dlf import FusedLlama, ModelFileError, guard, remembered
 from edge_dlf.gguf import read_info
 from edge_dlf.guard import Verdict, attempt, require_harmless, verdict
 
@@ -17,7 +17,7 @@ from .tiny import tiny_lora, tiny_model
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(remember.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
     return tmp_path / "cache" / "verdicts.json"
 
 

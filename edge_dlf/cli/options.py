@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from ..errors import InvalidParameterError
-from ..params import SEARCHES
+from ..params import OVERLAPS, SEARCHES
 from .settings import DEFAULTS, check, parse, parse_numbers, show
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ _LOADING = {
     "cache_type_k": "type_k",
     "cache_type_v": "type_v",
     "parallel": "n_parallel",
+    "overlap": "overlap",
 }
 _WAYS = ("positional_family", "family", "large", "base", "expert")
 
@@ -254,7 +255,14 @@ _PLACING: Sequence[Decorator] = (
     click.option("--cache-type-k", help="Type of the KV cache's keys, such as q8_0 [f16]."),
     click.option("--cache-type-v", help="Type of the KV cache's values [f16]."),
 )
-_THREADS: Decorator = click.option("--threads", type=click.IntRange(min=1), help="CPU threads [the physical cores].")
+_COMPUTING: Sequence[Decorator] = (
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads [the physical cores]."),
+    click.option(
+        "--overlap",
+        type=click.Choice(("auto", *OVERLAPS)),
+        help="Members on GPUs at the same time: auto (what is fastest, measured once), or how.",
+    ),
+)
 _FORM: Sequence[Decorator] = (
     click.option("--grammar", type=click.File(encoding="utf-8"), help="File of a GBNF grammar that answers keep to."),
     click.option("--json-schema", type=click.File("rb"), help="File of a JSON schema that answers are JSON of."),
@@ -276,14 +284,14 @@ def files_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that `Options.of` reads."""
-    for add in reversed((*_FAMILY, *_SETTINGS, *_PLACING, _THREADS)):
+    for add in reversed((*_FAMILY, *_SETTINGS, *_PLACING, *_COMPUTING)):
         command = add(command)
     return command
 
 
 def measuring_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that name a family and say how it is computed, but for the size of the context."""
-    for add in reversed((*_FAMILY, *_PLACING[1:], _THREADS)):
+    for add in reversed((*_FAMILY, *_PLACING[1:], *_COMPUTING)):
         command = add(command)
     return command
 

@@ -8,6 +8,7 @@ built with -fno-tree-dse -fno-dse. Nothing in a build tells which it is, so one 
 from __future__ import annotations
 
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import llama_cpp as lib
 
 from ..family import shipped_dir
-from ..remember import recall, remember
+from ..remembered import recall, remember, states
 
 _MODEL = Path("demo", "base-q8_0.gguf")
 _PATIENCE_S = 60.0
@@ -45,16 +46,15 @@ def amx_crashes() -> bool:
     info = lib.llama_print_system_info().decode()
     if "AMX_INT8 = 1" not in info:
         return False
-    folder = Path(lib.__file__).parent
-    stats = [path.stat() for path in sorted((folder / "lib").glob("*ggml-cpu*"))]
-    state = [info, *([stat.st_size, stat.st_mtime_ns] for stat in stats)]
-    found = recall("amx", str(folder), state)
+    libraries = sorted(Path(lib.__file__).parent.glob("lib/*ggml-cpu*"))
+    key = json.dumps([info, *map(str, libraries), states(libraries)])
+    found = recall("amx", key)
     if found is None:
         try:
             found = _try(shipped_dir() / _MODEL)
         except (OSError, subprocess.TimeoutExpired):
             return True
-        remember("amx", str(folder), state, found)
+        remember("amx", key, found)
     return bool(found != "right")
 
 

@@ -177,6 +177,9 @@ class LlamaBackend:
             raise DecodeError(f"{self.name}: llama_decode failed with code {code}")
         self._n_logits = n_logits
 
+    def wait(self) -> None:
+        lib.llama_synchronize(self._ctx)
+
     def logits(self) -> Logits:
         # Rows lie one after the other in batch order; asking for any of them waits for the GPU.
         row = lib.llama_get_logits_ith(self._ctx, -self._n_logits)

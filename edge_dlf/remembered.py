@@ -1,0 +1,45 @@
+"""What was once found out about this machine and its files, kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+
+def recall(name: str, key: str) -> Any:
+    """What the collection `name` has under `key`; None where it has nothing."""
+    return _read(name).get(key)
+
+
+def remember(name: str, key: str, value: Any) -> None:
+    """Add to the collection `name`; where the folder cannot be written it will be found out again, no more."""
+    path = _file(name)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({**_read(name), key: value}))
+        part.replace(path)
+
+
+def states(paths: Sequence[Path]) -> list[list[int]]:
+    """Size and time of each file: what was found out about it holds as long as they do."""
+    stats = [path.stat() for path in paths]
+    return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+
+
+def _file(name: str) -> Path:
+    return Path(platformdirs.user_cache_dir("edge-dlf", appauthor=False)) / f"{name}.json"
+
+
+def _read(name: str) -> dict[str, Any]:
+    try:
+        cache = json.loads(_file(name).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return cache if isinstance(cache, dict) else {}

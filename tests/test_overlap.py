@@ -1,0 +1,437 @@
+"""Members side by side: the same rows in every way, nobody at work once a call is over, and a choice by the clock."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_dlf import (
+    DecodeError,
+    FusedLlama,
+    FusionParams,
+    InvalidParameterError,
+    SamplingParams,
+    api,
+    members,
+    remembered,
+)
+from edge_dlf.backend import Run
+from edge_dlf.decode import Decoder
+from edge_dlf.ensemble import Ensemble
+from edge_dlf.family import FamilySpec
+from edge_dlf.files import check_files
+from edge_dlf.fusion import Fuser
+from edge_dlf.generation import Generation
+from edge_dlf.lanes import Lanes
+from edge_dlf.machine import GPU, Machine
+from edge_dlf.overlap import fastest, settle
+from edge_dlf.pace import FUSION
+from edge_dlf.params import OVERLAPS, Overlap
+from edge_dlf.scheduler import Scheduler
+
+from .fake_backend import FakeBackend
+
+N_VOCAB = 50
+NAMES = ("large", "base", "e0", "e1")
+PATIENCE_S = 20.0
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(remembered.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    return tmp_path / "cache" / "overlap.json"
+
+
+def family(overlap: Overlap, make: Callable[..., FakeBackend] = FakeBackend, **settings: Any) -> Ensemble:
+    """A family with a lane for each member but e0 and e1, which share one."""
+    backends = {name: make(seed, N_VOCAB, **settings) for seed, name in enumerate(NAMES)}
+    for backend in backends.values():
+        backend.common = 0.8
+    ensemble = Ensemble(backends, N_VOCAB, [("large",), ("base",), ("e0", "e1")])
+    ensemble.overlap = overlap
+    return ensemble
+
+
+def answers(ensemble: Ensemble, n: int, n_draft: int | None, n_tokens: int = 8) -> list[list[int]]:
+    """Greedy and sampled answers to `n` prompts at once."""
+    scheduler = Scheduler(Decoder(ensemble, Fuser(N_VOCAB), clock=lambda: 0.0))
+    fusion = FusionParams()
+    jobs = [
+        Generation(
+            ensemble.roles(fusion),
+            {name: [1 + k, 2, 3, 4 + k] for name in NAMES},
+            fusion,
+            SamplingParams(temperature=0.7 * (k % 2), seed=k),
+            n_draft=n_draft,
+        )
+        for k in range(n)
+    ]
+    for job in jobs:
+        scheduler.add(job)
+    while any(len(job.tokens) - job.n_prompt < n_tokens for job in jobs):
+        scheduler.step()
+    ensemble.close()
+    return [job.tokens[job.n_prompt :][:n_tokens] for job in jobs]
+
+
+@functools.cache
+def expected(n: int, n_draft: int | None) -> list[list[int]]:
+    return answers(family("off"), n, n_draft)
+
+
+@pytest.mark.parametrize(("n", "n_draft"), [(1, 0), (1, 4), (1, None), (4, 0)])
+def test_tokens_do_not_depend_on_the_way(n: int, n_draft: int | None) -> None:
+    runs = {way: (ensemble := family(way), answers(ensemble, n, n_draft)) for way in OVERLAPS}
+    plain, tokens = runs["off"]
+    for ensemble, same in runs.values():
+        assert same == tokens
+        for name in NAMES:
+            assert ensemble.members[name].calls == plain.members[name].calls  # type: ignore[attr-defined]
+
+
+class Meeting(FakeBackend):
+    """A member that goes on only once all lanes are at work; keeps the threads that it is used by."""
+
+    barrier: threading.Barrier | None = None
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.threads: list[int] = []
+        self.n_waits = 0
+
+    def decode(self, runs: Sequence[Run]) -> None:
+        self.threads.append(threading.get_ident())
+        if self.barrier and self.seed != 3:
+            self.barrier.wait(PATIENCE_S)
+        super().decode(runs)
+
+    def wait(self) -> None:
+        self.n_waits += 1
+
+
+def step(ensemble: Ensemble, token: int = 5) -> None:
+    ensemble.decode_all({name: [Run(0, [token], 1)] for name in NAMES})
+
+
+def test_threads_are_one_for_each_lane_and_run_at_the_same_time() -> None:
+    ensemble = family("threads", Meeting)
+    barrier = threading.Barrier(3)
+    for backend in ensemble.members.values():
+        backend.barrier = barrier  # type: ignore[attr-defined]
+    for token in range(4):
+        step(ensemble, token)
+    used = [set(ensemble.members[name].threads) for name in NAMES]  # type: ignore[attr-defined]
+    assert all(len(threads) == 1 for threads in used)
+    assert used[2] == used[3] == {threading.get_ident()}
+    assert len(used[0] | used[1] | used[2]) == 3
+    ensemble.close()
+
+
+@pytest.mark.parametrize(("way", "n_waits"), [("off", 1), ("queue", 0)])
+def test_other_ways_keep_to_one_thread_and_off_waits_for_each(way: Overlap, n_waits: int) -> None:
+    ensemble = family(way, Meeting)
+    step(ensemble)
+    for backend in ensemble.members.values():
+        assert isinstance(backend, Meeting)
+        assert backend.threads == [threading.get_ident()]
+        assert backend.n_waits == n_waits
+    assert ensemble.overlaps == (way != "off")
+
+
+def test_members_of_one_lane_do_not_overlap() -> None:
+    ensemble = Ensemble({name: Meeting(seed, N_VOCAB) for seed, name in enumerate(NAMES)}, N_VOCAB)
+    ensemble.overlap = "threads"
+    step(ensemble)
+    assert not ensemble.overlaps
+    assert {thread for b in ensemble.members.values() for thread in b.threads} == {threading.get_ident()}  # type: ignore[attr-defined]
+
+
+class Failing(FakeBackend):
+    """A member whose next `decode` fails once, before its cache has changed."""
+
+    error: BaseException | None = None
+
+    def decode(self, runs: Sequence[Run]) -> None:
+        error, self.error = self.error, None
+        if error:
+            raise error
+        super().decode(runs)
+
+
+@pytest.mark.parametrize("way", OVERLAPS)
+@pytest.mark.parametrize("failing", [("large",), ("e1",), ("base", "e0"), NAMES])
+def test_an_error_of_a_member_is_raised_and_the_next_answer_is_right(way: Overlap, failing: tuple[str, ...]) -> None:
+    ensemble = family(way, Failing)
+    for name in failing:
+        ensemble.members[name].error = DecodeError(name)  # type: ignore[attr-defined]
+    with pytest.raises(DecodeError) as caught:
+        answers(ensemble, 1, 0)
+    assert str(caught.value) in failing
+    for backend in ensemble.members.values():
+        backend.error = None  # type: ignore[attr-defined]
+    assert answers(ensemble, 1, 0) == expected(1, 0)
+
+
+class Slow(FakeBackend):
+    """A member that works on while another one is interrupted."""
+
+    interrupted: threading.Event
+    is_done = False
+
+    def decode(self, runs: Sequence[Run]) -> None:
+        if self.seed == 3:
+            super().decode(runs)
+            self.interrupted.set()
+            raise KeyboardInterrupt
+        assert self.interrupted.wait(PATIENCE_S)
+        super().decode(runs)
+        self.is_done = True
+
+
+def test_ctrl_c_is_raised_once_nobody_is_at_work() -> None:
+    ensemble, event = family("threads", Slow), threading.Event()
+    for backend in ensemble.members.values():
+        backend.interrupted = event  # type: ignore[attr-defined]
+    ensemble.members["e0"] = FakeBackend(2, N_VOCAB)
+    with pytest.raises(KeyboardInterrupt):
+        step(ensemble)
+    assert ensemble.members["large"].is_done  # type: ignore[attr-defined]
+    assert ensemble.members["base"].is_done  # type: ignore[attr-defined]
+    ensemble.forget([0])
+    assert [ensemble.n_held(name, 0) for name in NAMES] == [0, 0, 0, 0]
+    ensemble.close()
+
+
+def test_a_second_ctrl_c_while_others_are_waited_for() -> None:
+    lanes, n_waits = Lanes(), []
+
+    class Future:
+        def result(self) -> None:
+            n_waits.append(1)
+            if len(n_waits) == 1:
+                raise KeyboardInterrupt
+
+    class Thread:
+        def submit(self, _: object) -> Future:
+            return Future()
+
+    def fail() -> None:
+        raise ValueError
+
+    lanes._threads.append(Thread())  # type: ignore[arg-type]
+    with pytest.raises(ValueError):  # noqa: PT011
+        lanes.run([lambda: None, fail])
+    assert len(n_waits) == 2
+
+
+@pytest.mark.parametrize("way", OVERLAPS)
+@pytest.mark.parametrize("fail_at", range(6))
+def test_an_interrupt_amid_drafts_leaves_nothing_behind(way: Overlap, fail_at: int) -> None:
+    ensemble = family(way)
+    ensemble.members["e1"].fail_at = fail_at  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        answers(ensemble, 1, 3)
+    assert answers(ensemble, 1, 3) == expected(1, 3)
+
+
+class Clock:
+    """Seconds that a step of each way takes, and nothing else."""
+
+    def __init__(self, **costs: float) -> None:
+        self.now, self.costs, self.n_steps = 0.0, costs, 0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def on_clock(**costs: float) -> tuple[Ensemble, Clock]:
+    ensemble, clock = family("queue"), Clock(**costs)
+    decode_all = ensemble.decode_all
+
+    def timed(runs: Mapping[str, Sequence[Run]]) -> None:
+        decode_all(runs)
+        clock.n_steps += 1
+        clock.now += clock.costs[ensemble.overlap]
+
+    ensemble.decode_all = timed  # type: ignore[method-assign]
+    return ensemble, clock
+
+
+@pytest.mark.parametrize(
+    ("costs", "best"),
+    [
+        ({"off": 0.010, "queue": 0.008, "threads": 0.006}, "threads"),
+        ({"off": 0.010, "queue": 0.006, "threads": 0.008}, "queue"),
+        ({"off": 0.006, "queue": 0.010, "threads": 0.008}, "off"),
+        ({"off": 0.010, "queue": 0.0099, "threads": 0.0098}, "off"),
+        ({"off": 0.010, "queue": 0.008, "threads": 0.0079}, "queue"),
+        ({"off": 0.05, "queue": 0.04, "threads": 0.05}, "queue"),
+    ],
+)
+def test_the_fastest_way_by_the_clock(costs: dict[str, float], best: str) -> None:
+    ensemble, clock = on_clock(**costs)
+    assert fastest(ensemble, clock=clock) == best
+    assert clock.now < 1.0
+    assert ensemble.n_free() == ensemble.members["large"].n_cells
+    ensemble.close()
+
+
+def test_only_ways_that_are_allowed_are_tried() -> None:
+    ensemble, clock = on_clock(off=0.02, queue=0.01)
+    assert fastest(ensemble, ("off", "queue"), clock) == "queue"
+
+
+def test_where_a_second_does_not_suffice_nothing_is_chosen(cache: Path) -> None:
+    ensemble, clock = on_clock(off=0.3, queue=0.3, threads=0.1)
+    settle(ensemble, "key", clock=clock)
+    assert ensemble.overlap == "queue"
+    assert clock.n_steps == 3
+    assert not cache.exists()
+    ensemble.close()
+
+
+def test_it_is_measured_once(cache: Path) -> None:
+    costs = {"off": 0.01, "queue": 0.02, "threads": 0.02}
+    for key, n_steps in (("a", 27), ("a", 0), ("b", 27)):
+        ensemble, clock = on_clock(**costs)
+        settle(ensemble, key, clock=clock)
+        assert (ensemble.overlap, clock.n_steps) == ("off", n_steps)
+        ensemble.close()
+    assert json.loads(cache.read_bytes()) == {"a": "off", "b": "off"}
+    cache.write_text('{"a": "sideways"}')
+    ensemble, clock = on_clock(**costs)
+    settle(ensemble, "a", clock=clock)
+    assert clock.n_steps == 27
+    settle(ensemble, "a", ("queue", "threads"), clock=clock)  # what was remembered is not allowed now
+    assert ensemble.overlap == "queue"
+    ensemble.close()
+
+
+def test_what_members_that_overlap_cost_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ensemble = family("queue")
+    clock = Clock(queue=0.0)
+    for name, n_bytes in zip(NAMES, (6000, 2000, 1000, 1000), strict=True):
+        ensemble.members[name].n_bytes = n_bytes
+    decoder = Decoder(ensemble, Fuser(N_VOCAB), clock)
+    fusion = FusionParams()
+    prompts = {name: [1, 2, 3] for name in NAMES}
+    generation = Generation(ensemble.roles(fusion), prompts, fusion, SamplingParams(temperature=0.0), n_draft=2)
+    decoder.begin(generation)
+    decoder.step([generation])
+    decode_all, noted = ensemble.decode_all, {}
+
+    def timed(runs: Mapping[str, Sequence[Run]]) -> None:
+        decode_all(runs)
+        clock.now += 0.09
+
+    ensemble.decode_all = timed  # type: ignore[method-assign]
+    monkeypatch.setattr(decoder.pace, "timed", lambda name, n, seconds: noted.update({(name, n): seconds}))
+    decoder.step([generation])
+    assert noted.pop((FUSION, 3)) == pytest.approx(0.0)
+    shares = {name: seconds for (name, n), seconds in noted.items() if n == 3}
+    assert sum(shares.values()) == pytest.approx(0.09)
+    assert shares["large"] == pytest.approx(3 * shares["base"]) == pytest.approx(0.06)
+
+
+def test_what_the_choice_depends_on(tiny: Path) -> None:
+    files = check_files(FamilySpec.load(tiny))
+    placement = members.Placement(1, 512, dict.fromkeys(files.models, -1), dict.fromkeys(files.models, ()))
+    key = members._key(files, placement, 2, None, None)
+    others = [
+        members._key(files, dataclasses.replace(placement, n_seq_max=2), 2, None, None),
+        members._key(files, dataclasses.replace(placement, layers=dict.fromkeys(files.models, 1)), 2, None, None),
+        members._key(files, placement, 1, None, None),
+        members._key(files, placement, 2, "q8_0", None),
+    ]
+    (tiny / "large.gguf").touch()
+    others.append(members._key(files, placement, 2, None, None))
+    assert len({key, *others}) == 6
+    assert str(tiny / "lora.gguf") in key
+
+
+@pytest.fixture
+def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every member but `tuned` is taken to be on a GPU of its own."""
+    place = members.place
+
+    def placed(*arguments: Any, **settings: Any) -> members.Placement:
+        return dataclasses.replace(place(*arguments, **settings), on_gpu=frozenset({"large", "base", "lora"}))
+
+    monkeypatch.setattr(api, "place", placed)
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+@pytest.mark.parametrize("draft", ["off", 3])
+def test_llama_cpp_gives_the_same_tokens_in_every_way(tiny: Path, draft: Any) -> None:
+    found = []
+    for overlap in OVERLAPS:
+        with FusedLlama.from_family(tiny, n_ctx=256, n_threads=1, n_parallel=4, overlap=overlap) as llm:
+            assert llm._ensemble.lanes == (("large",), ("base",), ("lora",), ("tuned",))
+            single = [token.id for token in llm.stream("Once upon a time", max_tokens=24, draft=draft)]
+            rows = [{"id": n, "prompt": f"Row {n}: once", "max_tokens": 8} for n in range(6)]
+            batch = {r["custom_id"]: r["response"]["body"]["choices"][0]["text"] for r in llm.batch(rows, raw=True)}
+        found.append((single, batch))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+def test_auto_is_chosen_at_load_and_remembered(tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_dlf.overlap.fastest", lambda *_: "threads")
+    with FusedLlama.from_family(tiny, n_ctx=256, n_threads=1) as llm:
+        assert llm._ensemble.overlap == "threads"
+    monkeypatch.setattr("edge_dlf.overlap.fastest", pytest.fail)
+    with FusedLlama.from_family(tiny, n_ctx=256, n_threads=1) as llm:
+        assert llm._ensemble.overlap == "threads"
+        assert len(list(llm.stream("a", max_tokens=4))) == 4
+    assert list(json.loads(cache.read_bytes()).values()) == ["threads"]
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+def test_a_family_measures_itself(tiny: Path, cache: Path) -> None:
+    with FusedLlama.from_family(tiny, n_ctx=64, n_threads=1, n_parallel=3) as llm:
+        assert llm._ensemble.overlap in OVERLAPS
+        assert llm._ensemble.n_used("large") == 0
+        assert len(list(llm.stream("a", max_tokens=4))) == 4
+    assert cache.exists()
+
+
+def test_on_the_cpu_nothing_is_measured(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "gpus", lambda: [])
+    monkeypatch.setattr(api, "settle", pytest.fail)
+    with FusedLlama.from_family(tiny, n_ctx=64, n_threads=1) as llm:
+        assert llm._ensemble.lanes == (("large", "base", "lora", "tuned"),)
+
+
+def test_members_that_have_a_lane_of_their_own(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = (GPU("CUDA0", "a GPU", 10**10, 10**10),)
+    monkeypatch.setattr(members, "this_machine", lambda _: Machine(10**10, gpus=gpus))
+    with FusedLlama.from_family(tiny, n_ctx=64, n_threads=1, n_gpu_layers={"base": 1}, overlap="off") as llm:
+        assert llm._ensemble.lanes == (("large",), ("tuned",), ("base", "lora"))
+
+
+@pytest.mark.parametrize(
+    ("names", "ways"),
+    [
+        (("CUDA0", "CUDA1"), OVERLAPS),
+        (("MTL0",), OVERLAPS),
+        (("Vulkan0",), ("off", "queue")),
+        (("CUDA0", "SYCL0"), ("off", "queue")),
+    ],
+)
+def test_threads_are_tried_only_where_they_are_safe(
+    names: tuple[str, ...], ways: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(members, "gpus", lambda: [GPU(name, "a GPU", 1, 1) for name in names])
+    assert members.ways_to_overlap() == ways
+
+
+def test_a_way_that_does_not_exist(tiny: Path) -> None:
+    with pytest.raises(InvalidParameterError, match="overlap must be auto, off, queue, threads, not 'always'"):
+        FusedLlama.from_family(tiny, overlap="always")
