@@ -53,7 +53,8 @@ class FusedLlama:
     experts have the base's layers). Members that a GPU cannot hold are split by what memory it has, small ones first.
     main_gpu: the one GPU to be on, of several; a number, or a mapping as before. tensor_split: the share of its layers
     that each GPU gets of every other member; None gives each member one GPU where that suffices.
-    n_threads: None takes the physical cores. type_k, type_v: types of the KV cache, such as "f16" (default) or "q8_0".
+    n_threads: None takes the physical cores, or fewer for a member of a few megabytes. type_k, type_v: types of the KV
+    cache, such as "f16" (default) or "q8_0".
     overlap: how members that are wholly on GPUs are decoded beside the others: "off" waits for each before the next,
     "queue" hands all over from one thread, "threads" from a thread each; "auto" measures once what is fastest here, and
     remembers it. Members on the CPU are decoded in turn.
@@ -119,7 +120,6 @@ class FusedLlama:
     ) -> None:
         if overlap not in ("auto", *OVERLAPS):
             raise InvalidParameterError(f"overlap must be auto, {', '.join(OVERLAPS)}, not {overlap!r}")
-        n_threads = n_threads or default_n_threads()
         files = check_files(spec)
         n_ctx = n_ctx or min(_MAX_OWN_CTX, files.n_ctx_train or _MAX_OWN_CTX)
         self.name = spec.name
@@ -136,7 +136,7 @@ class FusedLlama:
         )
         # Importing numba and loading kernels takes as long as mapping the models: both at once.
         background = ThreadPoolExecutor(1)
-        fuser = background.submit(_ready_fuser, files.n_vocab, n_threads)
+        fuser = background.submit(_ready_fuser, files.n_vocab, n_threads or default_n_threads())
         background.shutdown(wait=False)
         self._members = Members(files, placement, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
         try:

@@ -62,10 +62,9 @@ class Decoder:
 
     def n_due(self, generation: Generation) -> int:
         """The most tokens that a member has to evaluate before the next pick."""
-        return max(self._n_due(generation, name) for name in generation.roles.members)
-
-    def _n_due(self, generation: Generation, name: str) -> int:
-        return generation.n_text(name) - self.ensemble.n_held(name, generation.seq)
+        n_held, seq, prompts = self.ensemble.n_held, generation.seq, generation.prompts
+        n_picked = len(generation.tokens) - generation.n_prompt
+        return n_picked + max([len(prompts[name]) - n_held(name, seq) for name in generation.roles.members])
 
     def step(self, generations: Sequence[Generation], n_prefill: int | None = None) -> list[Outcome]:
         """Evaluate what is due and pick what follows. Of each generation: no pick while its prompt is evaluated in

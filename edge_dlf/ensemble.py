@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import compress, count
+from operator import ne
 
 from .backend import Backend, Logits, Run
 from .errors import InvalidParameterError
@@ -21,7 +23,7 @@ class Roles:
     base: str | None = None
     experts: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def members(self) -> tuple[str, ...]:
         return (self.primary, *([self.base] if self.base else []), *self.experts)
 
@@ -118,21 +120,19 @@ class Ensemble:
         """Make `seq` of the member `name` hold the longest known prefix of `tokens`, at most all but the last: its own,
         or one shared with another sequence. Returns the prefix's length."""
         self._settle(name)
-        account = self._accounts[name]
         own = min(self.n_common(name, seq, tokens), len(tokens) - 1)
         if not self.members[name].can_trim:
             kept = own if own == self.n_held(name, seq) else 0
             self.shorten(name, seq, kept)
             return kept
-        others = {other: self.n_common(name, other, tokens) for other in account.tokens if other != seq}
-        best = max(others, key=others.__getitem__, default=seq)
-        shared = min(others.get(best, 0), len(tokens) - 1)
+        best, n_known = self._best_known(name, tokens)
+        shared = min(n_known, len(tokens) - 1)
         if shared <= own:
             self.shorten(name, seq, own)
             return own
         self.shorten(name, seq, 0)
         self.members[name].copy(best, seq, shared)
-        account.copy(best, seq, shared)
+        self._accounts[name].copy(best, seq, shared)
         return shared
 
     def decode(self, name: str, runs: Sequence[Run]) -> None:
@@ -186,7 +186,17 @@ class Ensemble:
 
     def n_known(self, name: str, tokens: Sequence[int]) -> int:
         """Length of the longest prefix of `tokens` that any sequence of the member `name` holds."""
-        return max((self.n_common(name, seq, tokens) for seq in self._accounts[name].tokens), default=0)
+        return self._best_known(name, tokens)[1]
+
+    def _best_known(self, name: str, tokens: Sequence[int]) -> tuple[int, int]:
+        """The sequence of the member `name` that holds the longest prefix of `tokens`, and the prefix's length."""
+        best, n_best = 0, 0
+        for seq, held in self._accounts[name].tokens.items():
+            if n_best < min(len(held), len(tokens)) and held[n_best] == tokens[n_best]:
+                n_common = common_prefix(held, tokens)
+                if n_common > n_best:
+                    best, n_best = seq, n_common
+        return best, n_best
 
     def n_used(self, name: str) -> int:
         """Positions that the member `name` holds, those that sequences share counted once."""
@@ -227,5 +237,4 @@ class Ensemble:
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix."""
-    length = min(len(a), len(b))
-    return next((i for i in range(length) if a[i] != b[i]), length)
+    return next(compress(count(), map(ne, a, b)), min(len(a), len(b)))

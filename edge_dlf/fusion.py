@@ -234,9 +234,7 @@ class Fuser:
         bias_tokens, biases, n_biases = [], [], 0
         for k, draw in enumerate(draws):
             x = draw.sampling
-            tokens, (own, values) = _NOBODY, _biases(draw, self.n_vocab)
-            if x.repeat_penalty != 1.0 or x.frequency_penalty or x.presence_penalty:
-                tokens = draw.recent
+            tokens, (own, values) = draw.recent if x.penalises else _NOBODY, _biases(draw, self.n_vocab)
             records[k] = (
                 x.temperature, x.top_p, x.min_p, x.repeat_penalty, x.frequency_penalty, x.presence_penalty,
                 draw.plausibility,

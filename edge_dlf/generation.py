@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from .constraint import Constraint
 from .ensemble import Roles
 from .errors import EdgeDLFError
 from .params import MAX_DRAFT, N_CANDIDATES, Draw, FusionParams, SamplingParams, Trace
+
+_NO_TOKENS = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,13 @@ class Pick:
 class Generation:
     """One sequence while it is decoded.
 
-    prompts: tokens for each of `members`. tokens: the primary member's prompt and all picks so far; penalties look back
-    over them, and their number is the position that keys the draw. seq: its number in every member's cache. n_top: how
-    many `top_logprobs` each pick carries. traced: whether it carries a `trace` too. n_draft: tokens to draft at each
-    step, None for what gives the most tokens a second. n_most: picks that may still come. strength: each expert's
-    weight of late. n_prefilled: tokens that had to be evaluated before picks could go on. n_drafted, n_accepted:
-    drafted tokens, and those that were kept. constraint: what the picks must make up. scored: the tokens that picks are
-    to be, which are given rather than chosen.
+    prompts: tokens for each of `members`. n_prompt: those of the primary member. tokens: its prompt and all picks so
+    far; penalties look back over them, and their number is the position that keys the draw. seq: its number in every
+    member's cache. n_top: how many `top_logprobs` each pick carries. traced: whether it carries a `trace` too. n_draft:
+    tokens to draft at each step, None for what gives the most tokens a second. n_most: picks that may still come.
+    strength: each expert's weight of late. n_prefilled: tokens that had to be evaluated before picks could go on.
+    n_drafted, n_accepted: drafted tokens, and those that were kept. constraint: what the picks must make up. scored:
+    the tokens that picks are to be, which are given rather than chosen.
     """
 
     roles: Roles
@@ -57,6 +60,7 @@ class Generation:
     n_draft: int | None = 0
     n_most: int = MAX_DRAFT + 1
     constraint: Constraint | None = None
+    n_prompt: int = field(init=False)
     tokens: list[int] = field(init=False)
     strength: dict[str, float] = field(default_factory=dict)
     n_prefilled: int = 0
@@ -68,11 +72,7 @@ class Generation:
         seed = self.sampling.seed
         self.seed = secrets.randbits(64) if seed is None else seed
         self.tokens = list(self.prompts[self.roles.primary])
-
-    @property
-    def n_prompt(self) -> int:
-        """Tokens of the primary member's prompt."""
-        return len(self.prompts[self.roles.primary])
+        self.n_prompt = len(self.tokens)
 
     def n_text(self, name: str) -> int:
         """Tokens of the prompt of the member `name` and of all picks."""
@@ -94,13 +94,17 @@ class Generation:
 
     def draw(self, guesses: Sequence[int] = ()) -> Draw:
         """What choosing the next token needs, were the text followed by `guesses`."""
-        window = self.sampling.repeat_last_n
-        start = 0 if window < 0 else max(0, len(self.tokens) + len(guesses) - window)
-        recent = np.array([*self.tokens[start:], *guesses[max(0, start - len(self.tokens)) :]], np.int32)
+        recent = self._recent(guesses) if self.sampling.penalises else _NO_TOKENS
         n_top = max(self.n_top, N_CANDIDATES) if self.traced else self.n_top
         position = len(self.tokens) + len(guesses)
         scored = self.scored[position - self.n_prompt] if self.scored else None
         return Draw(self.sampling, self.seed, position, recent, n_top, scored, self.fusion.plausibility)
+
+    def _recent(self, guesses: Sequence[int]) -> npt.NDArray[np.int32]:
+        """The tokens that penalties look back over, were the text followed by `guesses`."""
+        window = self.sampling.repeat_last_n
+        start = 0 if window < 0 else max(0, len(self.tokens) + len(guesses) - window)
+        return np.array([*self.tokens[start:], *guesses[max(0, start - len(self.tokens)) :]], np.int32)
 
     def unscored(self) -> tuple[int, ...]:
         """What is left of `scored`."""

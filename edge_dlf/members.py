@@ -97,7 +97,7 @@ class Members:
         placement: Placement,
         *,
         n_ctx: int,
-        n_threads: int,
+        n_threads: int | None,
         type_k: str | None,
         type_v: str | None,
     ) -> None:
@@ -143,7 +143,7 @@ def ways_to_overlap() -> tuple[Overlap, ...]:
     return OVERLAPS if all(gpu.name.startswith(_THREAD_SAFE) for gpu in gpus()) else ("off", "queue")
 
 
-def _key(files: FamilyFiles, placement: Placement, n_threads: int, type_k: str | None, type_v: str | None) -> str:
+def _key(files: FamilyFiles, placement: Placement, n_threads: int | None, type_k: str | None, type_v: str | None) -> str:
     paths = {path: None for info in files.models.values() for path in info.shards}
     paths |= {path: None for pairs in files.loras.values() for path, _ in pairs}
     facts = [

@@ -101,14 +101,20 @@ class SamplingParams:
             f"seed must be an integer from 0 to 2**64 - 1, not {self.seed!r}",
         )
 
+    @property
+    def penalises(self) -> bool:
+        """Whether a token's chance depends on the tokens before it."""
+        return self.repeat_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
 
 @dataclass(frozen=True)
 class Draw:
     """What choosing a token from one fused row needs.
 
     position: number of tokens before it, which with `seed` keys the noise. recent: the tokens that penalties look back
-    over, (N,) int32. n_top: how many likely tokens to list. scored: a token that is given rather than to be chosen.
-    plausibility: as in FusionParams. banned: tokens that cannot be chosen, ascending; None for none.
+    over, (N,) int32; none are needed where there are no penalties. n_top: how many likely tokens to list. scored: a
+    token that is given rather than to be chosen. plausibility: as in FusionParams. banned: tokens that cannot be
+    chosen, ascending; None for none.
     """
 
     sampling: SamplingParams

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 
 from .decode import Decoder
-from .ensemble import common_prefix
 from .generation import Generation, Outcome
 from .params import MAX_DRAFT
 
@@ -97,11 +96,11 @@ class Scheduler:
         """Whether another generation is about to evaluate a prefix that this one can share then."""
         name = generation.roles.primary
         text = generation.whole_text(name)
-        n_known = self._ensemble.n_known(name, text) + WORTH_WAITING
-        return any(
-            common_prefix(active.prompts.get(name, ()), text) >= n_known
+        n_shared = self._ensemble.n_known(name, text) + WORTH_WAITING
+        begun = text[:n_shared]
+        return len(begun) == n_shared and any(
+            [*active.prompts.get(name, ())[:n_shared]] == begun and self.decoder.n_due(active) > 1
             for active in self._active
-            if self.decoder.n_due(active) > 1
         )
 
     def _has_room(self, generation: Generation) -> bool:

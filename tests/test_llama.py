@@ -50,6 +50,20 @@ def fresh(model: Model, tokens: list[int], **settings: object) -> np.ndarray:
     return row
 
 
+def test_small_members_take_few_threads_unless_told(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_dlf.llama.context.default_n_threads", lambda: 8)
+    for n_bytes, given, n_threads in (
+        (base.n_bytes, None, 1),
+        (base.n_bytes, 3, 3),
+        (13 * 2**20, None, 3),
+        (10**9, None, 8),
+    ):
+        monkeypatch.setattr(base, "n_bytes", n_bytes)
+        member = backend(base, n_threads=given)
+        assert lib.llama_n_threads(member._ctx) == lib.llama_n_threads_batch(member._ctx) == n_threads
+        member.close()
+
+
 def test_rows_are_read_in_place(base: Model) -> None:
     member = backend(base)
     feed(member, 0, TEXT)

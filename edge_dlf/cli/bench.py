@@ -42,7 +42,7 @@ def bench(ctx: click.Context, /, json: bool, **values: Any) -> None:
     from ..files import check_files
     from ..llama import default_n_threads
 
-    n_threads = options.loading.setdefault("n_threads", default_n_threads())
+    n_threads = options.loading.get("n_threads") or default_n_threads()
     options.loading.update(n_ctx=N_CTX, n_parallel=max(PARALLEL))
     cache_types = options.loading.get("type_k"), options.loading.get("type_v")
     files = check_files(options.spec)

@@ -36,6 +36,8 @@ CACHE_TYPES: Mapping[str, int] = {
 """Types of a KV cache: ggml's number."""
 
 _MAX_POSITIONS = 2**31 - 1
+_BYTES_PER_THREAD = 4 * 2**20
+"""Weights for which a thread is worth waiting for: those of less are multiplied sooner than threads meet."""
 
 
 class LlamaBackend:
@@ -87,7 +89,8 @@ class LlamaBackend:
         params.kv_unified = True
         params.n_seq_max = n_seq_max
         params.n_outputs_max = self._n_rows
-        params.n_threads = params.n_threads_batch = n_threads or default_n_threads()
+        n_threads = n_threads or min(default_n_threads(), max(1, model.n_bytes // _BYTES_PER_THREAD))
+        params.n_threads = params.n_threads_batch = n_threads
         # On wherever the device that holds a layer can; forced, it would run beside it, on the CPU.
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_AUTO
         params.offload_kqv = params.op_offload = True
@@ -139,10 +142,9 @@ class LlamaBackend:
             raise InvalidParameterError(
                 f"{self.name}: {n_tokens} tokens and {n_rows} rows in a batch, {N_BATCH} and {self._n_rows} reserved"
             )
-        start = 0
         for run in runs:
             self._require_room(run.seq, len(run.tokens))
-            start = self._fill(start, run)
+        self._fill(runs, n_tokens)
         self._run(n_tokens, n_rows)
         for run in runs:
             self._n_past[run.seq] += len(run.tokens)
@@ -153,14 +155,21 @@ class LlamaBackend:
                 f"{self.name}: {self._n_past[seq]} tokens and {n_tokens} more exceed its context of {self.n_ctx}"
             )
 
-    def _fill(self, start: int, run: Run) -> int:
-        stop, n_past = start + len(run.tokens), self._n_past[run.seq]
-        self._token[start:stop] = run.tokens
-        self._pos[start:stop] = range(n_past, n_past + len(run.tokens))
-        self._seq_id[start:stop] = run.seq
-        self._wanted[start:stop] = 0
-        self._wanted[stop - run.n_rows : stop] = 1
-        return stop
+    def _fill(self, runs: Sequence[Run], n_tokens: int) -> None:
+        tokens: list[int] = []
+        positions: list[int] = []
+        seqs: list[int] = []
+        wanted: list[int] = []
+        for seq, added, n_rows in runs:
+            n_past, n = self._n_past[seq], len(added)
+            tokens += added
+            positions += range(n_past, n_past + n)
+            seqs += [seq] * n
+            wanted += [0] * (n - n_rows) + [1] * n_rows
+        self._token[:n_tokens] = tokens
+        self._pos[:n_tokens] = positions
+        self._seq_id[:n_tokens] = seqs
+        self._wanted[:n_tokens] = wanted
 
     def _run(self, n_tokens: int, n_logits: int) -> None:
         self._interrupt.check()
