@@ -168,7 +168,7 @@ class _Service:
         try:
             loop = asyncio.get_running_loop()
             choices = await loop.run_in_executor(self.preparing, call.prepare, self.llm, self.rules.settings)
-            ticket.start([choice.answer for choice in choices])
+            ticket.start([choice.answer for choice in choices], self.rules.timeout_s)
             if call.stream:
                 return _Events(self._stream(call, choices, ticket), ticket)
             await self._gather(request, choices, ticket)
@@ -189,9 +189,10 @@ class _Service:
         watched = anyio.CancelScope()
         watcher = asyncio.ensure_future(end_with_the_client())
         try:
-            with anyio.fail_after(self.rules.timeout_s), watched:
-                async for event in ticket:
-                    choices[event.index].tokens.extend(event.tokens)
+            with watched:
+                async for events in ticket:
+                    for event in events:
+                        choices[event.index].tokens.extend(event.tokens)
         finally:
             watcher.cancel()
         if watched.cancelled_caught:
@@ -202,15 +203,13 @@ class _Service:
         try:
             for choice in choices:
                 yield _sent(opening(call, choice))
-            deadline = anyio.current_time() + self.rules.timeout_s
-            events = aiter(ticket)
-            while True:
-                with anyio.fail_after(max(0.0, deadline - anyio.current_time())):
-                    event = await anext(events, None)
-                if event is None:
-                    break
-                made = chunks(call, choices[event.index], event.tokens)
-                yield _sent([*made, closing(call, choices[event.index])] if event.is_last else made)
+            async for events in ticket:
+                made = []
+                for event in events:
+                    made += chunks(call, choices[event.index], event.tokens)
+                    if event.is_last:
+                        made.append(closing(call, choices[event.index]))
+                yield _sent(made)
             if call.include_usage:
                 yield _sent([total(call, choices)])
             yield b"data: [DONE]\n\n"

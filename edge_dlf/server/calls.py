@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class HTTPError(Exception):
@@ -180,7 +181,7 @@ def traced(token: Token) -> Dict:
 
 def encode(value: Any) -> bytes:
     """JSON, in UTF-8; half a surrogate pair becomes a question mark."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _JSON.encode(value).encode("utf-8", "replace")
 
 
 def _common(call: Call) -> Dict:

@@ -49,36 +49,46 @@ class Event:
     index: int
     tokens: Sequence[Token] = ()
     is_last: bool = False
-    error: EdgeDLFError | None = None
+    error: EdgeDLFError | TimeoutError | None = None
 
 
 @dataclass(eq=False)
 class Ticket:
-    """The answers of one request on their way, for the event loop: iterating gives their events."""
+    """The answers of one request on their way, for the event loop: iterating gives their events, those at once that
+    have come meanwhile. timer: what ends them when they take too long."""
 
     engine: Engine
     n_places: int
     answers: Sequence[Answer] = ()
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     begun_at: float = field(default_factory=time.perf_counter)
+    timer: asyncio.TimerHandle | None = None
 
-    def start(self, answers: Sequence[Answer]) -> None:
-        """Let the answers join the line."""
+    def start(self, answers: Sequence[Answer], timeout_s: float) -> None:
+        """Let the answers join the line. timeout_s: time that they may take."""
         self.answers = answers
+        expired = Event(0, error=TimeoutError())
+        self.timer = asyncio.get_running_loop().call_later(timeout_s, self.events.put_nowait, expired)
         self.engine.command(lambda: self.engine.begin(self))
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        """Events until every answer has ended. Raises EdgeDLFError where one cannot go on."""
+    async def __aiter__(self) -> AsyncIterator[list[Event]]:
+        """Events until every answer has ended. Raises EdgeDLFError where one cannot go on, TimeoutError where they take
+        too long."""
         n_left = len(self.answers)
         while n_left:
-            event = await self.events.get()
-            if event.error:
-                raise event.error
-            n_left -= event.is_last
-            yield event
+            events = [await self.events.get()]
+            while not self.events.empty():
+                events.append(self.events.get_nowait())
+            for event in events:
+                if event.error:
+                    raise event.error
+                n_left -= event.is_last
+            yield events
 
     def close(self) -> None:
         """End what has not ended, at once, and give its place up. Calling it twice is no error."""
+        if self.timer:
+            self.timer.cancel()
         self.engine.give_back(self.n_places)
         self.n_places = 0
         if self.answers:
