@@ -223,8 +223,8 @@ class Ensemble:
         """`n_rows` rows of the last `decode` of each member, from row `first` of the member on."""
 
         def of(name: str) -> Logits:
-            start = first.get(name, 0)
-            return self.members[name].logits()[start : start + n_rows]
+            start, logits = first.get(name, 0), self.members[name].logits()
+            return logits if start == 0 and n_rows == len(logits) else logits[start : start + n_rows]
 
         return Rows(of(roles.primary), of(roles.base) if roles.base else None, tuple(map(of, roles.experts)))
 

@@ -114,6 +114,7 @@ class LlamaBackend:
         self._memory = lib.llama_get_memory(self._ctx)
         self._n_past = [0] * n_seq_max
         self._n_logits = 0
+        self._place: tuple[int, int] | None = None
         self._allocate_batch()
 
     def _allocate_batch(self) -> None:
@@ -191,8 +192,11 @@ class LlamaBackend:
 
     def logits(self) -> Logits:
         # Rows lie one after the other in batch order; asking for any of them waits for the GPU.
-        row = lib.llama_get_logits_ith(self._ctx, -self._n_logits)
-        return np.ctypeslib.as_array(row, shape=(self._n_logits, self.model.n_vocab))
+        first = lib.llama_get_logits_ith(self._ctx, -self._n_logits)
+        place = ctypes.addressof(first.contents), self._n_logits
+        if place != self._place:
+            self._place, self._logits = place, np.ctypeslib.as_array(first, (self._n_logits, self.model.n_vocab))
+        return self._logits
 
     def n_past(self, seq: int) -> int:
         return self._n_past[seq]

@@ -36,6 +36,9 @@ class Model:
         params.use_extra_bufts = not amx_crashes()
         self.path = path
         self._adapters: dict[Path, Any] = {}
+        # What is asked for every token is remembered: a call to C lets other threads take the GIL meanwhile.
+        self._eog: dict[int, bool] = {}
+        self._pieces: dict[tuple[int, bool], bytes] = {}
         with log.listening():
             self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
@@ -77,7 +80,9 @@ class Model:
 
     def is_eog(self, token: int) -> bool:
         """Whether `token` ends generation."""
-        return bool(lib.llama_vocab_is_eog(self.vocab, token))
+        if token not in self._eog:
+            self._eog[token] = bool(lib.llama_vocab_is_eog(self.vocab, token))
+        return self._eog[token]
 
     def control_tokens(self) -> list[int]:
         """Every control token, which text from a user must never become."""
@@ -99,12 +104,13 @@ class Model:
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Bytes of `token`; control tokens are empty unless `special`."""
         size = 64
-        while True:
+        while (token, special) not in self._pieces:
             buffer = ctypes.create_string_buffer(size)
             n_bytes = lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
             if n_bytes >= 0:
-                return buffer.raw[:n_bytes]
+                self._pieces[token, special] = buffer.raw[:n_bytes]
             size = -n_bytes
+        return self._pieces[token, special]
 
     def adapter(self, path: Path) -> Any:
         """Handle of the LoRA adapter in `path`, loaded once; it lives as long as the model."""
