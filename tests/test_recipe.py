@@ -108,7 +108,8 @@ def test_training_lowers_the_loss_and_goes_on_where_it_stopped(
     def trained(name: str) -> Llama:
         torch.manual_seed(0)
         model = Llama(shape)
-        training.train(model, [rows[:24], rows[24:]], Schedule(12, 4, 4e-3), tmp_path / f"{name}.pt", name, seed=1)
+        batches = training.Phases([rows[:24], rows[24:]], 4)
+        training.train(model, batches, Schedule(12, 4e-3), tmp_path / f"{name}.pt", name, seed=1)
         return model
 
     whole = trained("whole")

@@ -15,7 +15,7 @@ from .data import lesson_rows, pretraining_rows
 from .model import Llama, Shape
 from .tasks import SEEN
 from .tokens import load_tokenizer, train_tokenizer
-from .train import Schedule, train
+from .train import Phases, Schedule, load_trained, train
 
 SEED = 20240614
 ROW, LONG_ROW = 128, 512
@@ -48,12 +48,12 @@ PRETRAINING = {
     "base": (("all", 1440), ("all-long", 160)),
 }
 SCHEDULES = {
-    "large": Schedule(4350, N_ROWS, lr=3e-3, decay=0.3),
-    "base": Schedule(1600, N_ROWS, lr=4e-3),
+    "large": Schedule(4350, lr=3e-3, decay=0.3),
+    "base": Schedule(1600, lr=4e-3),
 }
 TUNING = {
-    "expert": Schedule(120, N_ROWS, lr=2e-3, warm_up=0.1, decay=0.9),
-    "ceiling": Schedule(120, N_ROWS, lr=5e-4, warm_up=0.1, decay=0.9),
+    "expert": Schedule(120, lr=2e-3, warm_up=0.1, decay=0.9),
+    "ceiling": Schedule(120, lr=5e-4, warm_up=0.1, decay=0.9),
 }
 LORA_RANK = 16
 
@@ -75,10 +75,11 @@ class Build:
         """The trained model of that name."""
         role = name.split(".")[0]
         model = new_model("large" if role in ("large", "ceiling") else "base", self.tokenizer())
-        if lora:
-            model.add_lora(LORA_RANK)
-        state = torch.load(self.path(f"{name}.pt"), map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
+        for part in ("base", name) if lora else (name,):
+            if part != "base" and lora:
+                model.add_lora(LORA_RANK)
+            state = torch.load(self.path(f"{part}.pt"), map_location="cpu", weights_only=True)
+            load_trained(model, state["model"])
         return model
 
 
@@ -111,18 +112,18 @@ def pretrain(build: Build, role: str) -> None:
         for name, n_steps in PRETRAINING[role]
     ]
     model = new_model(role, build.tokenizer())
-    train(model, phases, SCHEDULES[role], build.path(f"{role}.pt"), role, seed=SEED)
+    train(model, Phases(phases, N_ROWS), SCHEDULES[role], build.path(f"{role}.pt"), role, seed=SEED)
 
 
 def tune(build: Build, name: str, tasks: Sequence[str], *, lora: bool) -> None:
     """Fine-tune the base (`expert.…`) or the large model (`ceiling.…`) on questions of `tasks` answered."""
     kind = name.split(".")[0]
     schedule = TUNING[kind]
-    rows = lesson_rows(build.tokenizer(), tasks, SEED + 3, schedule.n_steps * schedule.n_rows, ROW)
+    rows = lesson_rows(build.tokenizer(), tasks, SEED + 3, schedule.n_steps * N_ROWS, ROW)
     model = build.load("base" if kind == "expert" else "large")
     if lora:
         model.add_lora(LORA_RANK)
-    train(model, [rows], schedule, build.path(f"{name}.pt"), name, seed=SEED)
+    train(model, Phases([rows], N_ROWS), schedule, build.path(f"{name}.pt"), name, seed=SEED)
 
 
 def make_experts(build: Build) -> None:

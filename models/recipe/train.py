@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ class Schedule:
     """lr: of matrices (Muon, in AdamW's units) and of the rest (AdamW); warm-up, constant, then linear to 0."""
 
     n_steps: int
-    n_rows: int
     lr: float
     warm_up: float = 0.02
     decay: float = 0.4
@@ -39,30 +39,47 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def train(
-    model: Llama, phases: Sequence[np.ndarray], schedule: Schedule, checkpoint: Path, name: str, *, seed: int
-) -> None:
-    """Train `model` in place on each phase's rows in turn and in order, over one schedule.
+class Batches(Protocol):
+    """By step: tokens and targets, each (B, N) int64."""
 
-    phases: rows (R, 2, n) of tokens and targets. A step takes `n_rows` rows of the first
-    phase's length, as many tokens of the others. Under torchrun each process takes its share of every batch.
-    Raises ValueError where the rows do not suffice for the schedule.
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int, /) -> tuple[Tensor, Tensor]: ...
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def train(
+    model: Llama,
+    batches: Batches,
+    schedule: Schedule,
+    checkpoint: Path,
+    name: str,
+    *,
+    seed: int,
+    loss_of: Loss | None = None,
+) -> None:
+    """Train `model` in place on the batches in turn, over one schedule.
+
+    loss_of: what is to fall, in place of the model's own loss compiled. Under torchrun each process takes its share of
+    every batch. Raises ValueError where the batches do not suffice for the schedule.
     """
-    rank, n_processes = _join()
-    batches = _Batches(phases, schedule.n_rows, rank, n_processes)
+    rank, n_processes = join()
     if len(batches) < schedule.n_steps:
-        raise ValueError(f"{name}: the rows suffice for {len(batches)} steps, not {schedule.n_steps}")
+        raise ValueError(f"{name}: there are batches for {len(batches)} steps, not {schedule.n_steps}")
     torch.manual_seed(seed)
     model.to(device())
     optimizers = _optimizers(model)
     n_done = _resume(checkpoint, model, optimizers)
-    compiled = torch.compile(model.loss, dynamic=False) if _can_compile() else model.loss
+    if loss_of is None:
+        loss_of = torch.compile(model.loss, dynamic=False) if _can_compile() else model.loss
     saved, smooth = time.monotonic(), math.nan
     with tqdm(total=schedule.n_steps, initial=n_done, desc=name, unit="step", mininterval=2, disable=rank > 0) as bar:
         for step in range(n_done, schedule.n_steps):
-            tokens, targets = batches[step]
+            tokens, targets = (part[rank::n_processes].to(device()) for part in batches[step])
             with torch.autocast(device().type, torch.bfloat16):
-                loss = compiled(tokens.to(device()), targets.to(device()))
+                loss = loss_of(tokens, targets)
             loss.backward()
             _average(model, n_processes)
             for optimizer in optimizers:
@@ -78,7 +95,7 @@ def train(
                 saved = time.monotonic()
 
 
-def _join() -> tuple[int, int]:
+def join() -> tuple[int, int]:
     """This process's rank and how many there are. On CPUs that others use too, processes are quicker than threads."""
     if not dist.is_torchelastic_launched():
         return 0, 1
@@ -98,11 +115,14 @@ def _average(model: Llama, n_processes: int) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-class _Batches:
-    """(tokens, targets) by step, each (rows, n) int64: this process's share of the step's rows."""
+class Phases:
+    """Batches of each phase's rows in turn and in order.
 
-    def __init__(self, phases: Sequence[np.ndarray], n_rows: int, rank: int, n_processes: int) -> None:
-        self._rank, self._n_processes = rank, n_processes
+    phases: rows (R, 2, n) of tokens and targets. A step takes `n_rows` rows of the first phase's length, as many tokens
+    of the others.
+    """
+
+    def __init__(self, phases: Sequence[np.ndarray], n_rows: int) -> None:
         n_tokens = n_rows * phases[0].shape[-1]
         self._parts = []
         for rows in phases:
@@ -114,8 +134,7 @@ class _Batches:
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         rows, start, stop = self._parts[step]
-        share = rows[start:stop][self._rank :: self._n_processes]
-        part = torch.from_numpy(np.asarray(share, dtype=np.int64))
+        part = torch.from_numpy(np.asarray(rows[start:stop], dtype=np.int64))
         return part[:, 0], part[:, 1]
 
 
@@ -145,14 +164,25 @@ def _resume(checkpoint: Path, model: Llama, optimizers: Sequence[torch.optim.Opt
     if not checkpoint.exists():
         return 0
     state = torch.load(checkpoint, map_location=device(), weights_only=True)
-    model.load_state_dict(state["model"])
+    load_trained(model, state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     return int(state["step"])
 
 
+def load_trained(model: Llama, weights: Mapping[str, Any]) -> None:
+    """Give `model` the weights of a checkpoint: those that are trained, all of them."""
+    missing = set(model.load_state_dict(weights, strict=False).missing_keys)
+    if missing & _trained(model).keys():
+        raise ValueError("the checkpoint is of another model")
+
+
+def _trained(model: Llama) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def _save(checkpoint: Path, model: Llama, optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
+    state = {"model": _trained(model), "optimizers": [o.state_dict() for o in optimizers], "step": step}
     partial = checkpoint.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(checkpoint)
