@@ -143,7 +143,7 @@ def ways_to_overlap() -> tuple[Overlap, ...]:
     return OVERLAPS if all(gpu.name.startswith(_THREAD_SAFE) for gpu in gpus()) else ("off", "queue")
 
 
-def _key(files: FamilyFiles, placement: Placement, n_threads: int | None, type_k: str | None, type_v: str | None) -> str:
+def _key(files: FamilyFiles, placement: Placement, *computed: object) -> str:
     paths = {path: None for info in files.models.values() for path in info.shards}
     paths |= {path: None for pairs in files.loras.values() for path, _ in pairs}
     facts = [
@@ -151,7 +151,7 @@ def _key(files: FamilyFiles, placement: Placement, n_threads: int | None, type_k
         [[gpu.name, gpu.description, gpu.total_bytes] for gpu in gpus()],
         [[str(path.resolve()), *state] for path, state in zip(paths, states(list(paths)), strict=True)],
         [[name, placement.layers[name], placement.splits[name]] for name in files.models],
-        [placement.n_seq_max, n_threads, type_k, type_v],
+        [placement.n_seq_max, *computed],
     ]
     return json.dumps(facts)
 
