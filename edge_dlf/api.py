@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,14 +15,14 @@ from .batch import row_seed, run_batch
 from .completion import ChatCompletionShape, CompletionShape, Dict
 from .decode import Decoder
 from .ensemble import Ensemble
-from .errors import ContextOverflowError, EdgeDLFError, InvalidParameterError
+from .errors import EdgeDLFError, InvalidParameterError
 from .family import FamilySpec
 from .files import check_files
-from .generation import Generation
 from .llama import default_n_threads
 from .members import Members, place, ways_to_overlap
 from .overlap import settle
-from .params import OVERLAPS, FusionParams, Overlap, SamplingParams, check_draft
+from .params import OVERLAPS, Overlap
+from .preparer import Preparer
 from .requests import Request, schema_of
 from .scheduler import Scheduler
 from .scoring import Score, run_scores
@@ -39,9 +39,7 @@ ExpertFiles: TypeAlias = str | Path | Sequence[tuple[str | Path, float]]
 
 _PATIENCE_S = 4.0
 _MAX_OWN_CTX = 4096
-_SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _FORM = frozenset(("max_tokens", "stop", "grammar", "json_schema"))
-_FUSION = frozenset(field.name for field in dataclasses.fields(FusionParams))
 
 
 class FusedLlama:
@@ -123,7 +121,6 @@ class FusedLlama:
         files = check_files(spec)
         n_ctx = n_ctx or min(_MAX_OWN_CTX, files.n_ctx_train or _MAX_OWN_CTX)
         self.name = spec.name
-        self._defaults = dict(spec.defaults)
         placement = place(
             files,
             n_ctx=n_ctx,
@@ -150,10 +147,11 @@ class FusedLlama:
             self._members.close()
             raise
         large = self._members.models[0]
-        self._open_tokenizer: Tokenizer | None = Tokenizer(large, files.n_vocab)
-        self._ensemble = decoder.ensemble
+        self._open_preparer: Preparer | None = Preparer(
+            spec.name, spec.defaults, ensemble, Tokenizer(large, files.n_vocab), self._members.is_eog
+        )
+        self._ensemble = ensemble
         self._scheduler = Scheduler(decoder)
-        self._said_stuck = False
         if n_ctx > large.n_ctx_train:
             logger.warning(
                 "a context of %d tokens is more than the %d that the large model was trained for",
@@ -170,9 +168,9 @@ class FusedLlama:
     def close(self) -> None:
         """Free contexts and weights. Calling it twice is no error."""
         self._scheduler.clear()
-        if self._open_tokenizer is not None:
-            self._open_tokenizer.close()
-        self._open_tokenizer = None
+        if self._open_preparer is not None:
+            self._open_preparer.tokenizer.close()
+        self._open_preparer = None
         self._ensemble.close()
         self._members.close()
 
@@ -182,10 +180,14 @@ class FusedLlama:
         self._members.interrupt.set()
 
     @property
-    def _tokenizer(self) -> Tokenizer:
-        if self._open_tokenizer is None:
+    def _preparer(self) -> Preparer:
+        if self._open_preparer is None:
             raise EdgeDLFError("this FusedLlama has been closed")
-        return self._open_tokenizer
+        return self._open_preparer
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return self._preparer.tokenizer
 
     @property
     def n_ctx(self) -> int:
@@ -251,7 +253,7 @@ class FusedLlama:
         generation for any member.
         Raises InvalidParameterError, ContextOverflowError (before anything is evaluated), TypeError for unknown names.
         """
-        answer = self._answer(
+        answer = self._preparer.answer(
             "stream",
             prompt,
             max_tokens=max_tokens,
@@ -276,60 +278,6 @@ class FusedLlama:
         self._scheduler.clear()
         self._members.interrupt.clear()
 
-    def _answer(
-        self,
-        function: str,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None,
-        stop: str | Sequence[str] | None,
-        top_logprobs: int,
-        prompts: Mapping[str, Prompt] | None,
-        draft: int | str,
-        grammar: str | None,
-        json_schema: Mapping[str, Any] | None,
-        trace: bool,
-        settings: Mapping[str, Any],
-    ) -> Answer:
-        """The answer to one request, checked, of which nothing has been evaluated yet."""
-        sampling, fusion = self._params(function, settings)
-        _require_count("max_tokens", max_tokens, least=1)
-        _require_count("top_logprobs", top_logprobs, least=0)
-        own = prompts or {}
-        if unknown := sorted(set(own) - set(self._ensemble.members)):
-            raise InvalidParameterError(
-                f"prompts names {unknown[0]!r}; the members are {', '.join(self._ensemble.members)}"
-            )
-        shared = self._tokenizer.prompt(prompt)
-        tokens = {name: self._tokenizer.prompt(own[name]) if name in own else shared for name in self._ensemble.members}
-        generation = Generation(
-            roles=self._ensemble.roles(fusion),
-            prompts=tokens,
-            fusion=fusion,
-            sampling=sampling,
-            alphas=self._ensemble.static_alphas(fusion) if fusion.method == "static" else (),
-            n_top=min(top_logprobs, self.n_vocab),
-            n_draft=self._n_draft(draft),
-            constraint=self._tokenizer.constraint(grammar, json_schema, self._ends),
-            traced=trace,
-        )
-        longest = max(len(tokens[name]) for name in generation.roles.members)
-        if longest + (max_tokens or 1) > self.n_ctx:
-            raise ContextOverflowError(
-                f"the prompt has {longest} tokens and the answer may have {max_tokens or 1}: together "
-                f"{longest + (max_tokens or 1)}, more than the context of {self.n_ctx}"
-            )
-        return Answer(
-            generation,
-            max_tokens=max_tokens or self.n_ctx - longest,
-            stop=_stop_strings(stop),
-            piece=self._tokenizer.piece,
-            ends=self._ends,
-        )
-
-    def _ends(self, token: int) -> bool:
-        return any(model.is_eog(token) for model in self._members.models)
-
     def create_completion(
         self,
         prompt: Prompt,
@@ -348,7 +296,7 @@ class FusedLlama:
         """An OpenAI-shaped completion of `prompt`, or, with `stream`, an iterator of chunks. Arguments as in `stream`;
         logprobs: how many likely tokens to list beside each token's own logprob. A traced result has its
         tokens, as `--trace` writes them, in `["edge_dlf"]["trace"]["tokens"]`."""
-        self._params("create_completion", settings)
+        self._preparer.params("create_completion", settings)
         tokens = self.stream(
             prompt,
             max_tokens=max_tokens,
@@ -383,7 +331,7 @@ class FusedLlama:
     ) -> Dict | Iterator[Dict]:
         """An OpenAI-shaped answer to `messages`, or, with `stream`, an iterator of chunks. Arguments as in `stream`;
         prompts: member -> messages of its own. response_format: OpenAI's, in place of json_schema."""
-        self._params("create_chat_completion", settings)
+        self._preparer.params("create_chat_completion", settings)
         tokens = self.stream(
             self.apply_chat_template(messages),
             max_tokens=max_tokens,
@@ -422,7 +370,7 @@ class FusedLlama:
         Results are OpenAI's: `custom_id` and `response` with `body`, or `error` with `code` and `message`: a request
         that cannot be answered ends no other one. Raises what concerns them all.
         """
-        self._params("batch", {name: value for name, value in settings.items() if name not in _FORM})
+        self._preparer.params("batch", {name: value for name, value in settings.items() if name not in _FORM})
 
         def prepare(request: Request, custom_id: str) -> tuple[Answer, CompletionShape]:
             own = {"seed": row_seed(seed, custom_id), **settings}
@@ -438,32 +386,9 @@ class FusedLlama:
         Prompts that begin alike and follow one another are evaluated once. settings: fields of FusionParams.
         Raises InvalidParameterError, ContextOverflowError, TypeError for unknown names.
         """
-        if unknown := sorted(set(settings) - _FUSION):
-            raise TypeError(f"score() got an unexpected keyword argument {unknown[0]!r}")
+        scored = self._preparer.scorer(settings)
         self._begin()
-        generations = (self._scored(prompt, answer, settings) for prompt, answer in pairs)
-        return run_scores(self._scheduler, generations, self._ensemble.n_seq_max)
-
-    def _scored(self, prompt: Prompt, answer: Sequence[int], settings: Mapping[str, Any]) -> Generation:
-        given = tuple(map(self._tokenizer.known, answer))
-        if not given:
-            raise InvalidParameterError("the answer to be scored has no tokens")
-        _, fusion = self._params("score", settings)
-        tokens = self._tokenizer.prompt(prompt)
-        if len(tokens) + len(given) - 1 > self.n_ctx:
-            raise ContextOverflowError(
-                f"the prompt has {len(tokens)} tokens and the answer {len(given)}: more than the context of "
-                f"{self.n_ctx}"
-            )
-        return Generation(
-            roles=self._ensemble.roles(fusion),
-            prompts=dict.fromkeys(self._ensemble.members, tokens),
-            fusion=fusion,
-            sampling=SamplingParams(temperature=0.0, seed=0),
-            alphas=self._ensemble.static_alphas(fusion) if fusion.method == "static" else (),
-            n_top=1,
-            scored=given,
-        )
+        return run_scores(self._scheduler, itertools.starmap(scored, pairs), self._ensemble.n_seq_max)
 
     def prepare(
         self,
@@ -477,62 +402,12 @@ class FusedLlama:
     ) -> tuple[Answer, CompletionShape]:
         """The answer to one request, checked, of which nothing has been evaluated yet, and the shape of its result, for
         who runs the scheduler. Arguments as in `batch`."""
-        arguments = {"max_tokens": None, "stop": None, **settings, **request.settings}
-        logprobs, n_top = arguments.pop("logprobs", None), arguments.pop("top_logprobs", 0)
-        answer = self._answer(
-            "prepare",
-            self._content(request, raw=raw, system=system),
-            max_tokens=arguments.pop("max_tokens"),
-            stop=arguments.pop("stop"),
-            top_logprobs=(n_top if logprobs else 0) if request.is_chat else logprobs or 0,
-            prompts=None,
-            draft=draft,
-            grammar=arguments.pop("grammar", None),
-            json_schema=arguments.pop("json_schema", None),
-            trace=trace,
-            settings=arguments,
-        )
-        if request.is_chat:
-            return answer, ChatCompletionShape(self.name, bool(logprobs), self._tokenizer.name_bytes)
-        return answer, CompletionShape(self.name, logprobs is not None, self._tokenizer.name_bytes)
+        return self._preparer.request(request, raw=raw, system=system, draft=draft, trace=trace, settings=settings)
 
     @property
     def scheduler(self) -> Scheduler:
         """Runs every request of this family. One thread at a time."""
         return self._scheduler
-
-    def _content(self, request: Request, *, raw: bool, system: str | None) -> Prompt:
-        """The prompt of a batched request."""
-        content: Any = request.content
-        if not request.is_chat:
-            if raw or request.is_raw or not isinstance(content, str):
-                return request.content  # type: ignore[no-any-return]
-            content = [{"role": "user", "content": content}]
-        if system is not None and content[0].get("role") != "system":
-            content = [{"role": "system", "content": system}, *content]
-        return self.apply_chat_template(content)
-
-    def _params(self, function: str, settings: Mapping[str, Any]) -> tuple[SamplingParams, FusionParams]:
-        """`settings` over the family's defaults. Raises TypeError for a name that is neither's."""
-        if unknown := sorted(set(settings) - _SAMPLING - _FUSION):
-            raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
-        merged = {**self._defaults, **settings}
-        if bias := merged.get("logit_bias"):
-            merged["logit_bias"] = {self._tokenizer.known(int(token)): float(value) for token, value in bias.items()}
-        sampling = SamplingParams(**{name: value for name, value in merged.items() if name in _SAMPLING})
-        return sampling, FusionParams(**{name: value for name, value in merged.items() if name in _FUSION})
-
-    def _n_draft(self, draft: int | str) -> int | None:
-        """Tokens to draft at each step; None for "auto"."""
-        check_draft(draft)
-        if draft in ("off", 0):
-            return 0
-        if stuck := [name for name, member in self._ensemble.members.items() if not member.can_trim]:
-            if not self._said_stuck:
-                logger.warning("%s cannot take tokens back, so nothing is drafted", " and ".join(stuck))
-            self._said_stuck = True
-            return 0
-        return draft if isinstance(draft, int) else None
 
 
 def _ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
@@ -547,15 +422,3 @@ def _ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
     finally:
         timer.cancel()
     return Fuser(n_vocab, n_threads)
-
-
-def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if any(not isinstance(string, str) or not string for string in strings):
-        raise InvalidParameterError("a stop string must be text, and not empty")
-    return strings
-
-
-def _require_count(name: str, value: int | None, *, least: int) -> None:
-    if value is not None and value < least:
-        raise InvalidParameterError(f"{name} must be {least} or more, not {value}")

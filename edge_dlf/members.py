@@ -132,6 +132,10 @@ class Members:
             self.key = _key(files, placement, n_threads, type_k, type_v)
             self._closing = stack.pop_all()
 
+    def is_eog(self, token: int) -> bool:
+        """Whether `token` ends an answer for any member."""
+        return any(model.is_eog(token) for model in self.models)
+
     def close(self) -> None:
         """Free contexts and weights. Calling it twice is no error."""
         self._closing.close()

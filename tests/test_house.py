@@ -61,6 +61,7 @@ LEVELS = {
     "trace": 2,
     "trace_page": 3,
     "completion": 8,
+    "preparer": 9,
     "requests": 2,
     "batch": 9,
     "doctor": 9,
