@@ -56,7 +56,8 @@ def place(
 ) -> Placement:
     """Find room for `files`, before anything is loaded, on this machine as it is now. Arguments as in FusedLlama.
 
-    Sequences share as many positions as memory allows, of one context at least. Raises OutOfMemoryError or
+    Sequences share as many positions as memory allows, of one context at least, and more than that only where they push
+    no layer off a GPU. Raises OutOfMemoryError or
     InvalidParameterError.
     """
     machine = this_machine(gpus())
@@ -76,7 +77,7 @@ def place(
         repacks=repacks_weights(),
     )
     n_shared = n_seq_max * min(n_ctx, _CELLS_PER_SEQUENCE)
-    n_cells = max(n_ctx, planner.largest_n_cells(n_shared) if n_shared > n_ctx else 0)
+    n_cells = max(n_ctx, planner.largest_n_cells(n_shared, n_ctx) if n_shared > n_ctx else 0)
     plan = planner.plan(n_cells)
     whole = frozenset(member.name for member in plan.members if member.n_gpu_layers == member.n_layers)
     return Placement(n_seq_max, n_cells, plan.layers, plan.splits, whole)

@@ -140,6 +140,11 @@ class _Arrangement:
     left_bytes: tuple[int, ...]
 
     @property
+    def n_on_gpu(self) -> int:
+        """Layers of all models on GPUs."""
+        return sum(place.n_gpu for place in self.places)
+
+    @property
     def fits_gpus(self) -> bool:
         return min(self.left_bytes, default=0) >= 0
 
@@ -215,12 +220,15 @@ class Planner:
             shares_with=shares,
         )
 
-    def largest_n_cells(self, at_most: int) -> int:
-        """The largest context up to `at_most` that fits; 0 where not even the smallest does."""
+    def largest_n_cells(self, at_most: int, least: int = 0) -> int:
+        """The largest context up to `at_most` that fits; 0 where not even the smallest does. least: a context beyond
+        which one counts only if it drives no layer off a GPU that this one leaves there."""
+        n_on_gpu = self._arranged(least).n_on_gpu if least else 0
         low, high = 0, at_most // _LEAST_CELLS
         while low < high:
             middle = (low + high + 1) // 2
-            if self._fits(self._arranged(middle * _LEAST_CELLS), middle * _LEAST_CELLS):
+            arranged = self._arranged(middle * _LEAST_CELLS)
+            if self._fits(arranged, middle * _LEAST_CELLS) and arranged.n_on_gpu >= n_on_gpu:
                 low = middle
             else:
                 high = middle - 1

@@ -13,7 +13,7 @@ from typing import Any
 import llama_cpp
 import pytest
 
-from edge_dlf import FusedLlama, InvalidParameterError, OutOfMemoryError
+from edge_dlf import FusedLlama, InvalidParameterError, OutOfMemoryError, members
 from edge_dlf.family import FamilySpec
 from edge_dlf.files import FamilyFiles, check_files
 from edge_dlf.footprint import CACHE_TYPES, footprint
@@ -176,6 +176,26 @@ def test_layers_asked_for_that_the_gpu_cannot_hold(files: FamilyFiles) -> None:
 def of_sizes(tiny: Path, folder: Path, n_layer: int = 6) -> FamilyFiles:
     large = tiny_model(folder / "large.gguf", n_embd=512, n_layer=n_layer)
     return check_files(FamilySpec.from_files(large, tiny / "base.gguf", {"lora": tiny / "lora.gguf"}))
+
+
+def test_room_for_many_sequences_pushes_no_layer_off_the_gpu(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = of_sizes(tiny, tmp_path)
+    one = planned(files, several(8 * GB), 512, n_seqs=32)
+    many = planned(files, several(8 * GB), 32 * 512, n_seqs=32)
+    assert many.gpu_bytes > one.gpu_bytes + 10**6
+    machine = several(400_000_000 + (one.gpu_bytes + many.gpu_bytes) // 2)
+    assert planned(files, machine, 32 * 512, n_seqs=32).layers["large"] < 7
+    monkeypatch.setattr(members, "this_machine", lambda _: machine)
+    asked: dict[str, Any] = dict.fromkeys(("main_gpu", "tensor_split", "type_k", "type_v"))
+    placement = members.place(files, n_ctx=512, n_parallel=32, n_gpu_layers=-1, **asked)
+    assert set(placement.layers.values()) == {-1}
+    assert placement.on_gpu == {"large", "base", "lora"}
+    assert 512 < placement.n_cells < 32 * 512
+    layers = members.place(files, n_ctx=32 * 512, n_parallel=32, n_gpu_layers=-1, **asked)
+    assert layers.n_cells >= 32 * 512
+    assert layers.layers["large"] < 7
 
 
 def several(*free: int) -> Machine:
