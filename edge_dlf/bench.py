@@ -16,10 +16,12 @@ from . import kernels
 from .backend import Run
 from .decode import Decoder
 from .ensemble import Ensemble
+from .errors import OutOfMemoryError
 from .files import FamilyFiles
 from .footprint import footprint
 from .generation import Generation
-from .llama import gpus
+from .llama import copy_bytes_s, gpus
+from .machine import GPU
 from .params import FusionParams, SamplingParams
 
 if TYPE_CHECKING:
@@ -74,7 +76,8 @@ class Speeds:
     members: by role. plain, drafted, large: tokens a second of the same answers, fused plainly, fused with drafts, and
     by the large model alone, plainly. n_drafted, n_accepted: tokens; n_steps: steps with drafts. search_share: of a
     plain step, the search for α, the fusion and the choice. parallel: sequences at once -> tokens a second of all.
-    memory_bytes_s: read by this process on as many threads, nothing else done; None where a GPU holds the models.
+    memory_bytes_s: read by this process on as many threads, nothing else done; where there is a `gpu`, read and written
+    by it in a copy, None where it has no room for one.
     """
 
     members: Mapping[str, MemberSpeed]
@@ -88,6 +91,7 @@ class Speeds:
     parallel: Mapping[int, float]
     memory_bytes_s: float | None
     n_threads: int
+    gpu: str | None = None
 
     @property
     def verdict(self) -> str:
@@ -106,18 +110,17 @@ def measure(
     """Measure a family of `files` that was loaded with n_ctx = N_CTX, as many sequences as PARALLEL has at most, and
     these threads and types of KV cache; `tell` hears what is being measured."""
     decoder = llm._scheduler.decoder
-    memory = None
-    if not gpus():
-        tell("reading memory")
-        memory = memory_bytes_s(n_threads)
+    tell("reading memory")
+    gpu = next(iter(gpus()), None)
+    memory = gpu_bytes_s(gpu) if gpu else memory_bytes_s(n_threads)
     members = {}
     for name in decoder.ensemble.members:
         tell(f"{name} alone")
-        members[name] = _member(decoder.ensemble, name, files, cache_types)
+        members[name] = member_speed(decoder.ensemble, name, files, cache_types)
     parallel = {}
     for n in PARALLEL:
         tell("one sequence" if n == 1 else f"{n} sequences at once")
-        parallel[n] = _parallel(decoder, [llm.tokenize(prompt) for prompt in _PROMPTS], n)
+        parallel[n] = parallel_tps(decoder, [llm.tokenize(prompt) for prompt in _PROMPTS], n)
     step_s = sum(1 / speed.decode_tps.median for speed in members.values())
     runs: dict[str, list[Report]] = {"plain": [], "drafted": [], "large": []}
     for n, n_answers, kind, report in _answers(llm, 2 * step_s + 1 / members["large"].decode_tps.median):
@@ -132,11 +135,20 @@ def measure(
         n_drafted=sum(report.n_drafted for report in runs["drafted"]),
         n_accepted=sum(report.n_accepted for report in runs["drafted"]),
         n_steps=sum(report.n_steps for report in runs["drafted"]),
-        search_share=_search_s(llm) * plain.median,
+        search_share=search_s(llm) * plain.median,
         parallel=parallel,
         memory_bytes_s=memory,
         n_threads=n_threads,
+        gpu=gpu.description if gpu else None,
     )
+
+
+def gpu_bytes_s(gpu: GPU) -> float | None:
+    """Bytes that a GPU moves a second in a copy within its memory; None where it has no room for one."""
+    try:
+        return copy_bytes_s(gpu.name, _READ_BYTES)
+    except OutOfMemoryError:
+        return None
 
 
 def memory_bytes_s(n_threads: int) -> float:
@@ -153,7 +165,7 @@ def memory_bytes_s(n_threads: int) -> float:
     return values.nbytes / min(passes)
 
 
-def _member(
+def member_speed(
     ensemble: Ensemble, name: str, files: FamilyFiles, cache_types: tuple[str | None, str | None]
 ) -> MemberSpeed:
     prompt = [10 + n % 97 for n in range(_N_PREFILL)]
@@ -183,11 +195,11 @@ def _timed(ensemble: Ensemble, name: str, tokens: Sequence[int]) -> float:
     return time.perf_counter() - started
 
 
-def _parallel(decoder: Decoder, prompts: Sequence[Sequence[int]], n: int) -> float:
+def parallel_tps(decoder: Decoder, prompts: Sequence[Sequence[int]], n: int) -> float:
     """Tokens a second of plain fusion, all sequences together."""
     ensemble, fusion, sampling = decoder.ensemble, FusionParams(), SamplingParams(temperature=0.0)
     roles = ensemble.roles(fusion)
-    ensemble.forget(range(max(PARALLEL)))
+    ensemble.forget(range(ensemble.n_seq_max))
     generations = []
     for seq in range(n):
         prompt = [*prompts[seq % len(prompts)][: 8 + seq]]
@@ -230,7 +242,7 @@ def _rotated(values: list[str], n: int) -> list[str]:
     return [*values[n % len(values) :], *values[: n % len(values)]]
 
 
-def _search_s(llm: FusedLlama) -> float:
+def search_s(llm: FusedLlama) -> float:
     """Seconds that the search for α, the fusion and the greedy choice take for one row."""
     decoder = llm._scheduler.decoder
     ensemble, fusion = decoder.ensemble, FusionParams()

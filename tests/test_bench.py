@@ -13,6 +13,7 @@ from edge_dlf.cli import main
 from edge_dlf.family import FamilySpec
 from edge_dlf.files import check_files
 from edge_dlf.footprint import footprint
+from edge_dlf.machine import GPU
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,15 @@ def test_a_family_in_lines(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert label in result.stdout
     assert "are read on" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("drafted fusion runs at ")
+
+
+def test_memory_of_a_gpu(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "gpus", lambda: [GPU("CPU", "a GPU", 10**9, 10**9)])
+    result = run(tiny, "--threads", 1)
+    assert result.exit_code == 0, result.output
+    assert " a second are moved in a copy on a GPU" in result.stdout
+    monkeypatch.setattr(bench, "_READ_BYTES", 2**46)
+    assert bench.gpu_bytes_s(bench.gpus()[0]) is None
 
 
 def test_a_family_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:

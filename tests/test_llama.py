@@ -17,10 +17,11 @@ from edge_dlf import (
     LoadError,
     ModelFileError,
     NonFiniteLogitsError,
+    OutOfMemoryError,
     RequestInterruptedError,
 )
 from edge_dlf.backend import Run
-from edge_dlf.llama import N_BATCH, Interrupt, LlamaBackend, Model
+from edge_dlf.llama import N_BATCH, Interrupt, LlamaBackend, Model, copy_bytes_s, fetch_s
 
 from .feed import feed
 from .tiny import tiny_lora, tiny_model
@@ -101,6 +102,13 @@ def test_what_is_asked_of_llama_cpp_for_gpus(tiny: Path, monkeypatch: pytest.Mon
     assert [seen for seen, _ in models] == [layers, layers, alone, layers]
     assert models[0][1] is models[2][1] is None
     assert models[3][1] == [3.0, 1.0, 0.0]
+
+
+def test_how_fast_a_device_moves_bytes() -> None:
+    assert copy_bytes_s("CPU", 2**20) > 0
+    assert fetch_s("CPU", 2**20) > 0
+    with pytest.raises(OutOfMemoryError, match="CPU: no room"):
+        copy_bytes_s("CPU", 2**46)
 
 
 def test_single_steps_batches_and_prefill_agree(base: Model) -> None:

@@ -34,14 +34,14 @@ def _byte_letters() -> list[str]:
     return [letters[byte] for byte in range(256)]
 
 
-def _bpe_vocabulary() -> tuple[list[str], list[int]]:
+def bpe_vocabulary() -> tuple[list[str], list[int]]:
     tokens = [*_byte_letters(), *(merge.replace(" ", "") for merge in MERGES), *SPECIAL_TOKENS]
     n_special = len(SPECIAL_TOKENS)
     types = [gguf.TokenType.NORMAL] * (len(tokens) - n_special) + [gguf.TokenType.CONTROL] * n_special
     return tokens, types
 
 
-def _spm_vocabulary() -> tuple[list[str], list[int]]:
+def spm_vocabulary() -> tuple[list[str], list[int]]:
     pieces = [*SPM_PIECES, "▁", *(chr(code) for code in range(33, 127))]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     types = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
@@ -49,7 +49,7 @@ def _spm_vocabulary() -> tuple[list[str], list[int]]:
     return tokens, types
 
 
-def _add_tokenizer(
+def add_tokenizer(
     writer: gguf.GGUFWriter, tokenizer: str, tokens: list[str], types: list[int], chat_template: str | None
 ) -> None:
     writer.add_token_list(tokens)
@@ -71,7 +71,7 @@ def _add_tokenizer(
         writer.add_chat_template(chat_template)
 
 
-def _transformer_shapes(arch: str, n_embd: int, n_kv: int, n_ff: int) -> dict[str, tuple[int, ...]]:
+def transformer_shapes(arch: str, n_embd: int, n_kv: int, n_ff: int) -> dict[str, tuple[int, ...]]:
     """Shapes of one layer's tensors, rows first."""
     shapes: dict[str, tuple[int, ...]] = {
         "attn_norm.weight": (n_embd,),
@@ -148,7 +148,7 @@ def tiny_model(
     spread: standard deviation of the logits, in nats. pad_vocab: entries that only lengthen the vocabulary.
     tokens: id -> text that replaces that entry of the vocabulary. nan: every logit is NaN.
     """
-    vocabulary, types = _bpe_vocabulary() if tokenizer == "bpe" else _spm_vocabulary()
+    vocabulary, types = bpe_vocabulary() if tokenizer == "bpe" else spm_vocabulary()
     for token, text in (tokens or {}).items():
         vocabulary[token] = text
     vocabulary += [f"[PAD{len(vocabulary) + n}]" for n in range(pad_vocab)]
@@ -180,8 +180,8 @@ def tiny_model(
             writer.add_rope_dimension_count(16)
         if arch == "gemma3":
             writer.add_sliding_window(64)
-        layer_shapes = _transformer_shapes(arch, n_embd, 16, 2 * n_embd)
-    _add_tokenizer(writer, tokenizer, vocabulary, types, chat_template)
+        layer_shapes = transformer_shapes(arch, n_embd, 16, 2 * n_embd)
+    add_tokenizer(writer, tokenizer, vocabulary, types, chat_template)
 
     shapes = {
         "token_embd.weight": (len(vocabulary), n_embd),

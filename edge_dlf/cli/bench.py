@@ -95,7 +95,8 @@ def _show(screen: Screen, speeds: Speeds) -> None:
 
 def _lines(speeds: Speeds) -> Iterator[str]:
     if speeds.memory_bytes_s:
-        yield f"memory: {size(speeds.memory_bytes_s)} a second are read on {speeds.n_threads} threads"
+        how = f"moved in a copy on {speeds.gpu}" if speeds.gpu else f"read on {speeds.n_threads} threads"
+        yield f"memory: {size(speeds.memory_bytes_s)} a second are {how}"
     yield f"search, fusion and choice: {speeds.search_share:.1%} of a plain step"
     share = speeds.n_accepted / max(speeds.n_drafted, 1)
     yield (
