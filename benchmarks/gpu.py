@@ -17,16 +17,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.draft import WORKLOADS
 from benchmarks.shapes import model
 from edge_dlf import FusedLlama, FusionParams, SamplingParams, bench
+from edge_dlf.backend import Run
 from edge_dlf.decode import Decoder
 from edge_dlf.ensemble import Ensemble, Rows
 from edge_dlf.errors import EdgeDLFError
@@ -124,37 +127,32 @@ class Bench:
         self.ensemble.overlap = chosen
         return {way: median(timings) for way, timings in seconds.items()}
 
-    def parts_s(self) -> dict[str, float]:
-        """Seconds of the parts of a plain step: members, search and choice, and the rest, which is Python."""
-        generation = self.begin()
-        names, ensemble, parts = generation.roles.members, self.ensemble, {"step": [], "members": [], "search": []}
-        decode_all, pick = ensemble.decode_all, self.decoder._pick
-        spent = {}
+    def parts_s(self, prompts: Sequence[Sequence[int]], n: int) -> tuple[float, dict[str, float]]:
+        """Tokens a second of `n` sequences at once; and seconds of the parts of a step of them: the members with what
+        they copy, search and choice, and the rest, which is Python."""
+        ensemble, decoder, spent = self.ensemble, self.decoder, defaultdict[str, list[float]](list)
+        decode_all, pick = ensemble.decode_all, decoder._pick
 
-        def timed_decode(runs: Mapping[str, Sequence[object]]) -> None:
-            def work() -> None:
-                decode_all(runs)  # type: ignore[arg-type]
-                for name in names:
-                    ensemble.members[name].logits()  # on a GPU, waits for the result
-
-            spent["members"] = _timed(work)
-
-        def timed_pick(*arguments: object) -> list[Pick | EdgeDLFError]:
+        def timed_decode(runs: Mapping[str, Sequence[Run]]) -> None:
             started = time.perf_counter()
-            picks = pick(*arguments)  # type: ignore[arg-type]
-            spent["search"] = time.perf_counter() - started
+            decode_all(runs)
+            for name in runs:
+                ensemble.members[name].wait()
+            spent["members"].append(time.perf_counter() - started)
+
+        def timed_pick(*arguments: Any) -> list[Pick | EdgeDLFError]:
+            started = time.perf_counter()
+            picks = pick(*arguments)
+            spent["search"].append(time.perf_counter() - started)
             return picks
 
-        ensemble.decode_all, self.decoder._pick = timed_decode, timed_pick  # type: ignore[method-assign,assignment]
+        ensemble.decode_all, decoder._pick = timed_decode, timed_pick  # type: ignore[method-assign]
         try:
-            for _ in range(self.n_steps):
-                parts["step"].append(_timed(lambda: self.decoder.step([generation])))
-                for name, seconds in spent.items():
-                    parts[name].append(seconds)
+            tps = bench.parallel_tps(decoder, prompts, n)
         finally:
-            ensemble.decode_all, self.decoder._pick = decode_all, pick  # type: ignore[method-assign]
-        step, members, search = (median(parts[name]) for name in ("step", "members", "search"))
-        return {"members": members, "search": search, "Python": max(0.0, step - members - search)}
+            ensemble.decode_all, decoder._pick = decode_all, pick  # type: ignore[method-assign]
+        members, search = (median(spent[name][-bench.N_PARALLEL_STEPS :]) for name in ("members", "search"))
+        return tps, {"members": members, "search and choice": search, "Python": max(0.0, n / tps - members - search)}
 
     def drafted_tps(self, accepted: str) -> float:
         """Tokens a second with drafts that are accepted as in a recorded run."""
@@ -194,10 +192,9 @@ def measured(spec: FamilySpec, batches: Sequence[int], n_steps: int, bandwidth: 
         large = run.step_s("large")
         fused = run.overlapped_s()
         best = fused[run.ensemble.overlap]
-        parts = run.parts_s()
         drafted = {name: run.drafted_tps(bits) for name, bits in accepted().items()}
         prompts = [[10 + n * 11 % 250 for n in range(128)]]
-        batched = {n: bench.parallel_tps(run.decoder, prompts, n) for n in batches}
+        batched = {n: run.parts_s(prompts, n) for n in batches}
     n_bytes = sum(speed.token_bytes for speed in speeds.values())
     row_bytes = 4 * max(info.n_vocab or 0 for info in files.models.values())
     rows = {f"{name} alone, tokens/s": f"{speed.decode_tps.median:.1f}" for name, speed in speeds.items()}
@@ -210,13 +207,14 @@ def measured(spec: FamilySpec, batches: Sequence[int], n_steps: int, bandwidth: 
         )
     for name, tps in drafted.items():
         rows[f"fused, drafted, accepted as in {name}: tokens/s (times large)"] = f"{tps:.1f} ({tps * large:.2f})"
-    for n, tps in batched.items():
-        rows[f"fused, {n} at once: tokens/s (times {batches[0]})"] = f"{tps:.1f} ({tps / batched[batches[0]]:.1f})"
-    for name, seconds in parts.items():
-        rows[f"of a step: {name}, ms"] = f"{1e3 * seconds:.2f}"
-    rows["copying the rows of a step, ms (in members)"] = (
-        f"{1e3 * len(names) * fetch_s(gpu.name if gpu else 'CPU', row_bytes):.3f}"
-    )
+    fewest = batched[batches[0]][0]
+    for n, (tps, _) in batched.items():
+        rows[f"fused, {n} at once: tokens/s (times {batches[0]})"] = f"{tps:.1f} ({tps / fewest:.1f})"
+    for n in sorted({batches[0], max((n for n in batches if n <= 32), default=batches[0])}):
+        for part, seconds in batched[n][1].items():
+            rows[f"a step of {n}: {part}, ms"] = f"{1e3 * seconds:.2f}"
+        copying = fetch_s(gpu.name if gpu else "CPU", n * len(names) * row_bytes)
+        rows[f"a step of {n}: copying its rows, by itself, ms"] = f"{1e3 * copying:.3f}"
     rows["read a step, GB"] = f"{n_bytes / 1e9:.3f}"
     share = f" ({n_bytes / best / memory:.0%} of {memory / 1e9:.0f})" if memory else ""
     rows["read a second, GB (of the memory's)"] = f"{n_bytes / best / 1e9:.1f}{share}"

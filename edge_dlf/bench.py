@@ -32,7 +32,10 @@ PARALLEL = (1, 4, 16)
 """Sequences that are decoded at once."""
 N_CTX = 512
 
-_N_PREFILL, _N_STEPS, _N_PARALLEL_STEPS = 128, 12, 6
+N_PARALLEL_STEPS = 6
+"""Steps of them that are timed."""
+
+_N_PREFILL, _N_STEPS = 128, 12
 _ANSWERS_S = 50.0
 _N_TOKENS = 8, 64
 _MOST_ROUNDS = 4
@@ -208,11 +211,11 @@ def parallel_tps(decoder: Decoder, prompts: Sequence[Sequence[int]], n: int) -> 
     while any(decoder.n_due(generation) > 1 for generation in generations):
         decoder.step(generations)
     started = time.perf_counter()
-    for _ in range(_N_PARALLEL_STEPS):
+    for _ in range(N_PARALLEL_STEPS):
         decoder.step(generations)
     elapsed = time.perf_counter() - started
     ensemble.forget(range(n))
-    return n * _N_PARALLEL_STEPS / elapsed
+    return n * N_PARALLEL_STEPS / elapsed
 
 
 def _answers(llm: FusedLlama, token_s: float) -> Iterator[tuple[int, int, str, Report]]:

@@ -107,9 +107,9 @@ def test_the_whole_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         "expert alone",
         "fused, plain",
         "fused, 3 at once",
-        "members, ms",
+        "step of 1: members, ms",
     ]
-    expected += ["search, ms", "Python, ms", "copying", "read a second"]
+    expected += ["step of 3: search and choice, ms", "step of 3: Python, ms", "copying", "read a second"]
     expected += [f"accepted as in {name}" for name in gpu.accepted()]
     for label in expected:
         cells = next(cells for name, cells in rows.items() if label in name)
