@@ -141,6 +141,8 @@ class FusedLlama:
             decoder = Decoder(ensemble, fuser.result())
             if overlap != "auto":
                 ensemble.overlap = overlap
+                if overlap != "off" and len(ensemble.lanes) == 1:
+                    logger.warning("no member is wholly on a GPU: they are decoded in turn")
             elif len(ensemble.lanes) > 1:
                 settle(ensemble, self._members.key, ways_to_overlap())
         except BaseException:

@@ -57,13 +57,9 @@ def place(
     """Find room for `files`, before anything is loaded, on this machine as it is now. Arguments as in FusedLlama.
 
     Sequences share as many positions as memory allows, of one context at least, and more than that only where they push
-    no layer off a GPU. Raises OutOfMemoryError or
-    InvalidParameterError.
+    no layer off a GPU. Raises OutOfMemoryError or InvalidParameterError.
     """
     machine = this_machine(gpus())
-    wants_gpu = n_gpu_layers.values() if isinstance(n_gpu_layers, Mapping) else [n_gpu_layers]
-    if not machine.gpus and (max(wants_gpu, default=0) > 0 or main_gpu is not None or tensor_split is not None):
-        logger.warning("there is no GPU that this build of llama.cpp can use: everything runs on the CPU")
     n_seq_max = _n_seq_max(n_parallel, is_on_gpu=bool(machine.gpus))
     planner = Planner(
         files,
@@ -76,6 +72,9 @@ def place(
         n_seqs=n_seq_max,
         repacks=repacks_weights(),
     )
+    wants_gpu = n_gpu_layers.values() if isinstance(n_gpu_layers, Mapping) else [n_gpu_layers]
+    if not machine.gpus and (max(wants_gpu, default=0) > 0 or main_gpu is not None or tensor_split is not None):
+        logger.warning("there is no GPU that this build of llama.cpp can use: everything runs on the CPU")
     n_shared = n_seq_max * min(n_ctx, _CELLS_PER_SEQUENCE)
     n_cells = max(n_ctx, planner.largest_n_cells(n_shared, n_ctx) if n_shared > n_ctx else 0)
     plan = planner.plan(n_cells)

@@ -409,6 +409,16 @@ def test_on_the_cpu_nothing_is_measured(tiny: Path, monkeypatch: pytest.MonkeyPa
         assert llm._ensemble.lanes == (("large", "base", "lora", "tuned"),)
 
 
+@pytest.mark.parametrize(("overlap", "n_notices"), [("threads", 1), ("off", 0)])
+def test_on_the_cpu_members_do_not_overlap(
+    tiny: Path, overlap: Overlap, n_notices: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(members, "gpus", lambda: [])
+    with FusedLlama.from_family(tiny, n_ctx=64, n_threads=1, overlap=overlap) as llm:
+        assert len(list(llm.stream("a", max_tokens=3))) == 3
+    assert len([record for record in caplog.records if "decoded in turn" in record.message]) == n_notices
+
+
 def test_members_that_have_a_lane_of_their_own(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = (GPU("CUDA0", "a GPU", 10**10, 10**10),)
     monkeypatch.setattr(members, "this_machine", lambda _: Machine(10**10, gpus=gpus))
