@@ -43,8 +43,8 @@ FAMILIES = {
     "13b+1.1b": ("llama2-13b", "llama-1.1b"),
     "13b+7b": ("llama2-13b", "llama2-7b"),
     "7b+0.5b": ("qwen2.5-7b", "qwen2.5-0.5b"),
-    "small llama": ("small-llama", "small-llama-0"),
-    "small qwen": ("small-qwen", "small-qwen-0"),
+    "small llama": ("small-llama", "smaller-llama"),
+    "small qwen": ("small-qwen", "smaller-qwen"),
 }
 ACCEPTED = Path(__file__).with_name("accepted.txt")
 N_CTX = 512

@@ -28,6 +28,8 @@ _BLOCKS = {
     Quantization.Q5_0: (22, (0,), 9.23),
     Quantization.Q8_0: (34, (0,), 73.9),
 }
+_TUNED = 10
+"""One of so many rows of the last layer's last matrix is another one in a tuned model: logits part by half a nat."""
 _MEAN_OF_MINIMA = 7.5
 """By how much the second scale of Q4_K must exceed the first for a mean of 0."""
 
@@ -55,15 +57,15 @@ SHAPES = {
     "qwen2.5-7b": Shape("qwen2", 152_064, 28, 3584, 18_944, 28, 4, n_padding=128),
     "qwen2.5-0.5b": Shape("qwen2", 151_936, 24, 896, 4864, 14, 2, is_tied=True),
     "small-llama": Shape("llama", 32_000, 6, 512, 1536, 8, 8),
-    "small-llama-0": Shape("llama", 32_000, 2, 256, 768, 8, 2),
+    "smaller-llama": Shape("llama", 32_000, 2, 256, 768, 8, 2),
     "small-qwen": Shape("qwen2", 152_064, 4, 512, 1536, 8, 4, n_padding=128),
-    "small-qwen-0": Shape("qwen2", 151_936, 2, 128, 512, 4, 2, is_tied=True),
+    "smaller-qwen": Shape("qwen2", 151_936, 2, 128, 512, 4, 2, is_tied=True),
 }
 
 
 def model(folder: Path, name: str, seed: int, tuned: int | None = None) -> Path:
-    """The file of the shape `name` in `folder`, written where it is not there. tuned: seed of the last layer, where the
-    model is to be a relative of the one without."""
+    """The file of the shape `name` in `folder`, written where it is not there. tuned: seed of a part of the last
+    layer, where the model is to be a relative of the one without."""
     path = folder / f"{name}-{seed}{'' if tuned is None else f'-{tuned}'}.gguf"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,8 +102,11 @@ def _write(path: Path, shape: Shape, seed: int, tuned: int | None) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for number, (name, (rows, kind)) in enumerate(tensors):
-        is_last = name.startswith(f"blk.{shape.n_layer - 1}.ffn_down")
-        writer.write_tensor_data(_weights(name, rows, kind, (seed if tuned is None or not is_last else tuned, number)))
+        weights = _weights(name, rows, kind, (seed, number))
+        if tuned is not None and name.startswith(f"blk.{shape.n_layer - 1}.ffn_down"):
+            n_changed = len(weights) // _TUNED
+            weights[:n_changed] = _weights(name, rows, kind, (tuned, number))[:n_changed]
+        writer.write_tensor_data(weights)
     writer.close()
 
 
