@@ -143,7 +143,10 @@ def _weights(name: str, rows: tuple[int, ...], kind: Quantization, seed: tuple[i
     n_blocks = rows[0] * rows[1] * n_bytes // gguf.GGML_QUANT_SIZES[kind][1] // gguf.GGML_QUANT_SIZES[kind][0]
     blocks = np.frombuffer(bytearray(rng.bytes(n_blocks * n_bytes)), np.uint8).reshape(n_blocks, n_bytes)
     wanted = {"token_embd.weight": 1.0, "output.weight": SPREAD / rows[1] ** 0.5}.get(name, rows[1] ** -0.5)
+    # Half of the blocks have negative scales: values whose mean is not 0 add up over the layers, and drown the text.
+    signs = rng.integers(0, 2, n_blocks, np.uint8) << 7
     for number, place in enumerate(scales):
         scale = np.float16(wanted / deviation * (_MEAN_OF_MINIMA if number else 1.0))
         blocks[:, place : place + 2] = np.frombuffer(scale.tobytes(), np.uint8)
+        blocks[:, place + 1] ^= signs
     return blocks.reshape(rows[0], -1)
