@@ -74,6 +74,8 @@ class Decoder:
         n_prefill: tokens of prompts to evaluate, beside the one that each other generation needs; None for as many as
         fit into a batch. Generations that come first are served first.
         """
+        for generation in generations:
+            generation.settle()
         if len(generations) == 1 and generations[0].n_draft != 0 and self.n_due(generations[0]) == 1:
             return [self._step_alone(generations[0])]
         return self._step_plainly(generations, n_prefill)
@@ -381,14 +383,17 @@ class Decoder:
         picked = self._fuser.pick(rows.primary, rows.base, rows.experts, weights, draws, names)
         for k, (generation, choice) in enumerate(zip(generations, picked, strict=True)):
             constraint = generation.constraint
-            if not constraint or not isinstance(choice, Picked) or constraint.allows(guesses[k], choice.token):
+            if not constraint or not isinstance(choice, Picked):
+                continue
+            before = [*generation.unsettled(), *guesses[k]]
+            if constraint.allows(before, choice.token):
                 continue
             (picked[k],) = self._fuser.pick(
                 rows.primary[k : k + 1],
                 None if rows.base is None else rows.base[k : k + 1],
                 [expert[k : k + 1] for expert in rows.experts],
                 weights[k : k + 1],
-                [dataclasses.replace(draws[k], banned=constraint.banned(guesses[k]))],
+                [dataclasses.replace(draws[k], banned=constraint.banned(before))],
                 names,
             )
         return picked

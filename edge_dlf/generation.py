@@ -44,8 +44,8 @@ class Generation:
     member's cache. n_top: how many `top_logprobs` each pick carries. traced: whether it carries a `trace` too. n_draft:
     tokens to draft at each step, None for what gives the most tokens a second. n_most: picks that may still come.
     strength: each expert's weight of late. n_prefilled: tokens that had to be evaluated before picks could go on.
-    n_drafted, n_accepted: drafted tokens, and those that were kept. constraint: what the picks must make up. scored:
-    the tokens that picks are to be, which are given rather than chosen.
+    n_drafted, n_accepted: drafted tokens, and those that were kept. constraint: what the picks must make up;
+    n_settled: those that it has taken in. scored: the tokens that picks are to be, which are given rather than chosen.
     """
 
     roles: Roles
@@ -66,6 +66,7 @@ class Generation:
     n_prefilled: int = 0
     n_drafted: int = 0
     n_accepted: int = 0
+    n_settled: int = 0
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -110,6 +111,17 @@ class Generation:
         """What is left of `scored`."""
         return self.scored[len(self.tokens) - self.n_prompt :]
 
+    def settle(self) -> None:
+        """Let the constraint take in the picks of the steps before: those of a step that runs may be taken back."""
+        if self.constraint:
+            for token in self.unsettled():
+                self.constraint.accept(token)
+                self.n_settled += 1
+
+    def unsettled(self) -> list[int]:
+        """Picks that the constraint has not taken in yet."""
+        return self.tokens[self.n_prompt + self.n_settled :]
+
     def drafting_member(self) -> str | None:
         """The member that drafts: of the experts the one with the most weight of late; for the large model the base."""
         if self.roles.experts:
@@ -119,8 +131,6 @@ class Generation:
     def add(self, pick: Pick) -> None:
         """Append a pick."""
         self.tokens.append(pick.token)
-        if self.constraint:
-            self.constraint.accept(pick.token)
         for name, alpha in zip(self.roles.experts, pick.alphas, strict=False):
             self.strength[name] = 0.8 * self.strength.get(name, 0.0) + 0.2 * alpha
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from edge_dlf import EdgeDLFError, FusionParams, NonFiniteLogitsError, SamplingParams
@@ -57,6 +58,23 @@ def generate(
             raise outcome
         picks += outcome
     return picks
+
+
+class EachThird:
+    """A constraint: at each place of the answer another third of the tokens may stand."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def allows(self, guesses: Sequence[int], token: int) -> bool:
+        return (len(self.taken) + len(guesses) + token) % 3 == 0
+
+    def banned(self, guesses: Sequence[int]) -> npt.NDArray[np.int64]:
+        return np.array([token for token in range(N_VOCAB) if not self.allows(guesses, token)])
+
+    def accept(self, token: int) -> None:
+        assert self.allows([], token)
+        self.taken.append(token)
 
 
 def plain(
@@ -255,14 +273,19 @@ def test_drafting_right_after_prompts_of_their_own_that_are_cached(n_draft: int 
 
 @pytest.mark.parametrize("member", ["large", "base", "e0"])
 @pytest.mark.parametrize("n_calls", [0, 1, 2])
-def test_an_interrupt_amid_a_draft_leaves_no_trace(member: str, n_calls: int) -> None:
+@pytest.mark.parametrize("constraint", [None, EachThird])
+def test_an_interrupt_amid_a_draft_leaves_no_trace(
+    member: str, n_calls: int, constraint: type[EachThird] | None
+) -> None:
     fusion, sampling = FusionParams(), SamplingParams(temperature=0.0)
-    expected = [pick.token for pick in generate(alike(1, 0.9), [1, 2], 24, fusion, sampling)]
+    of_plain = constraint and constraint()
+    expected = [pick.token for pick in generate(alike(1, 0.9), [1, 2], 24, fusion, sampling, constraint=of_plain)]
     members = alike(1, 0.9)
     ensemble = Ensemble(members, N_VOCAB)
     decoder = Decoder(ensemble, Fuser(N_VOCAB))
     texts = {name: [1, 2] for name in members}
-    generation = Generation(ensemble.roles(fusion), texts, fusion, sampling, n_draft=2)
+    own = constraint and constraint()
+    generation = Generation(ensemble.roles(fusion), texts, fusion, sampling, n_draft=2, constraint=own)
     decoder.begin(generation)
     decoder.step([generation])
     picked = list(generation.tokens)
