@@ -1,12 +1,14 @@
 """The server against a batch: the same questions, as many at once, in turn.
 
-    python benchmarks/serve.py --family FAMILY [--clients 32] [--answers 640] [--tokens 16] [--rounds 3] [--threads N]
+    python benchmarks/serve.py --family FAMILY [--parallel 32] [--clients 32] [--answers 640] [--tokens 16]
+        [--rounds 3] [--threads N]
 
 Each round answers every question by `FusedLlama.batch` in this process, by `edge-dlf serve` whole and streamed, and by
 the batch again beside a process that keeps a core as busy as the streams' clients did: where clients and server share
 the cores, that is what a batch would make of what is left to the server. Clients are one process that reads raw
-sockets. Shown: tokens a second of all rounds together, against the batch and against the hindered one; milliseconds of
-processor time a token that the server (or the batch) takes, and its clients.
+sockets. A client asks again once it has its answer: with more clients than places, none is empty until then. Shown:
+tokens a second of all rounds together, against the batch and against the hindered one; milliseconds of processor time a
+token that the server (or the batch) takes, and its clients.
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ def beside(work: Callable[[Connection], None]) -> Iterator[Connection]:
 def serving(options: argparse.Namespace) -> Iterator[tuple[psutil.Process, tuple[str, int]]]:
     """`edge-dlf serve`, and its address."""
     command = [sys.executable, "-m", "edge_dlf", "serve", options.family, "--port", "0", "--ctx-size", "512"]
-    command += ["--parallel", str(options.clients)]
+    command += ["--parallel", str(options.parallel)]
     command += ["--threads", str(options.threads)] if options.threads else []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         found = next(filter(None, (re.search(r"at http://([\d.]+):(\d+)", line) for line in process.stderr)))
@@ -145,6 +147,7 @@ def busy_s(process: psutil.Process) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", required=True)
+    parser.add_argument("--parallel", type=int, default=32)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--answers", type=int, default=640)
     parser.add_argument("--tokens", type=int, default=16)
@@ -166,7 +169,9 @@ def main() -> None:
         return sum(r["response"]["body"]["usage"]["completion_tokens"] for r in results), seconds, busy, 0.0
 
     with (
-        FusedLlama.from_family(options.family, n_ctx=512, n_parallel=options.clients, n_threads=options.threads) as llm,
+        FusedLlama.from_family(
+            options.family, n_ctx=512, n_parallel=options.parallel, n_threads=options.threads
+        ) as llm,
         serving(options) as (server, address),
         beside(clients) as asking,
         beside(hinder) as hindering,

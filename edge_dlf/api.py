@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 ExpertFiles: TypeAlias = str | Path | Sequence[tuple[str | Path, float]]
 
 _PATIENCE_S = 4.0
+_WORTH_THREADS = 2**14
+"""Tokens of a vocabulary whose search takes longer than it takes to wake a thread that helps."""
 _MAX_OWN_CTX = 4096
 _FORM = frozenset(("max_tokens", "stop", "grammar", "json_schema"))
 
@@ -423,4 +425,4 @@ def _ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
         warm_up()
     finally:
         timer.cancel()
-    return Fuser(n_vocab, n_threads)
+    return Fuser(n_vocab, n_threads if n_vocab >= _WORTH_THREADS else 1)
