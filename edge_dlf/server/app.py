@@ -164,7 +164,7 @@ class _Service:
 
     async def _answered(self, request: Request, *, is_chat: bool) -> Response:
         call = Call.parse(await _read(request), self.models, is_chat=is_chat)
-        ticket = self.engine.ticket(len(call.requests))
+        ticket = self.engine.ticket(len(call.requests), is_streamed=call.stream)
         try:
             loop = asyncio.get_running_loop()
             choices = await loop.run_in_executor(self.preparing, call.prepare, self.llm, self.rules.settings)

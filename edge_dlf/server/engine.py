@@ -55,10 +55,12 @@ class Event:
 @dataclass(eq=False)
 class Ticket:
     """The answers of one request on their way, for the event loop: iterating gives their events, those at once that
-    have come meanwhile. timer: what ends them when they take too long."""
+    have come meanwhile. is_streamed: whether tokens are wanted as they come, or all at the end. timer: what ends them
+    when they take too long."""
 
     engine: Engine
     n_places: int
+    is_streamed: bool
     answers: Sequence[Answer] = ()
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     begun_at: float = field(default_factory=time.perf_counter)
@@ -100,6 +102,7 @@ class _Job:
     ticket: Ticket
     index: int
     answer: Answer
+    held: list[Token] = field(default_factory=list)
     first_token_at: float | None = None
 
 
@@ -137,7 +140,7 @@ class Engine:
         if self._is_open:
             self._thread.join()
 
-    def ticket(self, n_answers: int) -> Ticket:
+    def ticket(self, n_answers: int, *, is_streamed: bool) -> Ticket:
         """Take places for a request of so many answers. Raises BusyError, StoppingError or InvalidParameterError."""
         if self._is_stopping:
             raise StoppingError
@@ -147,7 +150,7 @@ class Engine:
             n_parallel = self._scheduler.decoder.ensemble.n_seq_max
             raise BusyError(max(1, min(60, round(self._answer_s * self._n_taken / n_parallel))))
         self._n_taken += n_answers
-        return Ticket(self, n_answers)
+        return Ticket(self, n_answers, is_streamed)
 
     def give_back(self, n_places: int) -> None:
         """Let others have places that were taken."""
@@ -240,7 +243,7 @@ class Engine:
             self._drop(job)
             return job.ticket, Event(job.index, error=outcome)
         self._time(job, len(outcome), elapsed)
-        tokens: list[Token] = []
+        tokens, job.held = job.held, []
         for n, pick in enumerate(outcome, 1):
             tokens += job.answer.push(pick)
             if job.answer.report.finish_reason:
@@ -250,6 +253,8 @@ class Engine:
                 self._metrics.ended(job.answer.report)
                 self._answer_s += 0.1 * (time.perf_counter() - job.ticket.begun_at - self._answer_s)
                 return job.ticket, Event(job.index, tokens, is_last=True)
+        if not job.ticket.is_streamed:
+            tokens, job.held = [], tokens
         return job.ticket, Event(job.index, tokens)
 
     def _time(self, job: _Job, n_picks: int, elapsed: float) -> None:
@@ -278,10 +283,12 @@ class Engine:
         self._post([(job.ticket, Event(job.index, error=error)) for job in jobs])
 
     def _post(self, events: Sequence[tuple[Ticket, Event]]) -> None:
-        def deliver() -> None:
-            for ticket, event in events:
-                if event.tokens or event.is_last or event.error:
-                    ticket.events.put_nowait(event)
+        due = [(ticket, event) for ticket, event in events if event.tokens or event.is_last or event.error]
 
-        with suppress(RuntimeError):  # the loop has ended: nobody waits for these
-            self._loop.call_soon_threadsafe(deliver)
+        def deliver() -> None:
+            for ticket, event in due:
+                ticket.events.put_nowait(event)
+
+        if due:
+            with suppress(RuntimeError):  # the loop has ended: nobody waits for these
+                self._loop.call_soon_threadsafe(deliver)

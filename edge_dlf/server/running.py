@@ -84,6 +84,7 @@ def run(llm: FusedLlama, address: Address, rules: Rules, ready: Callable[[], Non
         log_config=None,
         access_log=False,
         server_header=False,
+        http="h11",  # httptools, where it is installed, sets headers no limit
         timeout_graceful_shutdown=int(GRACE_S) + 5,
         h11_max_incomplete_event_size=64 * 1024,
     )
