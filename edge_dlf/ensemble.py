@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import compress, count
@@ -85,13 +85,15 @@ class Ensemble:
     n_vocab: tokens that all members share; what lies beyond in longer rows is padding. n_ctx: positions that every
     member has for one sequence. n_batch: tokens that every member can evaluate at once. lanes: members by what computes
     them; those of one lane, as all on the CPU are, are decoded in turn, the lanes as `overlap` says. Lanes that return
-    before they are done, as a GPU's do, come first.
+    before they are done, as a GPU's do, come first. before_decode: called before members compute, which is when other
+    threads may run Python.
     """
 
     def __init__(self, members: Mapping[str, Backend], n_vocab: int, lanes: Sequence[Sequence[str]] = ()) -> None:
         self.members = dict(members)
         self.lanes = tuple(lanes) or (tuple(members),)
         self.overlap: Overlap = "queue"
+        self.before_decode: Callable[[], None] = lambda: None
         self._threads = Lanes()
         self.experts = tuple(name for name in members if name not in ("large", "base"))
         self.n_vocab = n_vocab
@@ -137,6 +139,10 @@ class Ensemble:
 
     def decode(self, name: str, runs: Sequence[Run]) -> None:
         """Append `runs` to the member `name`, in one batch."""
+        self.before_decode()
+        self._decode(name, runs)
+
+    def _decode(self, name: str, runs: Sequence[Run]) -> None:
         self._settle(name)
         account = self._accounts[name]
         account.unsettled.update(run.seq for run in runs)
@@ -153,6 +159,7 @@ class Ensemble:
     def decode_all(self, runs: Mapping[str, Sequence[Run]]) -> None:
         """Append to each member what `runs` has for it, in one batch a member. Raises what one of them raises; then
         others may have been decoded or not, and none is still at it."""
+        self.before_decode()
         lanes = [[name for name in lane if name in runs] for lane in self.lanes]
         jobs = [partial(self._decode_in_turn, lane, runs) for lane in lanes if lane]
         if self.overlap == "threads" and len(jobs) > 1:
@@ -163,7 +170,7 @@ class Ensemble:
 
     def _decode_in_turn(self, names: Sequence[str], runs: Mapping[str, Sequence[Run]]) -> None:
         for name in names:
-            self.decode(name, runs[name])
+            self._decode(name, runs[name])
             if self.overlap == "off":
                 self.members[name].wait()
 

@@ -122,6 +122,7 @@ class Engine:
         self._is_stopping = self._has_stopped = False
         self._answer_s = 1.0
         self._jobs: dict[Generation, _Job] = {}
+        self._due: list[tuple[Ticket, Event]] = []
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._is_open = False
@@ -203,14 +204,21 @@ class Engine:
                 self._scheduler.remove(answer.generation)
 
     def _run(self) -> None:
+        self._scheduler.decoder.ensemble.before_decode = self._deliver
         while self._is_open:
             if not self._jobs:
                 self._wake.wait()
-            self._wake.clear()
-            while self._commands:
-                self._commands.popleft()()
-            if self._jobs:
-                self._step()
+            self._turn()
+
+    def _turn(self) -> None:
+        """What others have asked for, and a step."""
+        self._wake.clear()
+        while self._commands:
+            self._commands.popleft()()
+        if self._jobs:
+            self._step()
+        else:
+            self._deliver()
 
     def _leave(self) -> None:
         self._is_open = False
@@ -235,6 +243,7 @@ class Engine:
             self._fail_all(EdgeDLFError("the engine failed; what it wrote to its terminal says why"))
             return
         elapsed = time.perf_counter() - started
+        self._deliver()  # of a step in which nobody computed
         self._post([self._advance(self._jobs[generation], outcome, elapsed) for generation, outcome in outcomes])
 
     def _advance(self, job: _Job, outcome: Outcome, elapsed: float) -> tuple[Ticket, Event]:
@@ -283,12 +292,19 @@ class Engine:
         self._post([(job.ticket, Event(job.index, error=error)) for job in jobs])
 
     def _post(self, events: Sequence[tuple[Ticket, Event]]) -> None:
-        due = [(ticket, event) for ticket, event in events if event.tokens or event.is_last or event.error]
+        self._due += [(ticket, event) for ticket, event in events if event.tokens or event.is_last or event.error]
+        if not self._jobs:  # no step follows
+            self._deliver()
 
-        def deliver() -> None:
+    def _deliver(self) -> None:
+        """Hand what is due to the event loop. It is held until members compute again: earlier, the loop would take the
+        interpreter away from the step that they wait for."""
+        due, self._due = self._due, []
+
+        def put() -> None:
             for ticket, event in due:
                 ticket.events.put_nowait(event)
 
         if due:
             with suppress(RuntimeError):  # the loop has ended: nobody waits for these
-                self._loop.call_soon_threadsafe(deliver)
+                self._loop.call_soon_threadsafe(put)
