@@ -176,3 +176,24 @@ def test_questions_come_in_every_wording() -> None:
     problem = next(TASKS["extremes"].problems("train", 1))
     said = {ask(problem, rng) for _ in range(200)}
     assert len(said) == len(TASKS["extremes"].asked)
+
+
+@pytest.mark.parametrize("n_rows", [1, 5])
+def test_processes_together_learn_as_one_does(tokenizer, n_rows: int) -> None:
+    shape = Shape(tokenizer.get_vocab_size(), 32, 1, 2, 64)
+    torch.manual_seed(0)
+    model = Llama(shape)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokens = torch.arange(n_rows * 12).view(n_rows, 12) % 200
+    targets = tokens.roll(-1, 1)
+    targets[::2, :7] = IGNORED
+
+    def gradients(rank: int, n_processes: int) -> list[torch.Tensor]:
+        model.zero_grad()
+        training.shared_loss(model, model.loss, (tokens, targets), rank, n_processes).backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    means = (torch.stack(parts).mean(0) for parts in zip(gradients(0, 2), gradients(1, 2), strict=True))
+    for mean, expected in zip(means, gradients(0, 1), strict=True):
+        assert torch.allclose(mean, expected, atol=1e-5)

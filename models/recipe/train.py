@@ -77,9 +77,9 @@ def train(
     saved, smooth = time.monotonic(), math.nan
     with tqdm(total=schedule.n_steps, initial=n_done, desc=name, unit="step", mininterval=2, disable=rank > 0) as bar:
         for step in range(n_done, schedule.n_steps):
-            tokens, targets = (part[rank::n_processes].to(device()) for part in batches[step])
+            batch = batches[step]
             with torch.autocast(device().type, torch.bfloat16):
-                loss = loss_of(tokens, targets)
+                loss = shared_loss(model, loss_of, batch, rank, n_processes)
             loss.backward()
             _average(model, n_processes)
             for optimizer in optimizers:
@@ -93,6 +93,15 @@ def train(
             if rank == 0 and (time.monotonic() - saved > _SAVE_EVERY_S or step + 1 == schedule.n_steps):
                 _save(checkpoint, model, optimizers, step + 1)
                 saved = time.monotonic()
+
+
+def shared_loss(model: Llama, loss_of: Loss, batch: tuple[Tensor, Tensor], rank: int, n_processes: int) -> Tensor:
+    """What a process minimises on its share of the batch's rows: the mean of all processes' is the batch's own loss."""
+    tokens, targets = (part[rank::n_processes].to(device()) for part in batch)
+    if not len(tokens):
+        return 0.0 * torch.stack([parameter.sum() for parameter in _trained(model).values()]).sum()
+    share = n_processes * int((targets >= 0).sum()) / int((batch[1] >= 0).sum()) if n_processes > 1 else 1.0
+    return loss_of(tokens, targets) * share
 
 
 def join() -> tuple[int, int]:
