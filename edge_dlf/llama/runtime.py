@@ -26,8 +26,7 @@ AMX_REBUILD = (
     f"--no-binary llama-cpp-python llama-cpp-python=={lib.__version__}"
 )
 AMX_NOTICE = (
-    "AMX is off, for it crashes in this build of llama.cpp; that costs speed, most of all in batches. "
-    f"To rebuild: {AMX_REBUILD}"
+    "AMX crashes in this build of llama.cpp and is off, which costs speed; `edge-dlf doctor` says how to rebuild"
 )
 
 _GPU, _INTEGRATED_GPU = 1, 2  # of enum ggml_backend_dev_type
