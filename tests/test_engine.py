@@ -10,7 +10,7 @@ import pytest
 
 from edge_dlf import FusedLlama
 from edge_dlf.requests import parse_body
-from edge_dlf.server.engine import Engine, Event, Ticket
+from edge_dlf.server.engine import Engine, Event, StoppingError, Ticket
 from edge_dlf.server.metrics import Metrics
 
 pytest.importorskip("uvicorn")
@@ -91,3 +91,31 @@ def test_a_ticket_gives_all_that_has_come_at_once(engine: Engine) -> None:
         return [sum(len(event.tokens) for event in events) async for events in ticket]
 
     assert asyncio.run(read()) == [4]
+
+
+def test_tokens_that_come_with_an_error_are_given_before_it(engine: Engine) -> None:
+    ticket = asked(engine, 8)
+    for _ in range(4):
+        engine._turn()
+    engine._end_all()
+    given: list[int] = []
+
+    async def read() -> None:
+        async for events in ticket:
+            given.append(sum(len(event.tokens) for event in events))
+
+    with pytest.raises(StoppingError):
+        asyncio.run(read())
+    assert sum(given) >= 3
+
+
+def test_an_answer_that_ended_is_not_late(engine: Engine) -> None:
+    ticket = asked(engine, 2)
+    for _ in range(2):
+        engine._turn()
+    ticket.events.put_nowait(Event(0, error=TimeoutError()))
+
+    async def read() -> int:
+        return sum([len(event.tokens) async for events in ticket for event in events])
+
+    assert asyncio.run(read()) == 2

@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import takewhile
+from typing import TYPE_CHECKING, cast
 
 from ..errors import EdgeDLFError, InvalidParameterError, RequestInterruptedError
 from ..generation import Generation, Outcome
@@ -81,11 +82,12 @@ class Ticket:
             events = [await self.events.get()]
             while not self.events.empty():
                 events.append(self.events.get_nowait())
-            for event in events:
-                if event.error:
-                    raise event.error
-                n_left -= event.is_last
-            yield events
+            given = list(takewhile(lambda event: not event.error, events))
+            n_left -= sum(event.is_last for event in given)
+            if given:
+                yield given
+            if n_left and len(given) < len(events):
+                raise cast("Exception", events[len(given)].error)
 
     def close(self) -> None:
         """End what has not ended, at once, and give its place up. Calling it twice is no error."""
