@@ -136,7 +136,7 @@ def main() -> None:
     print("| workload | large alone, tokens/s | plain | drafted | ratio | predicted | accepted | a step | same |")
     print("|---|---|---|---|---|---|---|---|---|")
     with FusedLlama.from_family(options.family, n_ctx=512) as llm:
-        pace = llm.scheduler.decoder.pace
+        pace = llm.scheduler.decoder.speculation.pace
         for draft in (options.draft, "off"):
             answer(llm, WORKLOADS["code"][0], options, draft=draft)
         for name, prompts in WORKLOADS.items():

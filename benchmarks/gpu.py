@@ -57,9 +57,9 @@ class Replay:
 
     def __init__(self, decoder: Decoder, accepted: str) -> None:
         self._accepted, self._guesses = accepted, ()
-        self._verify, self._pick = decoder._verify, decoder._pick
-        decoder._verify = self.verify  # type: ignore[method-assign]
-        decoder._pick = self.pick  # type: ignore[method-assign]
+        self._verify, self._pick = decoder.speculation.verify, decoder.picker.pick
+        decoder.speculation.verify = self.verify  # type: ignore[method-assign]
+        decoder.picker.pick = self.pick  # type: ignore[method-assign]
 
     def verify(
         self, generation: Generation, rows: Rows, guesses: Sequence[int], picks: list[Pick]
@@ -131,7 +131,7 @@ class Bench:
         """Tokens a second of `n` sequences at once; and seconds of the parts of a step of them: the members with what
         they copy, search and choice, and the rest, which is Python."""
         ensemble, decoder, spent = self.ensemble, self.decoder, defaultdict[str, list[float]](list)
-        decode_all, pick = ensemble.decode_all, decoder._pick
+        decode_all, pick = ensemble.decode_all, decoder.picker.pick
 
         def timed_decode(runs: Mapping[str, Sequence[Run]]) -> None:
             started = time.perf_counter()
@@ -146,11 +146,11 @@ class Bench:
             spent["search"].append(time.perf_counter() - started)
             return picks
 
-        ensemble.decode_all, decoder._pick = timed_decode, timed_pick  # type: ignore[method-assign]
+        ensemble.decode_all, decoder.picker.pick = timed_decode, timed_pick  # type: ignore[method-assign]
         try:
             tps = bench.parallel_tps(decoder, prompts, n)
         finally:
-            ensemble.decode_all, decoder._pick = decode_all, pick  # type: ignore[method-assign]
+            ensemble.decode_all, decoder.picker.pick = decode_all, pick  # type: ignore[method-assign]
         members, search = (median(spent[name][-bench.N_PARALLEL_STEPS :]) for name in ("members", "search"))
         return tps, {"members": members, "search and choice": search, "Python": max(0.0, n / tps - members - search)}
 
@@ -168,7 +168,7 @@ class Bench:
                 decoder.step([generation])
             return (len(generation.tokens) - n_before) / (time.perf_counter() - started)
         finally:
-            decoder._verify, decoder._pick = replay._verify, replay._pick  # type: ignore[method-assign]
+            decoder.speculation.verify, decoder.picker.pick = replay._verify, replay._pick  # type: ignore[method-assign]
 
 
 def _timed(work: Callable[[], object]) -> float:

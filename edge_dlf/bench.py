@@ -259,6 +259,6 @@ def search_s(llm: FusedLlama) -> float:
     times = []
     for _ in range(9):
         started = time.perf_counter()
-        decoder._pick([generation], rows, [()])
+        decoder.picker.pick([generation], rows, [()])
         times.append(time.perf_counter() - started)
     return median(times)

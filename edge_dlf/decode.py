@@ -9,22 +9,19 @@ strings and limits are the caller's; which generations take part in a step is th
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from .backend import N_ROWS, Logits, Run
-from .draft import QUOTES, Draft, RowKeeper, quote
-from .ensemble import Ensemble, Roles, Rows
+from .backend import N_ROWS, Run
+from .ensemble import Ensemble
 from .errors import EdgeDLFError
-from .explain import explain
-from .generation import Generation, Outcome, Pick
-from .pace import FUSION, Contest, Pace, Way
-from .params import MAX_DRAFT, AlphaChoice, Draw, Picked, Trace
+from .generation import Generation, Outcome
+from .pace import Contest
+from .picker import Picker
+from .speculation import Speculation
 
 if TYPE_CHECKING:
     from .fusion import Fuser
@@ -33,18 +30,15 @@ if TYPE_CHECKING:
 class Decoder:
     """Decodes generations over one ensemble. One thread at a time.
 
-    pace: what members cost and how often drafts are accepted, learnt from all that was decoded. contest: whether what
-    drafts save is worth the time that they take.
+    contest: whether what drafts save is worth the time that they take.
     """
 
     def __init__(self, ensemble: Ensemble, fuser: Fuser, clock: Callable[[], float] = time.perf_counter) -> None:
         self.ensemble = ensemble
-        self.pace = Pace({name: member.n_bytes for name, member in ensemble.members.items()})
+        self.picker = Picker(fuser)
+        self.speculation = Speculation(ensemble, self.picker, clock)
         self.contest = Contest()
-        self._fuser = fuser
         self._clock = clock
-        self._evaluating = 0.0
-        self._kept = RowKeeper()
 
     def begin(self, generation: Generation) -> None:
         """Give the sequence `generation.seq` to a generation, new or broken off; what is in a cache already is not
@@ -83,10 +77,10 @@ class Decoder:
     def _step_alone(self, generation: Generation) -> Outcome:
         """One step of one generation whose prompt has been evaluated."""
         if generation.n_draft is not None:
-            return self._step_drafted(generation)
+            return self.speculation.step(generation)
         started = self._clock()
         if self.contest.drafts:
-            outcome = self._step_drafted(generation)
+            outcome = self.speculation.step(generation)
         else:
             (outcome,) = self._step_plainly([generation], None)
         if isinstance(outcome, list):
@@ -105,7 +99,7 @@ class Decoder:
             ahead = [given[generation][:k] for generation in group for k in range(len(given[generation]) + 1)]
             rows = self.ensemble.rows(roles, first, len(owners))
             first.update(roles.members * len(owners))
-            for generation, pick in zip(owners, self._pick(owners, rows, ahead), strict=True):
+            for generation, pick in zip(owners, self.picker.pick(owners, rows, ahead), strict=True):
                 outcome = outcomes[generation]
                 if isinstance(pick, EdgeDLFError) or isinstance(outcome, EdgeDLFError):
                     outcomes[generation] = pick if isinstance(pick, EdgeDLFError) else outcome
@@ -162,242 +156,6 @@ class Decoder:
                 n_held = self.ensemble.n_held(name, generation.seq)
                 self.ensemble.shorten(name, generation.seq, n_held - n_surplus)
 
-    def _step_drafted(self, generation: Generation) -> Outcome:
-        """One step of one generation: draft, let the other members evaluate the whole draft in one batch each, keep
-        what the fusion picks too. What an interrupt leaves is taken back."""
-        seq, n_tokens = generation.seq, len(generation.tokens)
-        n_held = {name: self.ensemble.n_held(name, seq) for name in generation.roles.members}
-        started, self._evaluating = self._clock(), 0.0
-        self.pace.begin_step()
-        picks: list[Pick] = []
-        try:
-            draft, others = self._draft(generation)
-            error = self._pick_drafted(generation, draft, picks)
-        except BaseException:
-            del generation.tokens[n_tokens:], picks[:]
-            raise
-        finally:
-            for name, n_before in n_held.items():
-                self.ensemble.shorten(name, seq, n_before + len(picks))
-        n_accepted = sum(pick.from_draft for pick in picks)
-        if draft.way.member not in (None, *n_held):
-            self.ensemble.shorten(
-                draft.way.drafter, seq, generation.n_text(draft.way.drafter) - len(picks) + n_accepted
-            )
-        generation.n_drafted += draft.n
-        generation.n_accepted += n_accepted
-        for judged in (draft, *others):
-            self._judge(judged, picks)
-        self.pace.timed(FUSION, draft.n + 1, self._clock() - started - self._evaluating)
-        return picks or error or []
-
-    def _pick_drafted(self, generation: Generation, draft: Draft, picks: list[Pick]) -> EdgeDLFError | None:
-        """Verify a draft; as `_verify`."""
-        seq, roles, guesses = generation.seq, generation.roles, draft.guesses[: draft.n]
-        self._evaluate_all(seq, {name: [*generation.last(name), *guesses] for name in draft.way.batched})
-        if draft.rows is None:
-            return self._verify(generation, self.ensemble.rows(roles, {}, draft.n + 1), guesses, picks)
-        # The drafting expert evaluates its last guess only once all are accepted.
-        t, n_rows = roles.experts.index(draft.way.drafter), min(len(draft.rows), draft.n + 1)
-        error = self._verify(generation, self._rows(roles, n_rows, t, draft.rows), guesses, picks)
-        if sum(pick.from_draft for pick in picks) == draft.n == n_rows:
-            last = self._evaluate(draft.way.drafter, seq, guesses[-1:])
-            error = self._verify(generation, self._rows(roles, 1, t, last, n_rows), [], picks)
-        return error
-
-    def _judge(self, draft: Draft, picks: Sequence[Pick]) -> None:
-        """Note which guesses were right, verified or not, up to the first that was not."""
-        for guess, probability, pick in zip(draft.guesses, draft.probabilities, picks, strict=False):
-            self.pace.judged(draft.way.drafter, probability, guess == pick.token)
-            if guess != pick.token:
-                break
-
-    def _draft(self, generation: Generation) -> tuple[Draft, list[Draft]]:
-        """The draft that promises the most tokens a second, or that of the length asked for; and what else there was to
-        judge."""
-        roles, fixed = generation.roles, generation.n_draft
-        n_most = min(self._room(generation, roles.members), MAX_DRAFT if fixed is None else fixed)
-        quoted = Draft(Way(QUOTES, roles.members), *quote(generation.tokens, n_most))
-        own = self._way_of_member(generation)
-        if fixed is not None:
-            if quoted.guesses or not own:
-                quoted.n = len(quoted.guesses)
-                return quoted, []
-            return self._draft_by_member(generation, own, n_most, None), []
-        rate = 0.0
-        if own:
-            rate, n = self.pace.best(own, self.pace.usual(own, n_most))
-            if not n and not own.is_fused:
-                self.pace.declined(own)
-                own = None
-        of_quoted, n = self.pace.best(quoted.way, self.pace.chances(quoted.way, quoted.probabilities))
-        if n and of_quoted > rate:
-            quoted.n = n
-            return quoted, []
-        if not own:
-            return Draft(quoted.way), [quoted]
-        return self._draft_by_member(generation, own, n_most, rate), [quoted]
-
-    def _way_of_member(self, generation: Generation) -> Way | None:
-        """How a member of the fusion, or the base for the large model alone, would draft."""
-        name, members = generation.drafting_member(), generation.roles.members
-        if name is None:
-            return None
-        if name in members:
-            return Way(name, tuple(other for other in members if other != name), name)
-        n_known = self.ensemble.n_common(name, generation.seq, generation.whole_text(name))
-        n_behind = generation.n_text(name) - n_known
-        has_room = self._room(generation, [name]) == self._room(generation, members)
-        has_room = has_room and n_behind + MAX_DRAFT <= self.ensemble.n_free()
-        return Way(name, members, name, is_fused=False, n_behind=n_behind) if has_room else None
-
-    def _draft_by_member(self, generation: Generation, way: Way, n_most: int, rate: float | None) -> Draft:
-        """Let a member decode ahead on its own, under the noise, filters and penalties of each position: `n_most`
-        tokens, or while that promises more than `rate` tokens a second."""
-        draft, name = Draft(way), way.drafter
-        due = generation.last(name)
-        if not way.is_fused:
-            n_held = self.ensemble.begin(name, generation.seq, generation.whole_text(name))
-            due = generation.whole_text(name)[n_held:]
-        while True:
-            row = self._evaluate(name, generation.seq, due)[-1:]
-            if way.is_fused:
-                row = self._kept.keep(len(draft.guesses), row)
-                draft.rows = self._kept.rows[: len(draft.guesses) + 1]
-            if not n_most:
-                return draft
-            drawn = generation.draw(draft.guesses)
-            (picked,) = self._choose([generation], Rows(row, None, ()), [()], [drawn], [draft.guesses], (name,))
-            if isinstance(picked, EdgeDLFError):  # met again where that row is fused
-                return draft
-            draft.guesses.append(picked.token)
-            draft.probabilities.append(min(1.0, math.exp(picked.logprob)))
-            n_wanted = n_most
-            if rate is not None:
-                n_wanted = self.pace.length(way, self.pace.chances(way, draft.probabilities), n_most, rate)
-            draft.n = min(n_wanted, len(draft.guesses))
-            if n_wanted <= len(draft.guesses):
-                return draft
-            due = draft.guesses[-1:]
-
-    def _room(self, generation: Generation, members: Iterable[str]) -> int:
-        """Tokens that may be drafted before the answer's limit or a member's context is reached."""
-        longest = max(generation.n_text(name) for name in members)
-        return max(0, min(generation.n_most - 1, self.ensemble.n_ctx - longest))
-
-    def _evaluate(self, name: str, seq: int, tokens: Sequence[int]) -> Logits:
-        """Rows after each of `tokens`, or after the last where they are many; notes what one member needs for them."""
-        while len(tokens) > MAX_DRAFT + 1:
-            ahead = tokens[: min(len(tokens) - 1, self.ensemble.n_batch)]
-            self.ensemble.decode(name, [Run(seq, ahead, 0)])
-            tokens = tokens[len(ahead) :]
-        started = self._clock()
-        self.ensemble.decode(name, [Run(seq, tokens, len(tokens))])
-        rows = self.ensemble.members[name].logits()  # on a GPU, waits for the result
-        elapsed = self._clock() - started
-        self._evaluating += elapsed
-        self.pace.timed(name, len(tokens), elapsed)
-        return rows
-
-    def _evaluate_all(self, seq: int, due: Mapping[str, Sequence[int]]) -> None:
-        """As `_evaluate`, several members. Where they overlap it cannot be told how long which of them took, nor does
-        that matter to what all of them cost: each is noted with a share by its size."""
-        if not self.ensemble.overlaps:
-            for name, tokens in due.items():
-                self._evaluate(name, seq, tokens)
-            return
-        started = self._clock()
-        self.ensemble.decode_all({name: [Run(seq, tokens, len(tokens))] for name, tokens in due.items()})
-        for name in due:
-            self.ensemble.members[name].logits()
-        elapsed = self._clock() - started
-        self._evaluating += elapsed
-        n_bytes = sum(self.ensemble.members[name].n_bytes for name in due)
-        for name, tokens in due.items():
-            self.pace.timed(name, len(tokens), elapsed * self.ensemble.members[name].n_bytes / n_bytes)
-
-    def _rows(self, roles: Roles, n_rows: int, t: int, rows_of_t: Logits, first: int = 0) -> Rows:
-        """`n_rows` rows of all members from row `first` on, those of expert `t` given."""
-        own = Roles(roles.primary, roles.base, tuple(name for name in roles.experts if name != roles.experts[t]))
-        rows = self.ensemble.rows(own, dict.fromkeys(roles.members, first), n_rows)
-        experts = [*rows.experts[:t], rows_of_t[:n_rows], *rows.experts[t:]]
-        return Rows(rows.primary, rows.base, tuple(experts))
-
-    def _verify(
-        self, generation: Generation, rows: Rows, guesses: Sequence[int], picks: list[Pick]
-    ) -> EdgeDLFError | None:
-        """Pick at each position of `rows` (K, …), up to the first pick that is not what was guessed there, and append
-        to `picks`. Returns what makes the next pick impossible."""
-        drafts = [guesses[:k] for k in range(len(rows.primary))]
-        for k, pick in enumerate(self._pick([generation] * len(drafts), rows, drafts)):
-            if isinstance(pick, EdgeDLFError):
-                return pick
-            accepted = k < len(guesses) and pick.token == guesses[k]
-            picks.append(dataclasses.replace(pick, from_draft=accepted))
-            generation.add(picks[-1])
-            if not accepted:
-                break
-        return None
-
-    def _pick(
-        self, generations: Sequence[Generation], rows: Rows, guesses: Sequence[Sequence[int]]
-    ) -> list[Pick | EdgeDLFError]:
-        """The token that follows each generation's text and `guesses`, by its row."""
-        roles, fusion = generations[0].roles, generations[0].fusion
-        choices: Sequence[AlphaChoice | EdgeDLFError | None] = [None] * len(generations)
-        if fusion.method == "dynamic" and rows.base is not None:
-            choices = self._fuser.search(rows.primary, rows.base, rows.experts, fusion, roles.members)
-        weights = [
-            generation.alphas if choice is None else _weights(choice, len(rows.experts))
-            for generation, choice in zip(generations, choices, strict=True)
-        ]
-        draws = [generation.draw(draft) for generation, draft in zip(generations, guesses, strict=True)]
-        picked = self._choose(generations, rows, weights, draws, guesses, roles.members)
-        traces: Sequence[Trace | None] = [None] * len(generations)
-        if any(generation.traced for generation in generations):
-            members = dict(zip(roles.members, rows.members, strict=True))
-            traces = explain(self._fuser, members, roles.experts, draws, choices, weights, picked)
-        outcomes: list[Pick | EdgeDLFError] = []
-        for k, (generation, choice, taken) in enumerate(zip(generations, choices, picked, strict=True)):
-            if isinstance(choice, EdgeDLFError):
-                outcomes.append(choice)
-            elif isinstance(taken, EdgeDLFError):
-                outcomes.append(taken)
-            else:
-                top, trace = taken.top_logprobs[: generation.n_top], traces[k] if generation.traced else None
-                outcomes.append(Pick(taken.token, taken.logprob, weights[k], top, trace=trace))
-        return outcomes
-
-    def _choose(
-        self,
-        generations: Sequence[Generation],
-        rows: Rows,
-        weights: Sequence[tuple[float, ...]],
-        draws: Sequence[Draw],
-        guesses: Sequence[Sequence[int]],
-        names: Sequence[str],
-    ) -> list[Picked | EdgeDLFError]:
-        """A token from each fused row. One that the generation's constraint forbids is chosen again among those it
-        allows, as llama.cpp does: most often the first choice is right, and asking for all that are allowed costs
-        more."""
-        picked = self._fuser.pick(rows.primary, rows.base, rows.experts, weights, draws, names)
-        for k, (generation, choice) in enumerate(zip(generations, picked, strict=True)):
-            constraint = generation.constraint
-            if not constraint or not isinstance(choice, Picked):
-                continue
-            before = [*generation.unsettled(), *guesses[k]]
-            if constraint.allows(before, choice.token):
-                continue
-            (picked[k],) = self._fuser.pick(
-                rows.primary[k : k + 1],
-                None if rows.base is None else rows.base[k : k + 1],
-                [expert[k : k + 1] for expert in rows.experts],
-                weights[k : k + 1],
-                [dataclasses.replace(draws[k], banned=constraint.banned(before))],
-                names,
-            )
-        return picked
-
 
 def _fused_alike(generations: Iterable[Generation]) -> list[list[Generation]]:
     """Generations by roles and fusion, so that one search serves each group."""
@@ -410,10 +168,3 @@ def _fused_alike(generations: Iterable[Generation]) -> list[list[Generation]]:
         else:
             groups.append([generation])
     return groups
-
-
-def _weights(choice: AlphaChoice | EdgeDLFError, n_experts: int) -> tuple[float, ...]:
-    """α of each expert; zeros in place of an error."""
-    if isinstance(choice, EdgeDLFError):
-        return (0.0,) * n_experts
-    return tuple(choice.alpha if t == choice.expert else 0.0 for t in range(n_experts))

@@ -103,7 +103,7 @@ class Recorder:
         self.llm = llm
         self.rows: dict[int, list[Any]] = {}
         self.draws: dict[int, Draw] = {}
-        self._fuser = llm._scheduler.decoder._fuser
+        self._fuser = llm._scheduler.decoder.picker.fuser
         self._pick = self._fuser.pick
 
     def __enter__(self) -> Recorder:

@@ -332,7 +332,7 @@ def test_what_members_that_overlap_cost_adds_up(monkeypatch: pytest.MonkeyPatch)
         clock.now += 0.09
 
     ensemble.decode_all = timed  # type: ignore[method-assign]
-    monkeypatch.setattr(decoder.pace, "timed", lambda name, n, seconds: noted.update({(name, n): seconds}))
+    monkeypatch.setattr(decoder.speculation.pace, "timed", lambda name, n, seconds: noted.update({(name, n): seconds}))
     decoder.step([generation])
     assert noted.pop((FUSION, 3)) == pytest.approx(0.0)
     shares = {name: seconds for (name, n), seconds in noted.items() if n == 3}
