@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -15,6 +17,8 @@ from edge_dlf import FusedLlama
 
 from .hub_server import HubServer, hub_server
 from .tiny import tiny_lora, tiny_model
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,6 +58,20 @@ def real_family() -> str:
     if not family:
         pytest.skip("EDGE_DLF_TEST_FAMILY names no family")
     return family
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, for one module: while Playwright is open, its thread can run no other event loop. Tests that
+    need it are skipped where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture

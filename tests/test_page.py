@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from edge_dlf.server import Rules
 
 from .http_server import Served, serving
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1200, "height": 800}
 
 
@@ -25,18 +23,6 @@ def server(tiny: Path) -> Iterator[Served]:
     rules = Rules({"max_tokens": 8, "seed": 1})
     with FusedLlama.from_family(tiny, n_ctx=256, n_threads=1, n_parallel=2) as llm, serving(llm, rules) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

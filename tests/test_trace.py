@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +21,6 @@ from edge_dlf.trace_page import PAGE_TOKENS, write_page
 
 from . import naive
 from .test_decode import N_VOCAB, family, generate
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(autouse=True)
@@ -258,19 +255,6 @@ class TestFile:
         totals.add(Head("q", "f", "large", (), 0.0))
         totals.add(Step("a", "a", -1.0, (), None, False, False, None, (), {}))
         assert (totals.n_tokens, totals.n_fused, totals.alpha_mean) == (1, 0, 0.0)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """Headless Chromium; tests that need it are skipped where there is none."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("there is no Chromium")
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield chromium
-        chromium.close()
 
 
 class Page:
