@@ -509,6 +509,20 @@ class TestProgress:
             "generation_tps": 20.0,
         }
 
+    def test_rows_that_are_not_finished_count_in_the_time_left(self, now: SimpleNamespace) -> None:
+        """Of many rows at once the first to finish is early: not all others take as long after one another."""
+        shown = Progress()
+        shown.begin(102, 0, 0)
+        now.s = 60.0
+        self.finish(shown, 2)  # of 20 tokens in all, so 10 a row
+        shown.n_picked = lambda: 280
+        assert shown.figures() == "2/102 rows · 1 failed · 5.0 tokens/s · 2 min 24 s left"
+        shown.begin(10, 0, 0)
+        self.finish(shown, 8)
+        now.s = 120.0
+        shown.n_picked = lambda: 280  # the longest come last: how long they will go on is not known
+        assert shown.left_s == pytest.approx(60 * 1 / 9)
+
     def test_a_stream_has_no_end_in_sight(self, now: SimpleNamespace) -> None:
         shown = Progress()
         now.s = 1.0

@@ -20,7 +20,7 @@ _BAR_WIDTH = 30
 
 class Progress:
     """Counts rows as they finish; all is counted from the last `begin`. n_picked: asked for the tokens of rows that are
-    not finished yet, which count in the speed shown meanwhile."""
+    not finished yet, which count in what is shown meanwhile."""
 
     def __init__(self) -> None:
         self.n_picked: Callable[[], int] = lambda: 0
@@ -55,9 +55,14 @@ class Progress:
 
     @property
     def left_s(self) -> float | None:
-        """Time that the rest takes at the rate so far."""
+        """Time that the rest takes at the rate so far. What is picked of rows that are not finished counts as rows as
+        long as the finished ones, but as no more than half of what is left."""
         n_here = self.n_done - self.n_before
-        return self.elapsed_s / n_here * (self.n_total - self.n_done) if self.n_total is not None and n_here else None
+        if self.n_total is None or not n_here:
+            return None
+        n_left = self.n_total - self.n_done
+        n_begun = min(self.n_picked() * n_here / self.n_tokens, n_left / 2) if self.n_tokens else 0.0
+        return self.elapsed_s * (n_left - n_begun) / (n_here + n_begun)
 
     def figures(self) -> str:
         """Rows, failures, speed and time left, on one line."""
