@@ -20,7 +20,7 @@ from typing import Any
 
 from .backend import Run
 from .errors import EdgeDLFError, ModelFileError
-from .gguf import GGUFInfo
+from .gguf import GGUFInfo, read_info
 from .gguf_rules import TRIED
 from .llama import system_info
 from .remembered import recall, remember, states
@@ -134,7 +134,7 @@ def _decode(path: Path, loras: Adapters, placed: Mapping[str, Any]) -> Verdict:
 
     from .llama import LlamaBackend, Model
 
-    model = Model(path, **placed)
+    model = Model(path, **placed, weights=read_info(path).tensors)
     backend = LlamaBackend(model, path.name, n_ctx=256, loras=loras)
     tokens = model.tokenize(b"The capital of France is", special=True) or [0]
     if model.adds_bos and model.bos is not None:

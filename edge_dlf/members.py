@@ -111,7 +111,7 @@ class Members:
                 if info.path not in loaded:
                     where = placement.layers[name], placement.splits[name]
                     require_harmless(info, *where)
-                    loaded[info.path] = Model(info.path, *where)
+                    loaded[info.path] = Model(info.path, *where, info.tensors)
                     stack.callback(loaded[info.path].close)
             models = {name: loaded[info.path] for name, info in files.models.items()}
             for name, model in models.items():

@@ -36,8 +36,8 @@ def test_a_model_and_its_adapter_run(model: Path, tmp_path: Path, cache: Path) -
 def test_what_llama_cpp_refuses_is_the_reason(tmp_path: Path) -> None:
     found = attempt([tiny_model(tmp_path / "nan.gguf", nan=True)])
     assert found == Verdict(False, "its logits are not numbers")
-    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(60))
-    assert "x.gguf: llama.cpp cannot load it" in attempt([tmp_path / "x.gguf"]).reason
+    unknown = tiny_model(tmp_path / "unknown.gguf", arch="nonesuch")
+    assert "unknown.gguf: llama.cpp cannot load it" in attempt([unknown]).reason
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def tiny_model(
     n_layer: int = 2,
     n_ctx: int = 512,
     spread: float = 2.5,
-    dtype: type[np.float32] | type[np.float16] = np.float32,
+    dtype: type[np.float32] | type[np.float16] | gguf.GGMLQuantizationType = np.float32,
     pad_vocab: int = 0,
     tokens: Mapping[int, str] | None = None,
     chat_template: str | None = CHATML,
@@ -197,7 +197,12 @@ def tiny_model(
         if nan and name == "output_norm.weight":
             values[0] = np.nan
         as_matrix = len(shape) == 2 and "ssm_conv1d" not in name and "ssm_a" not in name
-        writer.add_tensor(name, values.astype(dtype) if as_matrix else values)
+        if not as_matrix:
+            writer.add_tensor(name, values)
+        elif isinstance(dtype, gguf.GGMLQuantizationType):
+            writer.add_tensor(name, gguf.quantize(values, dtype), raw_dtype=dtype)
+        else:
+            writer.add_tensor(name, values.astype(dtype))
     _write(writer)
     return path
 

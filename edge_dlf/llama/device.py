@@ -6,20 +6,15 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import numpy as np
-from llama_cpp._ggml import libggml
 
 from ..errors import OutOfMemoryError
+from .ggml import InitParams, call, owned
 from .runtime import initialise
 
 _I8 = 24  # GGML_TYPE_I8
 _N_PASSES = 5
-
-
-class _InitParams(ctypes.Structure):
-    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
 def copy_bytes_s(name: str, n_bytes: int) -> float:
@@ -28,8 +23,8 @@ def copy_bytes_s(name: str, n_bytes: int) -> float:
     with _tensors(name, n_bytes, 2) as (backend, (source, target)):
 
         def copy() -> None:
-            _call("ggml_backend_tensor_copy_async", None, backend, backend, source, target)
-            _call("ggml_backend_synchronize", None, backend)
+            call("ggml_backend_tensor_copy_async", None, backend, backend, source, target)
+            call("ggml_backend_synchronize", None, backend)
 
         return 2 * n_bytes / _best_s(copy)
 
@@ -40,7 +35,7 @@ def fetch_s(name: str, n_bytes: int) -> float:
         target = np.empty(n_bytes, np.int8)
         place = ctypes.c_void_p(target.ctypes.data)
         none, size = ctypes.c_size_t(0), ctypes.c_size_t(n_bytes)
-        return _best_s(lambda: _call("ggml_backend_tensor_get", None, source, place, none, size))
+        return _best_s(lambda: call("ggml_backend_tensor_get", None, source, place, none, size))
 
 
 @contextmanager
@@ -48,37 +43,19 @@ def _tensors(name: str, n_bytes: int, n: int) -> Iterator[tuple[ctypes.c_void_p,
     """A backend of the device, and `n` tensors of `n_bytes` on it, filled."""
     initialise()
     with ExitStack() as stack:
-        device = ctypes.c_void_p(_call("ggml_backend_dev_by_name", ctypes.c_void_p, name.encode()))
-        backend = _owned(stack, "ggml_backend_free", _call("ggml_backend_dev_init", ctypes.c_void_p, device, None))
-        room = _InitParams(n * (_call("ggml_tensor_overhead", ctypes.c_size_t) + 64), None, True)
-        context = _owned(stack, "ggml_free", _call("ggml_init", ctypes.c_void_p, room))
+        device = ctypes.c_void_p(call("ggml_backend_dev_by_name", ctypes.c_void_p, name.encode()))
+        backend = owned(stack, "ggml_backend_free", call("ggml_backend_dev_init", ctypes.c_void_p, device, None))
+        room = InitParams(n * (call("ggml_tensor_overhead", ctypes.c_size_t) + 64), None, True)
+        context = owned(stack, "ggml_free", call("ggml_init", ctypes.c_void_p, room))
         made = [
-            ctypes.c_void_p(_call("ggml_new_tensor_1d", ctypes.c_void_p, context, _I8, ctypes.c_int64(n_bytes)))
+            ctypes.c_void_p(call("ggml_new_tensor_1d", ctypes.c_void_p, context, _I8, ctypes.c_int64(n_bytes)))
             for _ in range(n)
         ]
-        buffer = _call("ggml_backend_alloc_ctx_tensors", ctypes.c_void_p, context, backend)
+        buffer = call("ggml_backend_alloc_ctx_tensors", ctypes.c_void_p, context, backend)
         if not buffer:
             raise OutOfMemoryError(f"{name}: no room for {n * n_bytes} bytes to copy")
-        _call("ggml_backend_buffer_clear", None, _owned(stack, "ggml_backend_buffer_free", buffer), ctypes.c_uint8(1))
+        call("ggml_backend_buffer_clear", None, owned(stack, "ggml_backend_buffer_free", buffer), ctypes.c_uint8(1))
         yield backend, made
-
-
-def _owned(stack: ExitStack, free: str, address: int) -> ctypes.c_void_p:
-    """A handle that `stack` frees."""
-    handle = ctypes.c_void_p(address)
-    stack.callback(_call, free, None, handle)
-    return handle
-
-
-def _call(name: str, result: Any, *arguments: Any) -> Any:
-    function = ctypes.CFUNCTYPE(result, *(_kind(argument) for argument in arguments))((name, libggml))
-    return function(*arguments)
-
-
-def _kind(argument: Any) -> Any:
-    if isinstance(argument, bytes):
-        return ctypes.c_char_p
-    return {int: ctypes.c_int, type(None): ctypes.c_void_p}.get(type(argument), type(argument))
 
 
 def _best_s(work: Callable[[], None]) -> float:

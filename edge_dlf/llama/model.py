@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import llama_cpp as lib
 
 from ..errors import InvalidParameterError, ModelFileError, OutOfMemoryError
+from ..gguf_header import Tensor
 from .amx import amx_crashes
-from .runtime import initialise
+from .repack import overrides
+from .runtime import gpus, initialise
 
 
 class Model:
     """Weights and vocabulary of one GGUF, memory-mapped where the system can.
 
     path: the first shard where the model is split. n_gpu_layers: layers to offload; -1 is all of them. split: the share
-    of these that each GPU of `gpus()` gets; nothing leaves it to llama.cpp.
+    of these that each GPU of `gpus()` gets; nothing leaves it to llama.cpp. weights: what the file holds, needed to
+    repack it where AMX is off.
     Raises ModelFileError or OutOfMemoryError.
     """
 
-    def __init__(self, path: Path, n_gpu_layers: int = -1, split: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        n_gpu_layers: int = -1,
+        split: Sequence[float] = (),
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         log = initialise()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
@@ -34,6 +43,10 @@ class Model:
             shares = (ctypes.c_float * max(lib.llama_max_devices(), len(split)))(*split)
             params.split_mode, params.tensor_split = lib.LLAMA_SPLIT_MODE_LAYER, shares
         params.use_extra_bufts = not amx_crashes()
+        overridden = None
+        if not params.use_extra_bufts and weights and (n_gpu_layers == 0 or not gpus()):
+            overridden = overrides(weights)
+            params.tensor_buft_overrides = ctypes.cast(overridden, ctypes.c_void_p)
         self.path = path
         self._adapters: dict[Path, Any] = {}
         # What is asked for every token is remembered: a call to C lets other threads take the GIL meanwhile.

@@ -151,7 +151,7 @@ def system_info() -> str:
 def repacks_weights() -> bool:
     """Whether weights on the CPU get a second copy, in another order."""
     info = system_info()
-    return ("REPACK = 1" in info or "AMX_INT8 = 1" in info) and not amx_crashes()
+    return "REPACK = 1" in info or ("AMX_INT8 = 1" in info and not amx_crashes())
 
 
 def default_n_threads() -> int:

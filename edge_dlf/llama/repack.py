@@ -1,0 +1,94 @@
+"""Weights in the order that ggml's kernels for CPUs without AMX like best, also where AMX is off because it crashes.
+
+llama.cpp gives weights all the buffers that a CPU has to offer, AMX's first, or none but the plain one, where a batch
+costs a large model nearly as much as its tokens one by one. Tensors that its parameters name it puts where they say: so
+each weight is named that the other kernels can use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import llama_cpp as lib
+
+from ..gguf_header import Tensor
+from .ggml import InitParams, call, owned
+
+_BUFFER = b"CPU_REPACK"
+_IN_PRODUCTS = re.compile(r"blk\.(\d+)\.(attn_(?:q|k|v|qkv|output)|ffn_(?:up|gate|down))\.weight")
+"""Weights that are multiplied with and nothing else."""
+_N_TOKENS = 512
+_BUFFER_OFFSET = 8
+"""Of `buffer` in `struct ggml_tensor`, behind an enum and its padding."""
+
+
+class _Override(ctypes.Structure):
+    """`struct llama_model_tensor_buft_override`."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
+
+
+def overrides(weights: Mapping[str, Tensor]) -> Any:
+    """`llama_model_params.tensor_buft_overrides`, by which those of `weights` are repacked that can be: an array that
+    has to outlive the loading. None where none can be."""
+    buffer = _buffer_type()
+    if buffer is None:
+        return None
+    layers: dict[str, list[str]] = defaultdict(list)
+    for name, tensor in weights.items():
+        match = _IN_PRODUCTS.fullmatch(name)
+        if match and len(tensor.shape) == 2 and _takes(buffer, tensor.type, *tensor.shape):
+            layers[match[2]].append(match[1])
+    if not layers:
+        return None
+    found = (_Override * (len(layers) + 1))()  # the last one, empty, ends the list
+    # One pattern for each kind: llama.cpp compiles all of them anew for each tensor.
+    for override, (kind, numbers) in zip(found, layers.items(), strict=False):
+        override.pattern = rf"^blk\.({'|'.join(numbers)})\.{kind}\.weight$".encode()
+        override.buft = buffer
+    return found
+
+
+@functools.cache
+def _buffer_type() -> int | None:
+    """The kind of buffer that repacks what is put there, if this build has one."""
+    device = ctypes.c_void_p(call("ggml_backend_dev_by_name", ctypes.c_void_p, b"CPU"))
+    registry = ctypes.c_void_p(call("ggml_backend_dev_backend_reg", ctypes.c_void_p, device))
+    name = b"ggml_backend_dev_get_extra_bufts"
+    address = call("ggml_backend_reg_get_proc_address", ctypes.c_void_p, registry, name)
+    if not address:
+        return None
+    kinds = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device)
+    for kind in map(kinds.__getitem__, itertools.count()):
+        if kind is None or call("ggml_backend_buft_name", ctypes.c_char_p, ctypes.c_void_p(kind)) == _BUFFER:
+            return int(kind) if kind else None
+    return None
+
+
+@functools.cache
+def _takes(buffer: int, kind: str, n_in: int, n_out: int) -> bool:
+    """Whether a weight of this type and shape can be multiplied with from there: as llama.cpp asks it, by an operation
+    on a tensor in an empty buffer."""
+    number = getattr(lib, f"GGML_TYPE_{kind}", None)
+    if number is None:
+        return False
+    device = ctypes.c_void_p(call("ggml_backend_dev_by_name", ctypes.c_void_p, b"CPU"))
+    with ExitStack() as stack:
+        room = InitParams(4 * call("ggml_tensor_overhead", ctypes.c_size_t), None, True)
+        context = owned(stack, "ggml_free", call("ggml_init", ctypes.c_void_p, room))
+        weight, batch = (
+            ctypes.c_void_p(call("ggml_new_tensor_2d", ctypes.c_void_p, context, kind, *map(ctypes.c_int64, shape)))
+            for kind, shape in ((number, (n_in, n_out)), (lib.GGML_TYPE_F32, (n_in, _N_TOKENS)))
+        )
+        product = ctypes.c_void_p(call("ggml_mul_mat", ctypes.c_void_p, context, weight, batch))
+        empty = call("ggml_backend_buft_alloc_buffer", ctypes.c_void_p, ctypes.c_void_p(buffer), ctypes.c_size_t(0))
+        place = ctypes.c_void_p.from_address((weight.value or 0) + _BUFFER_OFFSET)
+        place.value = owned(stack, "ggml_backend_buffer_free", empty).value
+        return bool(call("ggml_backend_dev_supports_op", ctypes.c_bool, device, product))
