@@ -36,8 +36,10 @@ _SPREAD = 32
 """Tokens over which a member outside the fusion is expected to draft once it has read the text."""
 _TURN = 8
 """Steps of one kind whose speed is compared with that of the other kind."""
-_BETWEEN = 32, 2048
-"""Steps of the quicker kind before the other is tried, for the first time and at most: they double each time."""
+_BETWEEN = 32, 4096
+"""Steps of the quicker kind before the other is tried, at first and at most; at most they double each time."""
+_SHARE = 0.01
+"""Of all time that is lost by trying the slower kind once that is tried as seldom as can be."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,15 @@ class Contest:
     """Which steps give more tokens a second by the clock: those that may draft, or plain ones.
 
     Choosing drafts takes time of its own, which beside small models is more than drafts save. So both kinds take turns,
-    the slower one less and less often. drafts: the kind of the next step.
+    the slower one the less often the slower it is: where both are about even, a text that changes is soon noticed.
+    drafts: the kind of the next step.
     """
 
     def __init__(self) -> None:
         self.drafts = True
         self._rates = dict.fromkeys((True, False), math.nan)
         self._steps: list[tuple[int, float]] = []
+        self._is_trial = False
         self._n_left = self._n_between = _BETWEEN[0]
 
     def timed(self, n_tokens: int, seconds: float) -> None:
@@ -128,13 +132,24 @@ class Contest:
         self._steps.remove(max(self._steps, key=lambda step: step[1]))  # it may be another program's doing
         self._rates[self.drafts] = sum(n for n, _ in self._steps) / max(sum(s for _, s in self._steps), 1e-9)
         self._steps.clear()
-        if self._rates[self.drafts] < self._rates[not self.drafts]:
-            self.drafts = not self.drafts
+        own, other = self._rates[self.drafts], self._rates[not self.drafts]
+        if self._is_trial:
+            self._decide(own, other)
             return
         self._n_left -= _TURN
-        if self._n_left <= 0:
+        if own < other or self._n_left <= 0:
+            self._is_trial, self.drafts = True, not self.drafts
+
+    def _decide(self, own: float, other: float) -> None:
+        """Go on with the quicker kind; `own` is the rate of the one that was tried, `other` of that before."""
+        self._is_trial = False
+        if own < other:
             self.drafts = not self.drafts
-            self._n_left = self._n_between = min(2 * self._n_between, _BETWEEN[1])
+            n_most = int(_TURN / _SHARE * (other / own - 1))
+            self._n_between = max(_BETWEEN[0], min(2 * self._n_between, n_most, _BETWEEN[1]))
+        else:
+            self._n_between = _BETWEEN[0]
+        self._n_left = self._n_between
 
 
 @dataclass

@@ -252,6 +252,15 @@ def test_steps_change_kind_where_the_text_does() -> None:
     assert contest.drafts
 
 
+def test_a_kind_that_is_hardly_slower_is_tried_often() -> None:
+    contest, n_until = Contest(), 0
+    for n in range(6000):
+        gain = 0.97 if n < 3000 else 1.5
+        contest.timed(2 if contest.drafts else 1, 2 / gain if contest.drafts else 1.0)
+        n_until += n >= 3000 and not contest.drafts
+    assert n_until < 250  # of 3,000, those included in which plain steps are tried later
+
+
 def test_one_long_step_decides_nothing() -> None:
     contest = Contest()
     for n in range(400):
