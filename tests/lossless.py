@@ -16,6 +16,7 @@ Each prompt and sampling is a line of ANSWERS; the same command again goes on be
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_dlf import FusedLlama, SamplingParams, Token
+from edge_dlf import FusedLlama, SamplingParams
 from edge_dlf.params import Draw
 
 from . import naive
@@ -96,13 +97,25 @@ class Parting:
     is_tie: bool
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A token, the weight it was picked with, and of which expert."""
+
+    id: int
+    alpha: float
+    expert: str | None
+
+
 class Recorder:
-    """Answers, and keeps the rows that each token was picked from."""
+    """Keeps what each token is picked from, by the seed of its answer and its position, while entered.
+
+    rows: of large, base and experts. choices: what was picked from them, with which draw.
+    """
 
     def __init__(self, llm: FusedLlama) -> None:
         self.llm = llm
-        self.rows: dict[int, list[Any]] = {}
-        self.draws: dict[int, Draw] = {}
+        self.rows: dict[tuple[int, int], list[Any]] = {}
+        self.choices: dict[tuple[int, int], tuple[Choice, Draw]] = {}
         self._fuser = llm._scheduler.decoder.picker.fuser
         self._pick = self._fuser.pick
 
@@ -114,22 +127,29 @@ class Recorder:
         del self._fuser.pick
 
     def _record(self, large: Any, base: Any, experts: Any, alphas: Any, draws: Sequence[Draw], names: Any) -> Any:
+        picked = self._pick(large, base, experts, alphas, draws, names)
         if base is not None:
             for k, draw in enumerate(draws):
-                members = (large, base, *experts)
-                self.rows[draw.position] = [member[k, : self.llm.n_vocab].copy() for member in members]
-                self.draws[draw.position] = draw
-        return self._pick(large, base, experts, alphas, draws, names)
+                key = draw.seed, draw.position
+                self.rows[key] = [member[k, : self.llm.n_vocab].copy() for member in (large, base, *experts)]
+                alpha, expert = max(zip(alphas[k], self.llm.experts, strict=True))
+                self.choices[key] = Choice(picked[k].token, alpha, expert if alpha else None), draw
+        return picked
 
-    def answer(self, prompt: str, n_tokens: int, draft: Any, sampling: SamplingParams) -> tuple[list[Token], Any]:
+    def answer(self, prompt: str, n_tokens: int, draft: Any, sampling: SamplingParams) -> Any:
+        """Answer anew; returns the report."""
         self.rows.clear()
+        self.choices.clear()
         self.llm._ensemble.forget([0])  # the prompt is then evaluated in the same batches
-        tokens = self.llm.stream(prompt, max_tokens=n_tokens, draft=draft, **vars(sampling))
-        return list(tokens), tokens.report
+        settings = {**vars(sampling), "seed": sampling.seed or 0}
+        tokens = self.llm.stream(prompt, max_tokens=n_tokens, draft=draft, **settings)
+        for _ in tokens:
+            pass
+        return tokens.report
 
 
 def judge(
-    n: int, plain: Token, other: Token, rows: Sequence[Sequence[Any]], draw: Draw, experts: Sequence[str]
+    n: int, plain: Choice, other: Choice, rows: Sequence[Sequence[Any]], draw: Draw, experts: Sequence[str]
 ) -> Parting:
     """What has parted two answers at token `n`, by the rows that each was picked from there."""
     wide = [[row.astype(np.float64) for row in members] for members in rows]
@@ -141,18 +161,30 @@ def judge(
     return Parting(n, (plain.alpha, other.alpha), rounding, margin, is_right and rounding < ROUNDING)
 
 
-def _fused(members: Sequence[Any], token: Token, experts: Sequence[str]) -> Any:
+def parting(one: Recorder, other: Recorder, seed: int, n_prompt: int) -> Parting | None:
+    """Where the answers with this seed part that two recorders saw, if they do."""
+    for n in itertools.count():
+        key = seed, n_prompt + n
+        if key not in one.choices or key not in other.choices:
+            return None
+        (plain, draw), (changed, _) = one.choices[key], other.choices[key]
+        if plain.id != changed.id:
+            return judge(n, plain, changed, (one.rows[key], other.rows[key]), draw, one.llm.experts)
+    return None
+
+
+def _fused(members: Sequence[Any], token: Choice, experts: Sequence[str]) -> Any:
     large, base, *rows = members
     return large + token.alpha * (rows[experts.index(token.expert)] - base) if token.expert else large
 
 
-def _objective(members: Sequence[Any], token: Token, experts: Sequence[str]) -> float:
+def _objective(members: Sequence[Any], token: Choice, experts: Sequence[str]) -> float:
     large, base, *rows = members
     t = experts.index(token.expert) if token.expert else 0
     return float(naive.objectives(large, base, rows, np.array([token.alpha]))[0][t, 0])
 
 
-def _is_right(members: Sequence[Any], token: Token, draw: Draw, experts: Sequence[str]) -> bool:
+def _is_right(members: Sequence[Any], token: Choice, draw: Draw, experts: Sequence[str]) -> bool:
     """Whether the oracle chooses this α and this token from these rows."""
     large, base, *rows = members
     _, _, best = naive.search(large, base, rows)
@@ -167,7 +199,7 @@ def _difference(a: Any, b: Any) -> float:
     return float(np.abs(difference - np.median(difference)).max())
 
 
-def _margin(members: Sequence[Any], plain: Token, other: Token, draw: Draw, experts: Sequence[str]) -> float | None:
+def _margin(members: Sequence[Any], plain: Choice, other: Choice, draw: Draw, experts: Sequence[str]) -> float | None:
     x = draw.sampling
     if (plain.alpha, plain.expert) != (other.alpha, other.expert):
         ours, theirs = (_objective(members, token, experts) for token in (plain, other))
@@ -186,17 +218,12 @@ def compare(
     recorder: Recorder, prompt: str, n_tokens: int, drafts: Sequence[Any], sampling: SamplingParams
 ) -> Iterator[tuple[Any, Any, Parting | None]]:
     """Answer plainly, then with each of `drafts`: yields it, the report, and where the answers part, if they do."""
-    plain, report = recorder.answer(prompt, n_tokens, "off", sampling)
-    rows, n_prompt = dict(recorder.rows), report.n_prompt
+    report = recorder.answer(prompt, n_tokens, "off", sampling)
+    plain = copy.copy(recorder)
+    plain.rows, plain.choices = dict(recorder.rows), dict(recorder.choices)
     for draft in drafts:
-        other, report = recorder.answer(prompt, n_tokens, draft, sampling)
-        n = next((n for n, (a, b) in enumerate(zip(plain, other, strict=False)) if a.id != b.id), None)
-        if n is None:
-            yield draft, report, None
-            continue
-        position = n_prompt + n
-        both, draw = (rows[position], recorder.rows[position]), recorder.draws[position]
-        yield draft, report, judge(n, plain[n], other[n], both, draw, recorder.llm.experts)
+        report = recorder.answer(prompt, n_tokens, draft, sampling)
+        yield draft, report, parting(plain, recorder, sampling.seed or 0, report.n_prompt)
 
 
 def work(llm: FusedLlama, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
