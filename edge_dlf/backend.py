@@ -32,6 +32,8 @@ class Backend(Protocol):
     n_ctx: positions that one sequence may hold. n_cells: positions that all sequences together may hold, a prefix that
     several share counted once. n_batch: tokens that one `decode` may append. n_bytes: of the weights.
     can_trim: whether `trim` to any length, and `copy`, work; recurrent and hybrid models can only be emptied.
+    has_streams: whether each sequence has room of its own, which is quicker to read; then a batch is evaluated in as
+    many parts as its sequences, in the order of the runs, have gaps in their numbers.
     """
 
     n_ctx: int
@@ -40,6 +42,7 @@ class Backend(Protocol):
     n_batch: int
     n_bytes: int
     can_trim: bool
+    has_streams: bool
 
     def decode(self, runs: Sequence[Run]) -> None:
         """Append all `runs`, each of another sequence and of one token or more, in one batch; `logits()` is then the
@@ -59,6 +62,9 @@ class Backend(Protocol):
 
     def copy(self, source: int, target: int, n_past: int) -> None:
         """Let `target`, which must be empty, share the first `n_past` positions of `source`. Needs `can_trim`."""
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange what two sequences hold. Needs `has_streams`. An exception may leave either of them in part."""
 
     def close(self) -> None:
         """Free the context. Calling it twice is no error."""

@@ -78,6 +78,10 @@ class _Account:
         self._cells[target] = self._cells[source][:n_tokens]
         self._sharers.update(self._cells[target])
 
+    def swap(self, a: int, b: int) -> None:
+        for held in (self.tokens, self._cells):
+            held[a], held[b] = held.get(b, []), held.get(a, [])
+
 
 class Ensemble:
     """The members of a family by role name: "large", "base" and the experts' own names.
@@ -136,6 +140,25 @@ class Ensemble:
         self.members[name].copy(best, seq, shared)
         self._accounts[name].copy(best, seq, shared)
         return shared
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether every member evaluates a batch sooner if its sequences follow each other."""
+        return all(member.has_streams for member in self.members.values())
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange what two sequences hold, in every member. An exception leaves both empty. Needs `has_streams`."""
+        try:
+            for name, member in self.members.items():
+                self._settle(name)
+                member.swap(a, b)
+                self._accounts[name].swap(a, b)
+        except BaseException:
+            for account in self._accounts.values():
+                account.shorten(a, 0)
+                account.shorten(b, 0)
+                account.unsettled.update((a, b))
+            raise
 
     def decode(self, name: str, runs: Sequence[Run]) -> None:
         """Append `runs` to the member `name`, in one batch."""

@@ -9,6 +9,7 @@ had happened once there is room.
 from __future__ import annotations
 
 from collections import deque
+from operator import attrgetter
 
 from .decode import Decoder
 from .generation import Generation, Outcome
@@ -78,7 +79,9 @@ class Scheduler:
         n_prefill = self._make_room()
         if self.n_prefill is not None:
             n_prefill = min(n_prefill, self.n_prefill)
-        active = list(self._active)
+        if self._ensemble.has_streams:
+            self._pack()
+        active = sorted(self._active, key=attrgetter("seq"))
         return list(zip(active, self.decoder.step(active, n_prefill), strict=True)) if active else []
 
     def _admit(self) -> None:
@@ -130,6 +133,22 @@ class Scheduler:
         name = generation.roles.primary
         text = generation.whole_text(name)
         return max(self._idle, key=lambda seq: self._ensemble.n_common(name, seq, text))
+
+    def _pack(self) -> None:
+        """Let the sequences in use follow each other, with as few of them moved as that takes."""
+        in_use = {generation.seq for generation in self._active}
+        if not in_use or max(in_use) - min(in_use) < len(in_use):
+            return
+        starts = range(self._ensemble.n_seq_max - len(in_use) + 1)
+        first = max(starts, key=lambda start: len(in_use.intersection(range(start, start + len(in_use)))))
+        wanted = range(first, first + len(in_use))
+        free = (seq for seq in wanted if seq not in in_use)
+        for generation in self._active:
+            if generation.seq not in wanted:
+                seq = next(free)
+                self._ensemble.swap(generation.seq, seq)
+                self._idle[self._idle.index(seq)] = generation.seq
+                generation.seq = seq
 
     def _make_room(self) -> int:
         """See to it that the next step finds room; returns the tokens of prompts that it has room for."""

@@ -15,6 +15,7 @@ class FakeBackend:
     Keeps `calls`, the runs of each `decode`, and fails on any use that llama.cpp would punish. fail_at: calls of
     `decode` until one raises KeyboardInterrupt after the cache has grown, as Ctrl-C does. poison: (token, value) puts
     `value` into every row after a text that ends in `token`. common: share of each row that all members have alike.
+    swap_fails: calls of `swap` until one raises KeyboardInterrupt with one of the two lost.
     """
 
     def __init__(
@@ -27,12 +28,15 @@ class FakeBackend:
         n_cells: int | None = None,
         n_batch: int = 64,
         can_trim: bool = True,
+        has_streams: bool = False,
         scale: float = 3.0,
     ) -> None:
         self.seed, self.n_vocab, self.scale = seed, n_vocab, scale
         self.n_ctx, self.n_seq_max, self.can_trim = n_ctx, n_seq_max, can_trim
         self.n_cells, self.n_batch = n_cells or n_ctx * n_seq_max, n_batch
         self.n_bytes = 1000
+        self.has_streams, self.n_swapped = has_streams, 0
+        self.swap_fails: int | None = None
         self.cache: dict[int, list[int]] = {seq: [] for seq in range(n_seq_max)}
         self.calls: list[list[Run]] = []
         self.fail_at: int | None = None
@@ -112,6 +116,21 @@ class FakeBackend:
         self._cells[target] = self._cells[source][:n_past]
         self._past[target] = n_past
         self._rows = None
+
+    def swap(self, a: int, b: int) -> None:
+        assert self.has_streams
+        assert a != b
+        self.n_swapped += 1
+        self._rows = None
+        for held in (self.cache, self._cells, self._past):
+            held[a], held[b] = held[b], held[a]
+        if self.swap_fails is not None:
+            self.swap_fails -= 1
+            if self.swap_fails < 0:
+                self.swap_fails = None
+                self.cache[a].clear()
+                self._cells[a].clear()
+                raise KeyboardInterrupt
 
     def close(self) -> None:
         self.closed = True

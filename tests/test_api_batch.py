@@ -19,10 +19,14 @@ def load(tiny: Path, **settings: Any) -> FusedLlama:
     return FusedLlama.from_family(tiny, **{"n_ctx": 256, "n_threads": 1, **settings})
 
 
-@pytest.fixture(scope="module")
-def llm(tiny: Path) -> Iterator[FusedLlama]:
-    with load(tiny, n_parallel=6) as llm:
-        yield llm
+@pytest.fixture(scope="module", params=[False, True], ids=["one cache", "streams"])
+def llm(tiny: Path, request: pytest.FixtureRequest) -> Iterator[FusedLlama]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            patch.setattr("edge_dlf.llama.context._STREAMS_BYTES", 0)
+        with load(tiny, n_parallel=6) as llm:
+            assert llm._ensemble.has_streams == request.param
+            yield llm
 
 
 @pytest.fixture(scope="module")

@@ -184,6 +184,24 @@ def test_free_positions_are_counted_as_the_members_use_them(seed: int) -> None:
         assert ensemble.n_free() == min(member.n_cells - member.n_used() for member in members.values())
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_sequences_that_change_places_keep_what_they_hold(seed: int) -> None:
+    ensemble, members = family(has_streams=True)
+    random = np.random.default_rng(seed)
+    texts: dict[int, list[int]] = {seq: [] for seq in range(4)}
+    for _ in range(40):
+        a, b = (int(seq) for seq in random.permutation(4)[:2])
+        if random.integers(2):
+            ensemble.swap(a, b)
+            texts[a], texts[b] = texts[b], texts[a]
+        else:
+            texts[a] = random.integers(2, size=random.integers(1, 20)).tolist()
+            prefill(ensemble, a, prompts(texts[a]))
+        for member in members.values():
+            assert member.cache == texts
+            assert ensemble.n_free() == member.n_cells - member.n_used()
+
+
 def test_close_closes_every_member() -> None:
     ensemble, members = family()
     ensemble.close()

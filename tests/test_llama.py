@@ -12,6 +12,7 @@ import pytest
 
 from edge_dlf import (
     ContextOverflowError,
+    DecodeError,
     FusedLlama,
     InvalidParameterError,
     LoadError,
@@ -180,6 +181,82 @@ def test_a_shared_prefix_takes_its_cells_once_and_outlives_its_source(base: Mode
     for seq in range(1, 8):
         np.testing.assert_allclose(rows[seq - 1], fresh(base, [*TEXT[:40], TEXT[40 + seq]]), atol=ROUNDING)
     member.close()
+
+
+@pytest.fixture
+def streams(base: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[LlamaBackend]:
+    monkeypatch.setattr("edge_dlf.llama.context._STREAMS_BYTES", 0)
+    member = backend(base, n_ctx=256, n_seq_max=4)
+    assert member.has_streams
+    yield member
+    member.close()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"n_seq_max": 1}, {"n_ctx": 200}, {"n_cells": 512}], ids=["one", "no multiple of 256", "shared room"]
+)
+def test_streams_need_room_of_their_own(base: Model, settings: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_dlf.llama.context._STREAMS_BYTES", 0)
+    member = backend(base, **{"n_ctx": 256, "n_seq_max": 4, **settings})
+    assert not member.has_streams
+    member.close()
+
+
+def test_streams_are_for_models_that_are_not_small(base: Model) -> None:
+    member = backend(base, n_ctx=256, n_seq_max=4)
+    assert not member.has_streams
+    member.close()
+
+
+def test_streams_give_the_rows_of_runs_in_any_order(base: Model, streams: LlamaBackend) -> None:
+    for seqs in ((0, 1, 2, 3), (3, 1, 0, 2), (2, 0)):
+        for seq in range(4):
+            streams.trim(seq, 0)
+        texts = {seq: TEXT[seq : 10 + 3 * seq] for seq in seqs}
+        streams.decode([Run(seq, texts[seq][:6], 0) for seq in seqs])
+        streams.decode([Run(seq, texts[seq][6:], 1 + (seq == 1)) for seq in seqs])
+        rows = iter(streams.logits())
+        assert streams.logits() is streams.logits()
+        for seq in seqs:
+            if seq == 1:
+                np.testing.assert_allclose(next(rows), fresh(base, texts[seq][:-1]), atol=ROUNDING)
+            np.testing.assert_allclose(next(rows), fresh(base, texts[seq]), atol=ROUNDING)
+        assert next(rows, None) is None
+
+
+def test_a_stream_takes_a_prefix_over_and_grows_to_the_whole_context(base: Model, streams: LlamaBackend) -> None:
+    feed(streams, 0, TEXT[:40])
+    streams.copy(0, 2, 30)
+    streams.copy(2, 3, 20)
+    streams.trim(0, 0)
+    streams.decode([Run(2, [5], 1), Run(3, [6], 1)])
+    for row, text in zip(streams.logits(), ([*TEXT[:30], 5], [*TEXT[:20], 6]), strict=True):
+        np.testing.assert_allclose(row, fresh(base, text), atol=ROUNDING)
+    for seq in range(4):
+        feed(streams, seq, [9] * (256 - streams.n_past(seq)))
+        with pytest.raises(ContextOverflowError, match="256 tokens and 1 more"):
+            streams.decode([Run(seq, [1], 1)])
+
+
+def test_streams_change_places(base: Model, streams: LlamaBackend) -> None:
+    texts = {0: TEXT[:12], 1: TEXT[12:40], 2: [], 3: TEXT[3:5]}
+    for seq, text in texts.items():
+        if text:
+            feed(streams, seq, text)
+    for a, b in ((0, 1), (1, 2), (3, 0), (2, 3)):
+        streams.swap(a, b)
+        texts[a], texts[b] = texts[b], texts[a]
+    assert [streams.n_past(seq) for seq in range(4)] == [len(texts[seq]) for seq in range(4)]
+    streams.decode([Run(seq, [7], 1) for seq in range(4)])
+    for seq, row in enumerate(streams.logits()):
+        np.testing.assert_allclose(row, fresh(base, [*texts[seq], 7]), atol=ROUNDING)
+
+
+def test_what_llama_cpp_does_not_take_back_is_an_error(streams: LlamaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed(streams, 0, TEXT)
+    monkeypatch.setattr(lib, "llama_state_seq_set_data", lambda *_: 0)
+    with pytest.raises(DecodeError, match="base: llama.cpp does not take back"):
+        streams.swap(0, 1)
 
 
 def test_a_lora_changes_its_own_context_only(tiny: Path, base: Model) -> None:

@@ -79,6 +79,8 @@ def prompts(n: int, seed: int = 0) -> list[list[int]]:
         {"n_ctx": 100, "n_cells": 100},
         {"n_ctx": 100, "n_cells": 101, "n_seq_max": 16, "n_batch": 200},
         {"n_ctx": 100, "n_cells": 150, "n_seq_max": 16, "n_batch": 17},
+        {"has_streams": True, "n_seq_max": 8},
+        {"has_streams": True, "n_seq_max": 16, "n_batch": 17},
         {"can_trim": False},
         {"can_trim": False, "n_ctx": 100, "n_cells": 150},
     ],
@@ -107,6 +109,60 @@ def test_a_common_prefix_is_evaluated_once() -> None:
     run(scheduler, {make(scheduler, [*head, n, n], FUSIONS[0], SAMPLINGS[0]): 3 for n in range(20)})
     for member in members.values():
         assert member.n_evaluated == len(head) + 20 * (2 + 2)
+
+
+def test_sequences_with_streams_follow_each_other_in_every_batch() -> None:
+    members = family(n_seq_max=6, has_streams=True)
+    scheduler = scheduler_of(members)
+    cases = {make(scheduler, [n, 5], FUSIONS[n % 2], SAMPLINGS[1]): 2 + 5 * n % 11 for n in range(17)}
+    results = run(scheduler, cases)
+    for member in members.values():
+        for call in member.calls:
+            seqs = sorted(run.seq for run in call)
+            assert seqs == [*range(seqs[0], seqs[0] + len(seqs))]
+    assert members["large"].n_swapped == members["base"].n_swapped > 0
+    assert [len(picks) for picks in results.values() if isinstance(picks, list)] == list(cases.values())
+
+
+def test_what_an_idle_sequence_holds_is_gone_on_with_wherever_it_is_moved() -> None:
+    members = family(n_seq_max=4, has_streams=True)
+    scheduler = scheduler_of(members)
+    texts = [[n, *range(20)] for n in range(4)]
+    run(scheduler, {make(scheduler, text, FUSIONS[0], SAMPLINGS[0]): 3 + n for n, text in enumerate(texts)})
+    n_evaluated = members["large"].n_evaluated
+    # The first and the last of the four at once: one of them has to move next to the other.
+    run(scheduler, {make(scheduler, [*texts[n], 7], FUSIONS[0], SAMPLINGS[0]): 2 for n in (0, 3)})
+    assert members["large"].n_swapped > 0
+    run(scheduler, {make(scheduler, [*text, 7, 7], FUSIONS[0], SAMPLINGS[0]): 1 for text in texts})
+    assert members["large"].n_evaluated - n_evaluated < 25
+
+
+def test_an_interrupt_amid_a_move_costs_evaluations_only() -> None:
+    for n_before in range(2):
+        members = family(n_seq_max=6, has_streams=True)
+        scheduler = scheduler_of(members)
+        texts = [[n, 5] for n in range(9)]
+        cases = {make(scheduler, text, FUSIONS[n % 2], SAMPLINGS[1]): 2 + 5 * n % 11 for n, text in enumerate(texts)}
+        members["base"].swap_fails = n_before
+        for generation in cases:
+            scheduler.add(generation)
+        picks: dict[Generation, list[Pick]] = {generation: [] for generation in cases}
+        n_interrupts = 0
+        while scheduler.n_active or scheduler.n_waiting:
+            try:
+                outcomes = scheduler.step()
+            except KeyboardInterrupt:
+                n_interrupts += 1
+                continue
+            for generation, outcome in outcomes:
+                assert isinstance(outcome, list)
+                picks[generation] += outcome
+                if len(picks[generation]) >= cases[generation]:
+                    scheduler.remove(generation)
+        assert n_interrupts == 1
+        for n, (generation, n_picks) in enumerate(cases.items()):
+            alone = generate(family(), texts[n], n_picks, FUSIONS[n % 2], SAMPLINGS[1])
+            assert [pick.token for pick in picks[generation]] == [pick.token for pick in alone]
 
 
 def test_the_same_prompt_many_times_is_evaluated_once() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import llama_cpp as lib
 import numpy as np
+import numpy.typing as npt
 
 from ..backend import N_BATCH, N_ROWS, Logits, Run
 from ..errors import (
@@ -36,6 +37,10 @@ CACHE_TYPES: Mapping[str, int] = {
 """Types of a KV cache: ggml's number."""
 
 _MAX_POSITIONS = 2**31 - 1
+_STREAM = 256
+"""Positions that llama.cpp rounds a stream of a KV cache up to."""
+_STREAMS_BYTES = 64 * 2**20
+"""Weights for which streams pay: of less, evaluating a batch in parts costs more than they save."""
 _BYTES_PER_THREAD = 4 * 2**20
 """Weights for which a thread is worth waiting for: those of less are multiplied sooner than threads meet."""
 
@@ -82,11 +87,16 @@ class LlamaBackend:
         self.n_batch = N_BATCH
         self.n_bytes = model.n_bytes
         self.can_trim = model.can_trim
+        # Attention over one cache for all goes through every sequence's cells; with a stream for each, only through its
+        # own. What is saved of a stream lacks what a sliding window has left behind, and a trim may need again.
+        has_room = n_seq_max > 1 and n_ctx % _STREAM == 0 and self.n_cells == n_ctx * n_seq_max
+        has_whole_texts = model.can_trim and not lib.llama_model_n_swa(model.handle)
+        self.has_streams = has_room and has_whole_texts and model.n_bytes >= _STREAMS_BYTES
         self._n_rows = max(n_rows, n_seq_max)
         params = lib.llama_context_default_params()
         params.n_ctx = self.n_cells
         params.n_batch = params.n_ubatch = N_BATCH
-        params.kv_unified = True
+        params.kv_unified = not self.has_streams
         params.n_seq_max = n_seq_max
         params.n_outputs_max = self._n_rows
         n_threads = n_threads or min(default_n_threads(), max(1, model.n_bytes // _BYTES_PER_THREAD))
@@ -114,6 +124,8 @@ class LlamaBackend:
         self._memory = lib.llama_get_memory(self._ctx)
         self._n_past = [0] * n_seq_max
         self._n_logits = 0
+        self._order: npt.NDArray[np.int64] | None = None
+        self._rows: Logits | None = None
         self._place: tuple[int, int] | None = None
         self._allocate_batch()
 
@@ -145,8 +157,10 @@ class LlamaBackend:
             )
         for run in runs:
             self._require_room(run.seq, len(run.tokens))
-        self._fill(runs, n_tokens)
+        # llama.cpp evaluates streams together only where they come in order and without gaps.
+        self._fill(sorted(runs) if self.has_streams else runs, n_tokens)
         self._run(n_tokens, n_rows)
+        self._order = _restoring(runs) if self.has_streams else None
         for run in runs:
             self._n_past[run.seq] += len(run.tokens)
 
@@ -174,7 +188,7 @@ class LlamaBackend:
 
     def _run(self, n_tokens: int, n_logits: int) -> None:
         self._interrupt.check()
-        self._n_logits = 0
+        self._n_logits, self._rows = 0, None
         self._batch.n_tokens = n_tokens
         code = lib.llama_decode(self._ctx, self._batch)
         if code == 1:
@@ -191,12 +205,14 @@ class LlamaBackend:
         lib.llama_synchronize(self._ctx)
 
     def logits(self) -> Logits:
-        # Rows lie one after the other in batch order; asking for any of them waits for the GPU.
-        first = lib.llama_get_logits_ith(self._ctx, -self._n_logits)
-        place = ctypes.addressof(first.contents), self._n_logits
-        if place != self._place:
-            self._place, self._logits = place, np.ctypeslib.as_array(first, (self._n_logits, self.model.n_vocab))
-        return self._logits
+        if self._rows is None:
+            # Rows lie one after the other in batch order; asking for any of them waits for the GPU.
+            first = lib.llama_get_logits_ith(self._ctx, -self._n_logits)
+            place = ctypes.addressof(first.contents), self._n_logits
+            if place != self._place:
+                self._place, self._logits = place, np.ctypeslib.as_array(first, (self._n_logits, self.model.n_vocab))
+            self._rows = self._logits if self._order is None else self._logits[self._order]
+        return self._rows
 
     def n_past(self, seq: int) -> int:
         return self._n_past[seq]
@@ -207,10 +223,40 @@ class LlamaBackend:
         self._n_past[seq] = n_past
 
     def copy(self, source: int, target: int, n_past: int) -> None:
-        lib.llama_memory_seq_cp(self._memory, source, target, 0, n_past)
-        self._n_past[target] = n_past
+        if self.has_streams:
+            # llama_memory_seq_cp would copy the whole stream, and not before the next decode.
+            self._restore(target, self._saved(source))
+            self.trim(target, n_past)
+        else:
+            lib.llama_memory_seq_cp(self._memory, source, target, 0, n_past)
+            self._n_past[target] = n_past
+
+    def swap(self, a: int, b: int) -> None:
+        saved = self._saved(a), self._saved(b)
+        for seq, state in zip((b, a), saved, strict=True):
+            self.trim(seq, 0)
+            self._restore(seq, state)
+
+    def _saved(self, seq: int) -> tuple[int, Any]:
+        """Positions that `seq` holds, and what llama.cpp keeps of them."""
+        state = (ctypes.c_uint8 * lib.llama_state_seq_get_size(self._ctx, seq))()
+        lib.llama_state_seq_get_data(self._ctx, state, len(state), seq)
+        return self._n_past[seq], state
+
+    def _restore(self, seq: int, saved: tuple[int, Any]) -> None:
+        """Let `seq`, which must be empty, hold what was saved of it or of another."""
+        n_past, state = saved
+        if n_past and not lib.llama_state_seq_set_data(self._ctx, state, len(state), seq):
+            raise DecodeError(f"{self.name}: llama.cpp does not take back what its KV cache held")
+        self._n_past[seq] = n_past
 
     def close(self) -> None:
         if self._ctx:
             lib.llama_free(self._ctx)
             self._ctx = None
+
+
+def _restoring(runs: Sequence[Run]) -> npt.NDArray[np.int64] | None:
+    """Which row of a batch ordered by sequence is each row wanted; None if that changes nothing."""
+    by_seq = np.argsort([run.seq for run in runs for _ in range(run.n_rows)], kind="stable")
+    return None if np.array_equal(by_seq, np.arange(len(by_seq))) else np.argsort(by_seq)
