@@ -1,20 +1,24 @@
 """Drafted against plain fused decoding, and against the large model alone.
 
     python benchmarks/draft.py --family FAMILY [--tokens 64] [--rounds 2] [--draft auto] [--temperature 0]
+                               [--questions FILE] [--workloads maths,code]
 
 Each prompt is answered plainly, drafted, and by the large model alone in turn, the order changing from prompt to
 prompt, by one family in memory; tokens a second are of decoding alone, medians. "ratio" is the median over answers of
-drafted to plain; "predicted" is what docs/drafting.md's cost model makes of the measured costs, the acceptance and the
+drafted to plain, "in all" that of the time that all of them took together; "predicted" is what docs/drafting.md's cost model makes of the measured costs, the acceptance and the
 mean length of a draft; "same" counts answers that are equal token for token (batches round otherwise than single
-steps: near ties may go either way). Below: what a batch costs each member, by its tokens.
+steps: near ties may go either way). Below: what a batch costs each member, by its tokens. The questions of FILE, one a
+line, are asked through the chat template, as a workload "own".
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,6 +27,7 @@ from edge_dlf.decode import Decoder
 from edge_dlf.generation import Generation, Outcome
 from edge_dlf.pace import FUSION, Pace
 from edge_dlf.params import MAX_DRAFT
+from edge_dlf.tokenizer import Prompt
 
 WORKLOADS = {
     "maths": [
@@ -55,6 +60,7 @@ WORKLOADS = {
 class Tally:
     """Tokens a second of each answer; steps with their drafted and accepted tokens; answers that are the same."""
 
+    seconds: Counter[str] = field(default_factory=Counter)
     speeds: dict[str, list[float]] = field(default_factory=lambda: {"off": [], "drafted": [], "large": []})
     steps: list[tuple[int, int]] = field(default_factory=list)
     n_same: int = 0
@@ -83,7 +89,7 @@ def predicted(pace: Pace, experts: tuple[str, ...], chance: float, n_mean: float
     return ((1 - part) * tps(low) + part * tps(min(low + 1, MAX_DRAFT))) / tps(0)
 
 
-def answer(llm: FusedLlama, prompt: str, options: argparse.Namespace, **settings: Any) -> tuple[list[Any], Any]:
+def answer(llm: FusedLlama, prompt: Prompt, options: argparse.Namespace, **settings: Any) -> tuple[list[Any], Any]:
     stream = llm.stream(prompt, max_tokens=options.tokens, temperature=options.temperature, seed=1, **settings)
     return list(stream), stream.report
 
@@ -109,16 +115,17 @@ def counted(decoder: Decoder) -> Iterator[list[tuple[int, int]]]:
         decoder.step = step  # type: ignore[method-assign]
 
 
-def run(llm: FusedLlama, prompts: list[str], options: argparse.Namespace) -> Tally:
+def run(llm: FusedLlama, prompts: Sequence[Prompt], options: argparse.Namespace) -> Tally:
     tally = Tally()
     ways = {"off": {"draft": "off"}, "drafted": {"draft": options.draft}, "large": {"draft": "off", "method": "large"}}
-    for number, prompt in enumerate(prompts * options.rounds):
+    for number, prompt in enumerate([*prompts] * options.rounds):
         order = list(ways)[number % 3 :] + list(ways)[: number % 3]
         tokens = {}
         for way in order:
             with counted(llm.scheduler.decoder) as steps:
                 tokens[way], report = answer(llm, prompt, options, **ways[way])
             tally.speeds[way].append(report.generation_tps)
+            tally.seconds[way] += report.decode_s
             if way == "drafted":
                 tally.steps += steps
         tally.n_same += [token.id for token in tokens["off"]] == [token.id for token in tokens["drafted"]]
@@ -132,18 +139,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--draft", default="auto", type=lambda text: int(text) if text.isdigit() else text)
+    parser.add_argument("--questions", type=Path)
+    parser.add_argument("--workloads", help="those named [all]")
     options = parser.parse_args()
-    print("| workload | large alone, tokens/s | plain | drafted | ratio | predicted | accepted | a step | same |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    wanted = options.workloads.split(",") if options.workloads else [*WORKLOADS, "own"]
+    print("| workload | large alone, tokens/s | plain | drafted | ratio | in all | predicted | accepted | a step | same |")
+    print("|---" * 10 + "|")
     with FusedLlama.from_family(options.family, n_ctx=512) as llm:
         pace = llm.scheduler.decoder.speculation.pace
         for draft in (options.draft, "off"):
             answer(llm, WORKLOADS["code"][0], options, draft=draft)
-        for name, prompts in WORKLOADS.items():
+        workloads: dict[str, Sequence[Prompt]] = {name: WORKLOADS[name] for name in WORKLOADS if name in wanted}
+        if options.questions and "own" in wanted:
+            questions = options.questions.read_text("utf-8").splitlines()
+            workloads["own"] = [llm.apply_chat_template([{"role": "user", "content": text}]) for text in questions]
+        for name, prompts in workloads.items():
             tally = run(llm, prompts, options)
             plain, drafted, large = tally.speeds.values()
             cells = [name, *(f"{median(values):.2f}" for values in (large, plain, drafted))]
             cells.append(f"{median(a / b for a, b in zip(drafted, plain, strict=True)):.2f}")
+            cells.append(f"{tally.seconds['off'] / tally.seconds['drafted']:.2f}")
             cells.append(f"{predicted(pace, llm.experts, tally.chance, tally.n_mean):.2f}")
             cells += [f"{tally.chance:.0%}", f"{tally.n_mean:.1f}", f"{tally.n_same}/{len(plain)}"]
             print(f"| {' | '.join(cells)} |", flush=True)

@@ -36,6 +36,8 @@ _SPREAD = 32
 """Tokens over which a member outside the fusion is expected to draft once it has read the text."""
 _TURN = 8
 """Steps of one kind whose speed is compared with that of the other kind."""
+_TURN_DECAY, _OUTLIER = 0.5, 4.0
+"""Weight of a turn after the next one of its kind, and how much longer than usual a step counts for at most."""
 _BETWEEN = 32, 4096
 """Steps of the quicker kind before the other is tried, at first and at most; at most they double each time."""
 _SHARE = 0.01
@@ -120,6 +122,7 @@ class Contest:
     def __init__(self) -> None:
         self.drafts = True
         self._rates = dict.fromkeys((True, False), math.nan)
+        self._sums = dict.fromkeys((True, False), (0.0, 0.0))
         self._steps: list[tuple[int, float]] = []
         self._is_trial = False
         self._n_left = self._n_between = _BETWEEN[0]
@@ -129,8 +132,13 @@ class Contest:
         self._steps.append((n_tokens, seconds))
         if len(self._steps) < _TURN:
             return
-        self._steps.remove(max(self._steps, key=lambda step: step[1]))  # it may be another program's doing
-        self._rates[self.drafts] = sum(n for n, _ in self._steps) / max(sum(s for _, s in self._steps), 1e-9)
+        # A much longer step is another program's doing; one that is longer by its draft counts.
+        most = _OUTLIER * median(seconds for _, seconds in self._steps)
+        tokens, seconds = self._sums[self.drafts]
+        tokens = _TURN_DECAY * tokens + sum(n for n, _ in self._steps)
+        seconds = _TURN_DECAY * seconds + sum(min(s, most) for _, s in self._steps)
+        self._sums[self.drafts] = tokens, seconds
+        self._rates[self.drafts] = tokens / max(seconds, 1e-9)
         self._steps.clear()
         own, other = self._rates[self.drafts], self._rates[not self.drafts]
         if self._is_trial:
@@ -199,12 +207,15 @@ class Pace:
         return estimates[n_tokens]
 
     def _estimate(self, member: str, n_tokens: int) -> float:
-        known = {n: timings for n, timings in self._costs[member].items() if self._counts(n, timings)}
-        own = known.pop(n_tokens, None)
-        if own and (len(own.seconds) > 1 or not known):
+        own = self._costs[member].get(n_tokens)
+        if own and not self._counts(n_tokens, own):
+            own = None
+        if own and len(own.seconds) > 1:
             return own.median
+        known = {n: timings for n, timings in self._costs[member].items() if self._counts(n, timings)}
+        known.pop(n_tokens, None)
         if not known:
-            return self._guess_by_size(member)
+            return own.median if own else self._guess_by_size(member)
         below = max((n for n in known if n < n_tokens), default=None)
         above = min((n for n in known if n > n_tokens), default=None)
         guess = math.inf if above is None else known[above].median

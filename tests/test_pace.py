@@ -266,3 +266,13 @@ def test_one_long_step_decides_nothing() -> None:
     for n in range(400):
         contest.timed(2 if contest.drafts else 1, 40.0 if n % 50 == 0 else 1.0)
     assert contest.drafts
+
+
+def test_a_step_that_is_long_by_its_draft_counts() -> None:
+    contest, n_plain = Contest(), 0
+    for n in range(800):
+        long = n % 8 == 0
+        contest.timed(*((9, 8.5) if long else (2, 3.4)) if contest.drafts else (1, 1.55))
+        n_plain += not contest.drafts
+    assert contest.drafts
+    assert n_plain < 100
