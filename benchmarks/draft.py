@@ -5,10 +5,10 @@
 
 Each prompt is answered plainly, drafted, and by the large model alone in turn, the order changing from prompt to
 prompt, by one family in memory; tokens a second are of decoding alone, medians. "ratio" is the median over answers of
-drafted to plain, "in all" that of the time that all of them took together; "predicted" is what docs/drafting.md's cost model makes of the measured costs, the acceptance and the
-mean length of a draft; "same" counts answers that are equal token for token (batches round otherwise than single
-steps: near ties may go either way). Below: what a batch costs each member, by its tokens. The questions of FILE, one a
-line, are asked through the chat template, as a workload "own".
+drafted to plain, "in all" that of the time that all answers took; "predicted" is what docs/drafting.md's cost model
+makes of the measured costs, the acceptance and the mean length of a draft; "same" counts answers that are equal token
+for token (batches round otherwise than single steps: near ties may go either way). Below: what a batch costs each
+member, by its tokens. The questions of FILE, one a line, are asked through the chat template, as a workload "own".
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def main() -> None:
     parser.add_argument("--workloads", help="those named [all]")
     options = parser.parse_args()
     wanted = options.workloads.split(",") if options.workloads else [*WORKLOADS, "own"]
-    print("| workload | large alone, tokens/s | plain | drafted | ratio | in all | predicted | accepted | a step | same |")
+    print(
+        "| workload | large alone, tokens/s | plain | drafted | ratio | in all | predicted | accepted | a step | same |"
+    )
     print("|---" * 10 + "|")
     with FusedLlama.from_family(options.family, n_ctx=512) as llm:
         pace = llm.scheduler.decoder.speculation.pace
