@@ -4,8 +4,7 @@
 
 Each member evaluates as many prompts of 64 tokens as are decoded at once, then a token of each in one step after the
 other, up to `--tokens`, in both kinds of cache in turn. The table has milliseconds of such a step, medians of `--every`
-steps, by the length of the texts. A context is in streams where each sequence has room for all of it, and its length is
-a multiple of 256; here one of 8 positions less is not.
+steps, by the length of the texts.
 """
 
 from __future__ import annotations
@@ -33,15 +32,13 @@ def step(member: LlamaBackend, tokens: list[int], n: int) -> float:
 def measure(like: LlamaBackend, tokens: list[int], options: argparse.Namespace) -> None:
     n_ctx = -(-len(tokens) // 256) * 256
     kinds = [
-        LlamaBackend(like.model, like.name, n_ctx=size, n_seq_max=options.parallel, loras=like.loras)
-        for size in (n_ctx, n_ctx - 8)
+        LlamaBackend(like.model, like.name, n_ctx=n_ctx, n_seq_max=options.parallel, streams=streams, loras=like.loras)
+        for streams in (True, False)
     ]
-    if [kind.has_streams for kind in kinds] != [True, False]:
-        raise SystemExit(f"{like.name}: too small, or of a kind, for which there are no streams")
     for kind in kinds:
         for seq in range(options.parallel):
             kind.decode([Run(seq, tokens[:N_PROMPT], 0)])
-    steps = ([step(kind, tokens, n) for kind in kinds] for n in range(N_PROMPT, len(tokens) - 8))
+    steps = ([step(kind, tokens, n) for kind in kinds] for n in range(N_PROMPT, len(tokens)))
     n_text = N_PROMPT
     while times := list(islice(steps, options.every)):
         n_text += len(times)

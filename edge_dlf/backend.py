@@ -32,8 +32,8 @@ class Backend(Protocol):
     n_ctx: positions that one sequence may hold. n_cells: positions that all sequences together may hold, a prefix that
     several share counted once. n_batch: tokens that one `decode` may append. n_bytes: of the weights.
     can_trim: whether `trim` to any length, and `copy`, work; recurrent and hybrid models can only be emptied.
-    has_streams: whether each sequence has room of its own, which is quicker to read; then a batch is evaluated in as
-    many parts as its sequences, in the order of the runs, have gaps in their numbers.
+    has_streams: whether each sequence has room of its own, which is quicker to read; then a batch is evaluated in
+    parts, of sequences whose numbers follow each other and of as many tokens of each.
     """
 
     n_ctx: int

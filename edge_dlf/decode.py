@@ -13,6 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from .backend import N_ROWS, Run
@@ -125,7 +126,7 @@ class Decoder:
                 whole.append(generation)
             else:
                 self._add_runs(runs, generation, n_given)
-        groups = _fused_alike(whole)
+        groups = _fused_alike(sorted(whole, key=attrgetter("seq")))  # as streams lie
         given: dict[Generation, tuple[int, ...]] = {}
         left = max(0, min(left, max(N_ROWS, self.ensemble.n_seq_max) - len(whole)))
         for generation in chain(*groups):

@@ -137,8 +137,10 @@ class Ensemble:
             self.shorten(name, seq, own)
             return own
         self.shorten(name, seq, 0)
+        self._accounts[name].unsettled.add(seq)
         self.members[name].copy(best, seq, shared)
         self._accounts[name].copy(best, seq, shared)
+        self._accounts[name].unsettled.discard(seq)
         return shared
 
     @property

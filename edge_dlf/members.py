@@ -27,6 +27,12 @@ _AUTO_PARALLEL = 16, 32
 """Sequences decoded at once where nobody says how many: on a CPU, and on a GPU."""
 _THREAD_SAFE = ("CUDA", "ROCm", "MTL")
 """Names of devices, as they begin."""
+_STREAM = 256
+"""Positions of which llama.cpp makes a stream of a KV cache a multiple."""
+_STREAMS_WEIGHTS = 64 * 2**20
+"""Bytes of the large model from which on streams pay: of less, a batch in parts costs more than they save."""
+_MOVED_BYTES = 128 * 2**20
+"""Keys and values of one text, of which two are in memory once more while they change places."""
 _CELLS_PER_SEQUENCE = 1024
 """Positions of the shared KV cache for each sequence; one that grows beyond takes what others leave."""
 
@@ -34,13 +40,15 @@ _CELLS_PER_SEQUENCE = 1024
 @dataclass(frozen=True)
 class Placement:
     """How a family is to lie in memory: sequences decoded at once, positions that they share in each KV cache, and of
-    each role n_gpu_layers and the share of them that each GPU holds. on_gpu: roles of which no layer is on the host."""
+    each role n_gpu_layers and the share of them that each GPU holds. on_gpu: roles of which no layer is on the host.
+    streams: whether each sequence has room for a whole context of its own, and not much to move."""
 
     n_seq_max: int
     n_cells: int
     layers: Mapping[str, int]
     splits: Mapping[str, tuple[float, ...]]
     on_gpu: frozenset[str] = frozenset()
+    streams: bool = False
 
 
 def place(
@@ -79,7 +87,9 @@ def place(
     n_cells = max(n_ctx, planner.largest_n_cells(n_shared, n_ctx) if n_shared > n_ctx else 0)
     plan = planner.plan(n_cells)
     whole = frozenset(member.name for member in plan.members if member.n_gpu_layers == member.n_layers)
-    return Placement(n_seq_max, n_cells, plan.layers, plan.splits, whole)
+    is_whole = n_seq_max > 1 and n_ctx % _STREAM == 0 and n_cells == n_ctx * n_seq_max
+    streams = is_whole and max(member.cache_bytes for member in plan.members) <= n_seq_max * _MOVED_BYTES
+    return Placement(n_seq_max, n_cells, plan.layers, plan.splits, whole, streams)
 
 
 class Members:
@@ -114,6 +124,10 @@ class Members:
                     loaded[info.path] = Model(info.path, *where, info.tensors)
                     stack.callback(loaded[info.path].close)
             models = {name: loaded[info.path] for name, info in files.models.items()}
+            # Attention over one cache for all goes through every sequence's cells; with a stream for each, only through
+            # its own. What can be saved of a stream lacks what a window has left behind, and a trim may need again.
+            streams = placement.streams and models["large"].n_bytes >= _STREAMS_WEIGHTS
+            streams = streams and all(model.can_trim and not model.has_window for model in models.values())
             for name, model in models.items():
                 self.backends[name] = LlamaBackend(
                     model,
@@ -121,6 +135,7 @@ class Members:
                     n_ctx=n_ctx,
                     n_seq_max=placement.n_seq_max,
                     n_cells=placement.n_cells,
+                    streams=streams,
                     n_threads=n_threads,
                     type_k=type_k,
                     type_v=type_v,

@@ -9,7 +9,6 @@ had happened once there is room.
 from __future__ import annotations
 
 from collections import deque
-from operator import attrgetter
 
 from .decode import Decoder
 from .generation import Generation, Outcome
@@ -81,7 +80,7 @@ class Scheduler:
             n_prefill = min(n_prefill, self.n_prefill)
         if self._ensemble.has_streams:
             self._pack()
-        active = sorted(self._active, key=attrgetter("seq"))
+        active = list(self._active)
         return list(zip(active, self.decoder.step(active, n_prefill), strict=True)) if active else []
 
     def _admit(self) -> None:
@@ -90,9 +89,10 @@ class Scheduler:
             generation = self._waiting[0]
             if self._active and (self._should_wait(generation) or not self._has_room(generation)):
                 return
-            self._waiting.popleft()
-            generation.seq = self._take_sequence(generation)
+            generation.seq = self._sequence_for(generation)
             self.decoder.begin(generation)
+            self._waiting.popleft()
+            self._idle.remove(generation.seq)
             self._active.append(generation)
 
     def _should_wait(self, generation: Generation) -> bool:
@@ -118,14 +118,13 @@ class Scheduler:
                 return True
         return False
 
-    def _take_sequence(self, generation: Generation) -> int:
+    def _sequence_for(self, generation: Generation) -> int:
         """The idle sequence whose text this one goes on with, else the one idle for longest: a prefix that it has in
         common with another can be shared, and the other's text may be gone on with later."""
         name, seq = generation.roles.primary, self._begun_in(generation)
         n_common = self._ensemble.n_common(name, seq, generation.whole_text(name))
         if self._ensemble.n_held(name, seq) - n_common > FEW:
-            seq = self._idle[0]
-        self._idle.remove(seq)
+            return self._idle[0]
         return seq
 
     def _begun_in(self, generation: Generation) -> int:

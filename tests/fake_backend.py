@@ -15,7 +15,8 @@ class FakeBackend:
     Keeps `calls`, the runs of each `decode`, and fails on any use that llama.cpp would punish. fail_at: calls of
     `decode` until one raises KeyboardInterrupt after the cache has grown, as Ctrl-C does. poison: (token, value) puts
     `value` into every row after a text that ends in `token`. common: share of each row that all members have alike.
-    swap_fails: calls of `swap` until one raises KeyboardInterrupt with one of the two lost.
+    swap_fails: calls of `swap` until one raises KeyboardInterrupt with one of the two lost. copy_fails: calls of `copy`
+    until one raises it when all is copied.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class FakeBackend:
         self.n_bytes = 1000
         self.has_streams, self.n_swapped = has_streams, 0
         self.swap_fails: int | None = None
+        self.copy_fails: int | None = None
         self.cache: dict[int, list[int]] = {seq: [] for seq in range(n_seq_max)}
         self.calls: list[list[Run]] = []
         self.fail_at: int | None = None
@@ -116,6 +118,11 @@ class FakeBackend:
         self._cells[target] = self._cells[source][:n_past]
         self._past[target] = n_past
         self._rows = None
+        if self.copy_fails is not None:
+            self.copy_fails -= 1
+            if self.copy_fails < 0:
+                self.copy_fails = None
+                raise KeyboardInterrupt
 
     def swap(self, a: int, b: int) -> None:
         assert self.has_streams

@@ -23,10 +23,24 @@ def load(tiny: Path, **settings: Any) -> FusedLlama:
 def llm(tiny: Path, request: pytest.FixtureRequest) -> Iterator[FusedLlama]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param:
-            patch.setattr("edge_dlf.llama.context._STREAMS_BYTES", 0)
+            patch.setattr("edge_dlf.members._STREAMS_WEIGHTS", 0)
         with load(tiny, n_parallel=6) as llm:
             assert llm._ensemble.has_streams == request.param
             yield llm
+
+
+@pytest.mark.parametrize(
+    ("settings", "moved"),
+    [({"n_parallel": 1}, 2**27), ({"n_ctx": 200}, 2**27), ({"n_ctx": 2048}, 2**27), ({}, 2**10)],
+    ids=["one sequence", "no multiple of 256", "room that is shared", "much to move"],
+)
+def test_where_sequences_share_one_cache(
+    tiny: Path, settings: dict[str, int], moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_dlf.members._STREAMS_WEIGHTS", 0)
+    monkeypatch.setattr("edge_dlf.members._MOVED_BYTES", moved)
+    with load(tiny, **{"n_parallel": 6, **settings}) as llm:
+        assert not llm._ensemble.has_streams
 
 
 @pytest.fixture(scope="module")

@@ -184,27 +184,9 @@ def test_a_shared_prefix_takes_its_cells_once_and_outlives_its_source(base: Mode
 
 
 @pytest.fixture
-def streams(base: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[LlamaBackend]:
-    monkeypatch.setattr("edge_dlf.llama.context._STREAMS_BYTES", 0)
-    member = backend(base, n_ctx=256, n_seq_max=4)
-    assert member.has_streams
+def streams(base: Model) -> Iterator[LlamaBackend]:
+    member = backend(base, n_ctx=256, n_seq_max=4, streams=True)
     yield member
-    member.close()
-
-
-@pytest.mark.parametrize(
-    "settings", [{"n_seq_max": 1}, {"n_ctx": 200}, {"n_cells": 512}], ids=["one", "no multiple of 256", "shared room"]
-)
-def test_streams_need_room_of_their_own(base: Model, settings: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_dlf.llama.context._STREAMS_BYTES", 0)
-    member = backend(base, **{"n_ctx": 256, "n_seq_max": 4, **settings})
-    assert not member.has_streams
-    member.close()
-
-
-def test_streams_are_for_models_that_are_not_small(base: Model) -> None:
-    member = backend(base, n_ctx=256, n_seq_max=4)
-    assert not member.has_streams
     member.close()
 
 

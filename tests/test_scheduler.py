@@ -114,7 +114,7 @@ def test_a_common_prefix_is_evaluated_once() -> None:
 def test_sequences_with_streams_follow_each_other_in_every_batch() -> None:
     members = family(n_seq_max=6, has_streams=True)
     scheduler = scheduler_of(members)
-    cases = {make(scheduler, [n, 5], FUSIONS[n % 2], SAMPLINGS[1]): 2 + 5 * n % 11 for n in range(17)}
+    cases = {make(scheduler, [n, 5], FUSIONS[n % 2], SAMPLINGS[1]): 2 + 7 * n % 13 for n in range(17)}
     results = run(scheduler, cases)
     for member in members.values():
         for call in member.calls:
@@ -137,32 +137,49 @@ def test_what_an_idle_sequence_holds_is_gone_on_with_wherever_it_is_moved() -> N
     assert members["large"].n_evaluated - n_evaluated < 25
 
 
-def test_an_interrupt_amid_a_move_costs_evaluations_only() -> None:
-    for n_before in range(2):
-        members = family(n_seq_max=6, has_streams=True)
-        scheduler = scheduler_of(members)
-        texts = [[n, 5] for n in range(9)]
-        cases = {make(scheduler, text, FUSIONS[n % 2], SAMPLINGS[1]): 2 + 5 * n % 11 for n, text in enumerate(texts)}
-        members["base"].swap_fails = n_before
-        for generation in cases:
-            scheduler.add(generation)
-        picks: dict[Generation, list[Pick]] = {generation: [] for generation in cases}
-        n_interrupts = 0
-        while scheduler.n_active or scheduler.n_waiting:
-            try:
-                outcomes = scheduler.step()
-            except KeyboardInterrupt:
-                n_interrupts += 1
-                continue
-            for generation, outcome in outcomes:
-                assert isinstance(outcome, list)
-                picks[generation] += outcome
-                if len(picks[generation]) >= cases[generation]:
-                    scheduler.remove(generation)
-        assert n_interrupts == 1
-        for n, (generation, n_picks) in enumerate(cases.items()):
-            alone = generate(family(), texts[n], n_picks, FUSIONS[n % 2], SAMPLINGS[1])
-            assert [pick.token for pick in picks[generation]] == [pick.token for pick in alone]
+@pytest.mark.parametrize("fails", ["swap_fails", "copy_fails"])
+@pytest.mark.parametrize("n_before", [0, 1])
+def test_an_interrupt_amid_a_move_or_a_copy_costs_evaluations_only(fails: str, n_before: int) -> None:
+    members = family(n_seq_max=6, has_streams=True)
+    scheduler = scheduler_of(members)
+    texts = [[n % 3, 6, 7, n] for n in range(16)]
+    cases = {make(scheduler, text, FUSIONS[n % 2], SAMPLINGS[1]): 2 + 7 * n % 13 for n, text in enumerate(texts)}
+    setattr(members["base"], fails, n_before)
+    picks: dict[Generation, list[Pick]] = {generation: [] for generation in cases}
+    for generation in cases:
+        scheduler.add(generation)
+    n_interrupts = 0
+    while scheduler.n_active or scheduler.n_waiting:
+        try:
+            outcomes = scheduler.step()
+        except KeyboardInterrupt:
+            n_interrupts += 1
+            continue
+        for generation, outcome in outcomes:
+            assert isinstance(outcome, list)
+            picks[generation] += outcome
+            if len(picks[generation]) >= cases[generation]:
+                scheduler.remove(generation)
+    assert n_interrupts == 1
+    for n, (generation, n_picks) in enumerate(cases.items()):
+        alone = generate(family(), texts[n], n_picks, FUSIONS[n % 2], SAMPLINGS[1])
+        assert [pick.token for pick in picks[generation]] == [pick.token for pick in alone]
+
+
+def test_prompts_that_came_first_are_evaluated_first() -> None:
+    scheduler = scheduler_of(family(n_seq_max=4, n_ctx=256), n_prefill=8)
+    first, *later = (make(scheduler, [n] * 60, FUSIONS[2], SAMPLINGS[0]) for n in range(3))
+    for seq in (3, 2):
+        scheduler._idle.remove(seq)
+        scheduler._idle.insert(0, seq)
+    scheduler.add(first)
+    scheduler.step()
+    for generation in later:
+        scheduler.add(generation)
+    for _ in range(6):
+        scheduler.step()
+    assert first.seq > later[-1].seq
+    assert scheduler.decoder.n_due(first) < 10 < scheduler.decoder.n_due(later[0])
 
 
 def test_the_same_prompt_many_times_is_evaluated_once() -> None:

@@ -37,10 +37,6 @@ CACHE_TYPES: Mapping[str, int] = {
 """Types of a KV cache: ggml's number."""
 
 _MAX_POSITIONS = 2**31 - 1
-_STREAM = 256
-"""Positions that llama.cpp rounds a stream of a KV cache up to."""
-_STREAMS_BYTES = 64 * 2**20
-"""Weights for which streams pay: of less, evaluating a batch in parts costs more than they save."""
 _BYTES_PER_THREAD = 4 * 2**20
 """Weights for which a thread is worth waiting for: those of less are multiplied sooner than threads meet."""
 
@@ -49,8 +45,9 @@ class LlamaBackend:
     """One context over a model: a `Backend` whose rows lie in llama.cpp's own output buffer.
 
     name: role of the member, for errors. n_ctx: positions that one of n_seq_max sequences may hold. n_cells: positions
-    of the KV cache that they share, by default n_ctx for each. n_rows: rows of logits that one `decode` may ask for;
-    llama.cpp reserves n_rows x width, never n_ctx x width.
+    of the KV cache that they share, by default n_ctx for each. streams: whether each has n_ctx of its own, which must
+    be a multiple of 256, in place of sharing. n_rows: rows of logits that one `decode` may ask for; llama.cpp reserves
+    n_rows x width, never n_ctx x width.
     loras: (file, scale) pairs added to the weights. interrupt: stops what is evaluated. type_k, type_v: names from
     CACHE_TYPES.
     Raises ModelFileError for an adapter that does not fit, OutOfMemoryError where memory does not suffice, LoadError
@@ -65,6 +62,7 @@ class LlamaBackend:
         n_ctx: int,
         n_seq_max: int = 1,
         n_cells: int | None = None,
+        streams: bool = False,
         n_rows: int = N_ROWS,
         n_threads: int | None = None,
         type_k: str | None = None,
@@ -87,11 +85,7 @@ class LlamaBackend:
         self.n_batch = N_BATCH
         self.n_bytes = model.n_bytes
         self.can_trim = model.can_trim
-        # Attention over one cache for all goes through every sequence's cells; with a stream for each, only through its
-        # own. What is saved of a stream lacks what a sliding window has left behind, and a trim may need again.
-        has_room = n_seq_max > 1 and n_ctx % _STREAM == 0 and self.n_cells == n_ctx * n_seq_max
-        has_whole_texts = model.can_trim and not lib.llama_model_n_swa(model.handle)
-        self.has_streams = has_room and has_whole_texts and model.n_bytes >= _STREAMS_BYTES
+        self.has_streams = streams
         self._n_rows = max(n_rows, n_seq_max)
         params = lib.llama_context_default_params()
         params.n_ctx = self.n_cells

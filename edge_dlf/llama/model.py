@@ -69,6 +69,11 @@ class Model:
         return not (lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
 
     @property
+    def has_window(self) -> bool:
+        """Whether attention of some layers goes no further back than a window."""
+        return bool(lib.llama_model_n_swa(self.handle))
+
+    @property
     def chat_template(self) -> str | None:
         """The jinja template of the model's file."""
         template = lib.llama_model_chat_template(self.handle, None)
