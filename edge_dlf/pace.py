@@ -37,8 +37,8 @@ _SPREAD = 32
 _TURN = 8
 """Steps of one kind whose speed is compared with that of the other kind."""
 _TURN_DECAY, _OUTLIER = 0.5, 9.0
-"""Weight of a turn after the next one of its kind; for how many times the usual a step counts at most, which the longest
-draft may be."""
+"""Weight of a turn after the next one of its kind; the longest that a step counts for, in usual ones: the longest draft
+may take as long."""
 _BETWEEN = 32, 4096
 """Steps of the quicker kind before the other is tried, at first and at most; at most they double each time."""
 _SHARE = 0.01
