@@ -53,6 +53,11 @@ WORKLOADS = {
         "Repeat the text word for word, twice:\nText: The committee met",
         "List: apple, pear, plum, cherry, quince, medlar, apple, pear, plum, cherry, quince, medlar, apple, pear,",
     ],
+    "traps": [  # what came before comes again, but goes on otherwise
+        "Random digits: 7 1 4 9 0 2 8 3 1 5 7 2 4 0 9 6 2 8 1 7 3 5 0 4 9 8 6 1 2 7 5 3 0 8 4 6 1 9 2 5 7 0 3 8",
+        "Rolls of a die: red 4, blue 1, red 6, blue 3, red 2, blue 2, red 5, blue 4, red 1, blue 6, red 3, blue 5, red",
+        "Keys: a7f:91c, a3b:40e, a7f:2d8, a9c:b15, a3b:7e2, a7f:c04, a9c:38d, a3b:f61, a9c:05a, a7f:",
+    ],
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,9 +35,9 @@ class Draft:
     rows: Logits | None = None
 
 
-def quote(tokens: Sequence[int], n_draft: int) -> tuple[list[int], list[float]]:
-    """Up to `n_draft` tokens that followed the last occurrence of the last tokens, and how likely each is, the more so
-    the longer the match: quotations, code and lists repeat themselves."""
+def quote(tokens: Sequence[int], n_draft: int, ends: Callable[[int], bool]) -> tuple[list[int], list[float]]:
+    """Up to `n_draft` tokens that followed the last occurrence of the last tokens, up to one that ends an answer, and
+    how likely each is, the more so the longer the match: quotations, code and lists repeat themselves."""
     text = array("i", tokens)
     width = text.itemsize
     raw = text.tobytes()
@@ -46,11 +46,14 @@ def quote(tokens: Sequence[int], n_draft: int) -> tuple[list[int], list[float]]:
         if found % width == 0:
             start = found // width + NGRAM
             for n in range(n_draft):
+                if ends(text[start + n]):
+                    break
                 text.append(text[start + n])
+            guesses = list(text[len(tokens) :])
             n_match = NGRAM
             while n_match < min(start, _LONGEST_MATCH) and text[start - n_match - 1] == tokens[-n_match - 1]:
                 n_match += 1
-            return list(text[len(tokens) :]), [1 - 1 / (n_match + n) for n in range(n_draft)]
+            return guesses, [1 - 1 / (n_match + n) for n in range(len(guesses))]
         end = found + len(pattern) - 1
     return [], []
 

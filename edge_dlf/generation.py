@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -16,6 +16,10 @@ from .errors import EdgeDLFError
 from .params import MAX_DRAFT, N_CANDIDATES, Draw, FusionParams, SamplingParams, Trace
 
 _NO_TOKENS = np.empty(0, np.int32)
+
+
+def _never(token: int) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Generation:
     prompts: tokens for each of `members`. n_prompt: those of the primary member. tokens: its prompt and all picks so
     far; penalties look back over them, and their number is the position that keys the draw. seq: its number in every
     member's cache. n_top: how many `top_logprobs` each pick carries. traced: whether it carries a `trace` too. n_draft:
-    tokens to draft at each step, None for what gives the most tokens a second. n_most: picks that may still come.
+    tokens to draft at each step, None for what gives the most tokens a second. n_most: picks that may still come. ends:
+    whether a token ends the answer, so that nothing is drafted after it.
     strength: each expert's weight of late. n_prefilled: tokens that had to be evaluated before picks could go on.
     n_drafted, n_accepted: drafted tokens, and those that were kept. constraint: what the picks must make up;
     n_settled: those that it has taken in. scored: the tokens that picks are to be, which are given rather than chosen.
@@ -59,6 +64,7 @@ class Generation:
     scored: tuple[int, ...] = ()
     n_draft: int | None = 0
     n_most: int = MAX_DRAFT + 1
+    ends: Callable[[int], bool] = _never
     constraint: Constraint | None = None
     n_prompt: int = field(init=False)
     tokens: list[int] = field(init=False)

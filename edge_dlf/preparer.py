@@ -78,6 +78,7 @@ class Preparer:
             alphas=self._ensemble.static_alphas(fusion) if fusion.method == "static" else (),
             n_top=min(top_logprobs, self._ensemble.n_vocab),
             n_draft=self._n_draft(draft),
+            ends=self._ends,
             constraint=self.tokenizer.constraint(grammar, json_schema, self._ends),
             traced=trace,
         )
@@ -92,7 +93,6 @@ class Preparer:
             max_tokens=max_tokens or self._ensemble.n_ctx - longest,
             stop=_stop_strings(stop),
             piece=self.tokenizer.piece,
-            ends=self._ends,
         )
 
     def scorer(self, settings: Mapping[str, Any]) -> Callable[[Prompt, Sequence[int]], Generation]:

@@ -85,7 +85,7 @@ class Speculation:
         judge."""
         roles, fixed = generation.roles, generation.n_draft
         n_most = min(self._room(generation, roles.members), MAX_DRAFT if fixed is None else fixed)
-        quoted = Draft(Way(QUOTES, roles.members), *quote(generation.tokens, n_most))
+        quoted = Draft(Way(QUOTES, roles.members), *quote(generation.tokens, n_most, generation.ends))
         own = self._way_of_member(generation)
         if fixed is not None:
             if quoted.guesses or not own:
@@ -138,6 +138,8 @@ class Speculation:
             (picked,) = self._picker.choose([generation], Rows(row, None, ()), [()], [drawn], [draft.guesses], (name,))
             if isinstance(picked, EdgeDLFError):  # met again where that row is fused
                 return draft
+            if generation.ends(picked.token):
+                n_most = len(draft.guesses)  # verifying those before it tells whether the answer ends there
             draft.guesses.append(picked.token)
             draft.probabilities.append(min(1.0, math.exp(picked.logprob)))
             n_wanted = n_most

@@ -96,8 +96,8 @@ class Report:
 class Answer:
     """Picks of one generation in, tokens out. `report` tells what was done, and whether the answer has ended.
 
-    max_tokens: most tokens of the answer. stop: strings that end it. piece: token -> bytes. ends: whether a token ends
-    generation.
+    max_tokens: most tokens of the answer. stop: strings that end it, as do tokens that `generation.ends` tells. piece:
+    token -> bytes.
     """
 
     def __init__(
@@ -107,7 +107,6 @@ class Answer:
         max_tokens: int,
         stop: Sequence[str],
         piece: Callable[[int], bytes],
-        ends: Callable[[int], bool],
     ) -> None:
         self.generation = generation
         self.report = Report(generation.fusion.method, generation.roles.experts, generation.n_prompt)
@@ -117,13 +116,12 @@ class Answer:
         self._max_tokens = max_tokens
         self._text = TextStream(stop)
         self._piece = piece
-        self._ends = ends
         self._waiting: Token | None = None
 
     def push(self, pick: Pick) -> list[Token]:
         """Tokens that are complete after this pick: none while a stop string may have begun."""
         report, text = self.report, self._text
-        if self._ends(pick.token):
+        if self.generation.ends(pick.token):
             return self._finish("stop")
         token = self._token(pick, text.push(self._piece(pick.token)))
         report.add(token, pick.alphas)

@@ -51,7 +51,7 @@ def generate(
     generation = Generation(ensemble.roles(fusion), texts, fusion, sampling, alphas=alphas, **settings)
     decoder.begin(generation)
     picks: list[Pick] = []
-    while len(picks) < n_tokens:
+    while len(picks) < n_tokens and not (picks and generation.ends(picks[-1].token)):
         generation.n_most = n_tokens - len(picks)
         (outcome,) = decoder.step([generation])
         if isinstance(outcome, EdgeDLFError):
@@ -230,6 +230,22 @@ def test_drafting_changes_no_token(n_experts: int, method: str, sampling: Sampli
             text = [1, 2, *(pick.token for pick in picks)]
             for name in {"dynamic": members, "static": members}.get(method, [method]):
                 assert members[name].cache[0] == text[:-1]
+
+
+@pytest.mark.parametrize("method", ["dynamic", "large"])
+@pytest.mark.parametrize("n_draft", [1, 2, 3, 8])
+def test_nothing_is_evaluated_beyond_the_end_that_the_drafter_sees(n_draft: int, method: str) -> None:
+    """Members that always agree: each guess is right, and so is that of the end, which needs no verifying."""
+    fusion, sampling = FusionParams(method=method), SamplingParams(temperature=0.0)
+    expected = [pick.token for pick in generate(alike(1, 1.0), [1, 2], 12, fusion, sampling)]
+    for end in range(2, len(expected)):
+        if expected[end] in expected[:end]:
+            continue
+        members = alike(1, 1.0)
+        picks = generate(members, [1, 2], 99, fusion, sampling, n_draft=n_draft, ends=expected[end].__eq__)
+        assert [pick.token for pick in picks] == expected[: end + 1]
+        assert members["large"].cache[0] == [1, 2, *expected[:end]]
+        assert members["large"].n_evaluated == 2 + end
 
 
 @pytest.mark.parametrize("n_taken", [1, 2, 3])

@@ -6,6 +6,8 @@ import pytest
 
 from edge_dlf.draft import quote
 
+END = 99
+
 
 @pytest.mark.parametrize(
     ("tokens", "n_draft", "expected"),
@@ -19,15 +21,18 @@ from edge_dlf.draft import quote
         ([1, 2], 3, []),
         ([1, 2, 3, 1, 2, 3], 0, []),
         ([256, 0, 0, 1, 0, 0], 3, []),
+        ([1, 2, 3, 4, END, 5, 1, 2, 3], 4, [4]),
+        ([1, 2, 3, END, 1, 2, 3], 4, []),
     ],
 )
 def test_what_followed_the_last_time(tokens: list[int], n_draft: int, expected: list[int]) -> None:
-    guesses, probabilities = quote(tokens, n_draft)
+    guesses, probabilities = quote(tokens, n_draft, END.__eq__)
     assert guesses == expected
     assert len(probabilities) == len(expected)
 
 
 def test_a_longer_match_is_likelier_to_go_on() -> None:
-    short, long = quote([9, 2, 3, 4, 5, 8, 2, 3, 4], 2)[1], quote([1, 2, 3, 4, 5, 1, 2, 3, 4], 2)[1]
+    texts = [9, 2, 3, 4, 5, 8, 2, 3, 4], [1, 2, 3, 4, 5, 1, 2, 3, 4]
+    short, long = (quote(tokens, 2, END.__eq__)[1] for tokens in texts)
     assert short == [1 - 1 / 3, 1 - 1 / 4]
     assert long == [1 - 1 / 4, 1 - 1 / 5]

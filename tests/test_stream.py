@@ -52,11 +52,10 @@ def run(
 ) -> TokenStream:
     prompts = {"large": [7, 8, 9], "base": [7], "maths": [7]}
     answer = Answer(
-        Generation(Roles("large", "base", ("maths",)), prompts, FusionParams(), SamplingParams()),
+        Generation(Roles("large", "base", ("maths",)), prompts, FusionParams(), SamplingParams(), ends=EOG.__eq__),
         max_tokens=max_tokens,
         stop=stop,
         piece=PIECES.__getitem__,
-        ends=lambda token: token == EOG,
     )
     return TokenStream(scheduler or ScriptedScheduler([*script, EOG]), answer)  # type: ignore[arg-type]
 
