@@ -4,11 +4,12 @@
                                [--questions FILE] [--workloads maths,code]
 
 Each prompt is answered plainly, drafted, and by the large model alone in turn, the order changing from prompt to
-prompt, by one family in memory; tokens a second are of decoding alone, medians. "ratio" is the median over answers of
-drafted to plain, "in all" that of the time that all answers took; "predicted" is what docs/drafting.md's cost model
-makes of the measured costs, the acceptance and the mean length of a draft; "same" counts answers that are equal token
-for token (batches round otherwise than single steps: near ties may go either way). Below: what a batch costs each
-member, by its tokens. The questions of FILE, one a line, are asked through the chat template, as a workload "own".
+prompt, by one family in memory; tokens a second are of decoding alone, from a prompt that is in the cache to the end of
+the answer, medians. "ratio" is the median over answers of drafted to plain, "in all" that of the time that all answers
+took; "predicted" is what docs/drafting.md's cost model makes of the measured costs, the acceptance and the mean length
+of a draft; "same" counts answers that are equal token for token (batches round otherwise than single steps: near ties
+may go either way). Below: what a batch costs each member, by its tokens. The questions of FILE, one a line, are asked
+through the chat template, as a workload "own".
 """
 
 from __future__ import annotations
@@ -94,9 +95,16 @@ def predicted(pace: Pace, experts: tuple[str, ...], chance: float, n_mean: float
     return ((1 - part) * tps(low) + part * tps(min(low + 1, MAX_DRAFT))) / tps(0)
 
 
-def answer(llm: FusedLlama, prompt: Prompt, options: argparse.Namespace, **settings: Any) -> tuple[list[Any], Any]:
+def answer(
+    llm: FusedLlama, prompt: Prompt, options: argparse.Namespace, **settings: Any
+) -> tuple[list[int], float, list[tuple[int, int]]]:
+    """Token ids, seconds, and the drafted and accepted tokens of each step."""
+    for _ in llm.stream(prompt, max_tokens=1, draft="off"):
+        pass
     stream = llm.stream(prompt, max_tokens=options.tokens, temperature=options.temperature, seed=1, **settings)
-    return list(stream), stream.report
+    with counted(llm.scheduler.decoder) as steps:
+        tokens = [token.id for token in stream]
+    return tokens, stream.report.prefill_s + stream.report.decode_s, steps
 
 
 @contextmanager
@@ -127,13 +135,12 @@ def run(llm: FusedLlama, prompts: Sequence[Prompt], options: argparse.Namespace)
         order = list(ways)[number % 3 :] + list(ways)[: number % 3]
         tokens = {}
         for way in order:
-            with counted(llm.scheduler.decoder) as steps:
-                tokens[way], report = answer(llm, prompt, options, **ways[way])
-            tally.speeds[way].append(report.generation_tps)
-            tally.seconds[way] += report.decode_s
+            tokens[way], seconds, steps = answer(llm, prompt, options, **ways[way])
+            tally.speeds[way].append(len(tokens[way]) / seconds)
+            tally.seconds[way] += seconds
             if way == "drafted":
                 tally.steps += steps
-        tally.n_same += [token.id for token in tokens["off"]] == [token.id for token in tokens["drafted"]]
+        tally.n_same += tokens["off"] == tokens["drafted"]
     return tally
 
 
