@@ -6,10 +6,10 @@
 Each prompt is answered plainly, drafted, and by the large model alone in turn, the order changing from prompt to
 prompt, by one family in memory; tokens a second are of decoding alone, from a prompt that is in the cache to the end of
 the answer, medians. "ratio" is the median over answers of drafted to plain, "in all" that of the time that all answers
-took; "predicted" is what docs/drafting.md's cost model makes of the measured costs, the acceptance and the mean length
-of a draft; "same" counts answers that are equal token for token (batches round otherwise than single steps: near ties
-may go either way). Below: what a batch costs each member, by its tokens. The questions of FILE, one a line, are asked
-through the chat template, as a workload "own".
+took; "predicted" is what docs/drafting.md's cost model makes of the costs below and of each step's draft; "same" counts
+answers that are equal token for token (batches round otherwise than single steps: near ties may go either way). Below:
+what a batch costs each member, by its tokens. The questions of FILE, one a line, are asked through the chat template,
+as a workload "own".
 """
 
 from __future__ import annotations
@@ -82,17 +82,16 @@ class Tally:
         return sum(drafted for drafted, _ in self.steps) / max(len(self.steps), 1)
 
 
-def predicted(pace: Pace, experts: tuple[str, ...], chance: float, n_mean: float) -> float:
-    """Times plain decoding, for drafts of `n_mean` tokens by one of the experts: between whole lengths, a line."""
+def predicted(pace: Pace, experts: tuple[str, ...], steps: Sequence[tuple[int, int]]) -> float:
+    """Times plain decoding, if each step had taken what the batches of its draft cost, one of the experts drafting."""
     drafter, *others = experts
 
-    def tps(n: int) -> float:
+    def seconds(n: int, n_accepted: int) -> float:
         batched = sum(pace.cost(name, n + 1) for name in ("large", "base", *others, FUSION))
-        alone = (n + chance**n) * pace.cost(drafter, 1)
-        return sum(chance**k for k in range(n + 1)) / (batched + alone)
+        return batched + (n + (n_accepted == n)) * pace.cost(drafter, 1)
 
-    low, part = int(n_mean), n_mean % 1
-    return ((1 - part) * tps(low) + part * tps(min(low + 1, MAX_DRAFT))) / tps(0)
+    n_tokens = sum(accepted + 1 for _, accepted in steps)
+    return n_tokens * seconds(0, 0) / sum(seconds(*step) for step in steps)
 
 
 def answer(
@@ -136,7 +135,7 @@ def run(llm: FusedLlama, prompts: Sequence[Prompt], options: argparse.Namespace)
         tokens = {}
         for way in order:
             tokens[way], seconds, steps = answer(llm, prompt, options, **ways[way])
-            tally.speeds[way].append(len(tokens[way]) / seconds)
+            tally.speeds[way].append(sum(accepted + 1 for _, accepted in steps) / seconds)
             tally.seconds[way] += seconds
             if way == "drafted":
                 tally.steps += steps
@@ -173,7 +172,7 @@ def main() -> None:
             cells = [name, *(f"{median(values):.2f}" for values in (large, plain, drafted))]
             cells.append(f"{median(a / b for a, b in zip(drafted, plain, strict=True)):.2f}")
             cells.append(f"{tally.seconds['off'] / tally.seconds['drafted']:.2f}")
-            cells.append(f"{predicted(pace, llm.experts, tally.chance, tally.n_mean):.2f}")
+            cells.append(f"{predicted(pace, llm.experts, tally.steps):.2f}")
             cells += [f"{tally.chance:.0%}", f"{tally.n_mean:.1f}", f"{tally.n_same}/{len(plain)}"]
             print(f"| {' | '.join(cells)} |", flush=True)
         print(f"\n| ms, tokens | {' | '.join(str(n) for n in range(1, MAX_DRAFT + 2))} |")
