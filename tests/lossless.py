@@ -85,8 +85,8 @@ class Parting:
     """Where two answers part.
 
     token: their number. rounding: by how many nats the rows of any member differ among the tokens that matter.
-    margin: how far apart the two choices were: nats between the fused logits, noise included, where both have the same
-    α (None where a filter lies between them), else the relative difference of J. is_tie: nothing but rounding has
+    margin: how far apart the two choices were, in nats: between the fused logits, noise included, where both have the
+    same α (None where a filter lies between them), else between the two √J. is_tie: nothing but rounding has
     parted them.
     """
 
@@ -203,7 +203,7 @@ def _margin(members: Sequence[Any], plain: Choice, other: Choice, draw: Draw, ex
     x = draw.sampling
     if (plain.alpha, plain.expert) != (other.alpha, other.expert):
         ours, theirs = (_objective(members, token, experts) for token in (plain, other))
-        return abs(theirs - ours) / max(ours, 1e-12)
+        return math.sqrt(theirs) - math.sqrt(ours)
     fused = _fused(members, plain, experts)
     gap = float(fused[plain.id] - fused[other.id])
     if x.temperature == 0.0:
@@ -275,7 +275,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> bool:
     for (workload, sampling, draft), cases in groups.items():
         for parting in (case["parting"] for case in cases if case["parting"]):
             plain, other = parting["alphas"]
-            unit = "nats" if plain == other else "of J"
+            unit = "nats" if plain == other else "nats of √J"
             margin = "at a filter" if parting["margin"] is None else f"{parting['margin']:.3g} {unit}"
             name = f"{workload}, {sampling}, draft {draft}"
             print(f"| {name} | {parting['token']} | {plain:g}, {other:g} | {parting['rounding']:.2f} | {margin} |")
