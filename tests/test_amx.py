@@ -68,7 +68,9 @@ def test_a_build_without_amx_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_try_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On this build: it is right, or it crashes, which only kernels of AMX can."""
+    """On this build: it is right, or it crashes, which only kernels of AMX can. What lies in place of the tiles'
+    configuration decides which fault it is."""
     monkeypatch.undo()
     has_amx = b"AMX_INT8 = 1" in amx.lib.llama_print_system_info()
-    assert amx._try(MODEL) in ("right", f"exit code {-signal.SIGSEGV}" if has_amx else "right")
+    faults = [f"exit code {-fault}" for fault in (signal.SIGSEGV, signal.SIGILL)]
+    assert amx._try(MODEL) in ["right", *(faults if has_amx else [])]
