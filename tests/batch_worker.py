@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from edge_dlf import durable, intake, ledger, manifest  # noqa: F401  # here, so that no process imports them again
@@ -25,13 +27,15 @@ def run(
     n_writes: int | None = None,
     n_bytes: int | None = None,
 ) -> None:
-    """The command with these arguments; streams: what are its stdin, stdout and stderr.
+    """The command with these arguments; streams: its stdin, stdout and stderr, each a path or the end of a pipe.
 
     n_rows: before the row after these the engine waits to be interrupted. n_writes: amid the write after these the
     process is killed. n_bytes: no file may grow beyond.
     """
-    for fd, path in enumerate(streams):
-        os.dup2(os.open(path, os.O_WRONLY if fd else os.O_RDONLY), fd)
+    for fd, stream in enumerate(streams):
+        if not isinstance(stream, Connection):
+            stream = Path(stream).open("wb" if fd else "rb", buffering=0)  # noqa: SIM115
+        os.dup2(stream.fileno(), fd)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
     if n_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))

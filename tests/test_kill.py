@@ -175,11 +175,12 @@ def test_a_full_file_system(start: Start, whole: Path, tmp_path: Path) -> None:
 
 
 def test_rows_of_a_pipe_are_answered_as_they_come_and_ctrl_c_ends_the_wait(start: Start, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "in")
-    worker = start(stdin=tmp_path / "in")
-    with (tmp_path / "in").open("wb", buffering=0) as file:
+    reader, writer = PROCESSES.Pipe(duplex=False)
+    with writer:
+        with reader:
+            worker = start(stdin=reader)
         for n_rows in range(1, 4):
-            file.write(b'{"prompt": "a"}\n')
+            os.write(writer.fileno(), b'{"prompt": "a"}\n')
             worker.wait_until_grown(tmp_path / "out", 1)
             assert len(read(tmp_path / "out")) == n_rows
         worker.signal(signal.SIGINT)
@@ -187,9 +188,11 @@ def test_rows_of_a_pipe_are_answered_as_they_come_and_ctrl_c_ends_the_wait(start
     assert len(read(tmp_path / "out")) == 3
 
 
-def test_a_reader_that_leaves(start: Start, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    worker = start(output="-", stdout=tmp_path / "pipe")
-    with (tmp_path / "pipe").open("rb") as file:
-        assert json.loads(file.readline())["error"] is None
+def test_a_reader_that_leaves(start: Start) -> None:
+    reader, writer = PROCESSES.Pipe(duplex=False)
+    with reader:
+        with writer:
+            worker = start(output="-", stdout=writer)
+        with open(reader.fileno(), "rb", closefd=False) as file:
+            assert json.loads(file.readline())["error"] is None
     assert worker.wait() == (1, "")
