@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,6 @@ _MEMORY = 5
 """Timings of one member at one batch size that count."""
 _PATIENCE = 128, 8192
 """Steps after which timings that were not renewed are doubted, for the first time and at most: it doubles each time."""
-_CHECK = 16
-"""Steps between one look at the age of timings and the next."""
 _MARGIN, _MARGIN_OUTSIDE = 0.02, 0.2
 """By how much a draft has to be better than none, by one that is outside the fusion and would have to read the text."""
 _EDGES = (0.2, 0.4, 0.6, 0.75, 0.87, 0.95, 0.99)
@@ -109,7 +108,7 @@ class _Acceptance:
 
 
 def _level(probability: float) -> int:
-    return sum(probability >= edge for edge in _EDGES)
+    return bisect_right(_EDGES, probability)
 
 
 class Contest:
@@ -175,21 +174,23 @@ class Pace:
 
     sizes: Mapping[str, int]
 
-    _costs: dict[str, dict[int, _Timings]] = field(default_factory=lambda: defaultdict(dict))
+    _costs: dict[str, dict[int, _Timings]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(_Timings)))
     _acceptance: dict[str, _Acceptance] = field(default_factory=lambda: defaultdict(_Acceptance))
-    _estimates: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+    _known: dict[str, list[int]] = field(default_factory=dict)
+    _sums: dict[tuple[str, ...], list[float]] = field(default_factory=dict)
     _step: int = 0
 
     def begin_step(self) -> None:
-        """Count a step: what was measured long ago is doubted."""
+        """Count a step: what was measured long ago is doubted, and what the batches of drafts cost in all is summed up
+        once for all guesses of the step."""
         self._step += 1
-        if self._step % _CHECK == 0:
-            self._estimates.clear()
+        self._known.clear()
+        self._sums.clear()
 
     def timed(self, member: str, n_tokens: int, seconds: float) -> None:
         """Note what a batch of `n_tokens` of one sequence took."""
-        self._costs[member].setdefault(n_tokens, _Timings()).add(seconds, self._step)
-        self._estimates[member].clear()
+        self._costs[member][n_tokens].add(seconds, self._step)
+        self._known.pop(member, None)
 
     def judged(self, drafter: str, probability: float, is_accepted: bool) -> None:
         """Note whether a guess is what was picked; `probability`: the drafter's own."""
@@ -202,28 +203,29 @@ class Pace:
     def cost(self, member: str, n_tokens: int) -> float:
         """Seconds that a batch of `n_tokens` takes: measured lately, else guessed from the next smaller size that was,
         and no more than the next larger."""
-        estimates = self._estimates[member]
-        if n_tokens not in estimates:
-            estimates[n_tokens] = self._estimate(member, n_tokens)
-        return estimates[n_tokens]
-
-    def _estimate(self, member: str, n_tokens: int) -> float:
-        own = self._costs[member].get(n_tokens)
-        if own and not self._counts(n_tokens, own):
+        timings = self._costs[member]
+        own = timings.get(n_tokens)
+        if own and n_tokens > 1 and own.is_old(self._step):
             own = None
         if own and len(own.seconds) > 1:
             return own.median
-        known = {n: timings for n, timings in self._costs[member].items() if self._counts(n, timings)}
-        known.pop(n_tokens, None)
-        if not known:
+        known = self._sizes(member)
+        place = bisect_left(known, n_tokens)
+        below, above = known[:place], known[place + 1 if own else place :]
+        if not below and not above:
             return own.median if own else self._guess_by_size(member)
-        below = max((n for n in known if n < n_tokens), default=None)
-        above = min((n for n in known if n > n_tokens), default=None)
-        guess = math.inf if above is None else known[above].median
-        if below is not None:
-            guess = min(guess, known[below].median + _SLOPE * known[min(known)].median * (n_tokens - below))
+        guess = timings[above[0]].median if above else math.inf
+        if below:
+            guess = min(guess, timings[below[-1]].median + _SLOPE * timings[below[0]].median * (n_tokens - below[-1]))
         # Timed once, which something else may have disturbed: a size that seems dear is not timed again for long.
         return (own.median + guess) / 2 if own else guess
+
+    def _sizes(self, member: str) -> list[int]:
+        """Sizes of batches whose timings count, ascending."""
+        if member not in self._known:
+            timings = self._costs[member].items()
+            self._known[member] = sorted(n for n, own in timings if n == 1 or not own.is_old(self._step))
+        return self._known[member]
 
     def _guess_by_size(self, member: str) -> float:
         """What one token costs a member that was never timed, by what it costs another one."""
@@ -232,12 +234,16 @@ class Pace:
             return 0.0
         return max(self.cost(name, 1) * self.sizes[member] / max(self.sizes[name], 1) for name in others)
 
-    def _counts(self, n_tokens: int, timings: _Timings) -> bool:
-        return n_tokens == 1 or not timings.is_old(self._step)
-
     def n_dared(self, way: Way) -> int:
         """The longest draft to try: its batch is at most twice the largest that was timed."""
         return max(0, min(2 * max(self._costs[name], default=0) for name in way.batched) - 1)
+
+    def _of_batches(self, way: Way, n_tokens: int) -> float:
+        """Seconds that a batch takes of each member that evaluates the whole draft, and fusion."""
+        sums = self._sums.setdefault(way.batched, [])
+        while len(sums) < n_tokens:
+            sums.append(sum(self.cost(name, len(sums) + 1) for name in (*way.batched, FUSION)))
+        return sums[n_tokens - 1]
 
     def usual(self, way: Way, n_draft: int) -> list[float]:
         """The chances of `n_draft` guesses that are not known yet."""
@@ -276,16 +282,18 @@ class Pace:
         """Expected tokens and seconds of drafts of 0, 1, … tokens where the drafting member has evaluated `n_evaluated`
         tokens anyway."""
         usual, tokens, all_accepted = self._acceptance[way.drafter].usual, 1.0, 1.0
+        single = self.cost(way.member, 1) if way.member else 0.0
+        reading = self._reading(way.member, way.n_behind - 1) if way.member and not way.is_fused else 0.0
         for n in range(min(n_most, self.n_dared(way)) + 1):
+            seconds = self._of_batches(way, n + 1)
             if n:
                 all_accepted *= chances[n - 1] if n <= len(chances) else usual
                 tokens += all_accepted
-            seconds = sum(self.cost(name, n + 1) for name in way.batched) + self.cost(FUSION, n + 1)
-            if way.member and way.is_fused:
+            if way.is_fused:
                 last = all_accepted if n >= max(n_evaluated, 1) else 0.0
-                seconds += (max(n, n_evaluated, 1) + last) * self.cost(way.member, 1)
-            elif way.member and n:
-                seconds += n * self.cost(way.member, 1) + self._reading(way.member, way.n_behind - 1)
+                seconds += (max(n, n_evaluated, 1) + last) * single
+            elif n:
+                seconds += n * single + reading
             yield tokens, seconds
 
     def _reading(self, member: str, n_tokens: int) -> float:

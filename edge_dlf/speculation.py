@@ -122,7 +122,7 @@ class Speculation:
     def _draft_by_member(self, generation: Generation, way: Way, n_most: int, rate: float | None) -> Draft:
         """Let a member decode ahead on its own, under the noise, filters and penalties of each position: `n_most`
         tokens, or while that promises more than `rate` tokens a second."""
-        draft, name = Draft(way), way.drafter
+        draft, name, chances = Draft(way), way.drafter, list[float]()
         due = generation.last(name)
         if not way.is_fused:
             n_held = self._ensemble.begin(name, generation.seq, generation.whole_text(name))
@@ -144,7 +144,8 @@ class Speculation:
             draft.probabilities.append(min(1.0, math.exp(picked.logprob)))
             n_wanted = n_most
             if rate is not None:
-                n_wanted = self.pace.length(way, self.pace.chances(way, draft.probabilities), n_most, rate)
+                chances += self.pace.chances(way, draft.probabilities[-1:])
+                n_wanted = self.pace.length(way, chances, n_most, rate)
             draft.n = min(n_wanted, len(draft.guesses))
             if n_wanted <= len(draft.guesses):
                 return draft

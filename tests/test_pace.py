@@ -114,7 +114,7 @@ def test_timings_that_were_not_renewed_are_doubted_ever_later() -> None:
             n_steps += 1
         waits.append(n_steps)
         assert pace.cost("large", 2) == pytest.approx(1.15)
-    assert waits == [144, 272, 528]  # ages are looked at every 16 steps
+    assert waits == [129, 257, 513]
 
 
 def test_acceptance_is_learnt_for_each_degree_of_confidence() -> None:
