@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,7 @@ def _never(token: int) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class Pick:
+class Pick(NamedTuple):
     """One selected token.
 
     logprob: natural log of its probability in the fused distribution, before penalties and filters.

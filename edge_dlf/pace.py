@@ -238,12 +238,12 @@ class Pace:
         """The longest draft to try: its batch is at most twice the largest that was timed."""
         return max(0, min(2 * max(self._costs[name], default=0) for name in way.batched) - 1)
 
-    def _of_batches(self, way: Way, n_tokens: int) -> float:
-        """Seconds that a batch takes of each member that evaluates the whole draft, and fusion."""
+    def _of_batches(self, way: Way, n_sizes: int) -> list[float]:
+        """Seconds that batches of 1 to `n_sizes` tokens take of each member that evaluates whole drafts, and fusion."""
         sums = self._sums.setdefault(way.batched, [])
-        while len(sums) < n_tokens:
-            sums.append(sum(self.cost(name, len(sums) + 1) for name in (*way.batched, FUSION)))
-        return sums[n_tokens - 1]
+        for n_tokens in range(len(sums) + 1, n_sizes + 1):
+            sums.append(sum([self.cost(name, n_tokens) for name in way.batched], self.cost(FUSION, n_tokens)))
+        return sums[:n_sizes]
 
     def usual(self, way: Way, n_draft: int) -> list[float]:
         """The chances of `n_draft` guesses that are not known yet."""
@@ -284,8 +284,7 @@ class Pace:
         usual, tokens, all_accepted = self._acceptance[way.drafter].usual, 1.0, 1.0
         single = self.cost(way.member, 1) if way.member else 0.0
         reading = self._reading(way.member, way.n_behind - 1) if way.member and not way.is_fused else 0.0
-        for n in range(min(n_most, self.n_dared(way)) + 1):
-            seconds = self._of_batches(way, n + 1)
+        for n, seconds in enumerate(self._of_batches(way, min(n_most, self.n_dared(way)) + 1)):
             if n:
                 all_accepted *= chances[n - 1] if n <= len(chances) else usual
                 tokens += all_accepted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -98,10 +97,11 @@ class Speculation:
             if not n and not own.is_fused:
                 self.pace.declined(own)
                 own = None
-        of_quoted, n = self.pace.best(quoted.way, self.pace.chances(quoted.way, quoted.probabilities))
-        if n and of_quoted > rate:
-            quoted.n = n
-            return quoted, []
+        if quoted.guesses:
+            of_quoted, n = self.pace.best(quoted.way, self.pace.chances(quoted.way, quoted.probabilities))
+            if n and of_quoted > rate:
+                quoted.n = n
+                return quoted, []
         if not own:
             return Draft(quoted.way), [quoted]
         return self._draft_by_member(generation, own, n_most, rate), [quoted]
@@ -204,8 +204,8 @@ class Speculation:
             if isinstance(pick, EdgeDLFError):
                 return pick
             accepted = k < len(guesses) and pick.token == guesses[k]
-            picks.append(dataclasses.replace(pick, from_draft=accepted))
-            generation.add(picks[-1])
+            picks.append(pick._replace(from_draft=accepted))
+            generation.add(pick)
             if not accepted:
                 break
         return None
