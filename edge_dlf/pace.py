@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+from .params import MAX_DRAFT
+
 FUSION = ""
 """The cost of everything but the members' own decoding: search, fusion and choice."""
 
@@ -19,6 +21,8 @@ _MEMORY = 5
 """Timings of one member at one batch size that count."""
 _PATIENCE = 128, 8192
 """Steps after which timings that were not renewed are doubted, for the first time and at most: it doubles each time."""
+_RENEWAL = 8
+"""Steps for which sums of costs are kept, unless a size is timed that was not, or not lately."""
 _MARGIN, _MARGIN_OUTSIDE = 0.02, 0.2
 """By how much a draft has to be better than none, by one that is outside the fusion and would have to read the text."""
 _EDGES = (0.2, 0.4, 0.6, 0.75, 0.87, 0.95, 0.99)
@@ -181,16 +185,19 @@ class Pace:
     _step: int = 0
 
     def begin_step(self) -> None:
-        """Count a step: what was measured long ago is doubted, and what the batches of drafts cost in all is summed up
-        once for all guesses of the step."""
+        """Count a step: what was measured long ago is doubted."""
         self._step += 1
-        self._known.clear()
-        self._sums.clear()
+        if self._step % _RENEWAL == 0:
+            self._known.clear()
+            self._sums.clear()
 
     def timed(self, member: str, n_tokens: int, seconds: float) -> None:
         """Note what a batch of `n_tokens` of one sequence took."""
-        self._costs[member][n_tokens].add(seconds, self._step)
-        self._known.pop(member, None)
+        timings = self._costs[member][n_tokens]
+        timings.add(seconds, self._step)
+        if len(timings.seconds) <= 2:
+            self._known.pop(member, None)
+            self._sums.clear()
 
     def judged(self, drafter: str, probability: float, is_accepted: bool) -> None:
         """Note whether a guess is what was picked; `probability`: the drafter's own."""
@@ -238,12 +245,12 @@ class Pace:
         """The longest draft to try: its batch is at most twice the largest that was timed."""
         return max(0, min(2 * max(self._costs[name], default=0) for name in way.batched) - 1)
 
-    def _of_batches(self, way: Way, n_sizes: int) -> list[float]:
-        """Seconds that batches of 1 to `n_sizes` tokens take of each member that evaluates whole drafts, and fusion."""
-        sums = self._sums.setdefault(way.batched, [])
-        for n_tokens in range(len(sums) + 1, n_sizes + 1):
-            sums.append(sum([self.cost(name, n_tokens) for name in way.batched], self.cost(FUSION, n_tokens)))
-        return sums[:n_sizes]
+    def _of_batches(self, way: Way) -> list[float]:
+        """Seconds that batches of 1, 2, … tokens take of each member that evaluates whole drafts, and their fusion."""
+        if way.batched not in self._sums:
+            sizes, members = range(1, min(MAX_DRAFT, self.n_dared(way)) + 2), (*way.batched, FUSION)
+            self._sums[way.batched] = [sum([self.cost(name, n) for name in members]) for n in sizes]
+        return self._sums[way.batched]
 
     def usual(self, way: Way, n_draft: int) -> list[float]:
         """The chances of `n_draft` guesses that are not known yet."""
@@ -284,7 +291,7 @@ class Pace:
         usual, tokens, all_accepted = self._acceptance[way.drafter].usual, 1.0, 1.0
         single = self.cost(way.member, 1) if way.member else 0.0
         reading = self._reading(way.member, way.n_behind - 1) if way.member and not way.is_fused else 0.0
-        for n, seconds in enumerate(self._of_batches(way, min(n_most, self.n_dared(way)) + 1)):
+        for n, seconds in enumerate(self._of_batches(way)[: n_most + 1]):
             if n:
                 all_accepted *= chances[n - 1] if n <= len(chances) else usual
                 tokens += all_accepted
