@@ -22,7 +22,9 @@ _MEMORY = 5
 _PATIENCE = 128, 8192
 """Steps after which timings that were not renewed are doubted, for the first time and at most: it doubles each time."""
 _RENEWAL = 8
-"""Steps for which sums of costs are kept, unless a size is timed that was not, or not lately."""
+"""Steps between one look at the age of timings and the next."""
+_CHANGE = 0.05
+"""By how much what a batch takes has to change for costs to be summed up anew."""
 _MARGIN, _MARGIN_OUTSIDE = 0.02, 0.2
 """By how much a draft has to be better than none, by one that is outside the fusion and would have to read the text."""
 _EDGES = (0.2, 0.4, 0.6, 0.75, 0.87, 0.95, 0.99)
@@ -194,8 +196,9 @@ class Pace:
     def timed(self, member: str, n_tokens: int, seconds: float) -> None:
         """Note what a batch of `n_tokens` of one sequence took."""
         timings = self._costs[member][n_tokens]
+        before = timings.median
         timings.add(seconds, self._step)
-        if len(timings.seconds) <= 2:
+        if len(timings.seconds) <= 2 or abs(timings.median - before) > _CHANGE * before:
             self._known.pop(member, None)
             self._sums.clear()
 
@@ -228,7 +231,7 @@ class Pace:
         return (own.median + guess) / 2 if own else guess
 
     def _sizes(self, member: str) -> list[int]:
-        """Sizes of batches whose timings count, ascending."""
+        """Sizes of batches whose timings count, ascending; ages are looked at every few steps."""
         if member not in self._known:
             timings = self._costs[member].items()
             self._known[member] = sorted(n for n, own in timings if n == 1 or not own.is_old(self._step))
@@ -246,7 +249,8 @@ class Pace:
         return max(0, min(2 * max(self._costs[name], default=0) for name in way.batched) - 1)
 
     def _of_batches(self, way: Way) -> list[float]:
-        """Seconds that batches of 1, 2, … tokens take of each member that evaluates whole drafts, and their fusion."""
+        """Seconds that batches of 1 to MAX_DRAFT + 1 tokens, or fewer that may be tried yet, take of each member that
+        evaluates whole drafts, and their fusion."""
         if way.batched not in self._sums:
             sizes, members = range(1, min(MAX_DRAFT, self.n_dared(way)) + 2), (*way.batched, FUSION)
             self._sums[way.batched] = [sum([self.cost(name, n) for name in members]) for n in sizes]

@@ -122,7 +122,8 @@ class Speculation:
     def _draft_by_member(self, generation: Generation, way: Way, n_most: int, rate: float | None) -> Draft:
         """Let a member decode ahead on its own, under the noise, filters and penalties of each position: `n_most`
         tokens, or while that promises more than `rate` tokens a second."""
-        draft, name, chances = Draft(way), way.drafter, list[float]()
+        draft, name = Draft(way), way.drafter
+        chances: list[float] = []
         due = generation.last(name)
         if not way.is_fused:
             n_held = self._ensemble.begin(name, generation.seq, generation.whole_text(name))

@@ -117,6 +117,20 @@ def test_timings_that_were_not_renewed_are_doubted_ever_later() -> None:
     assert waits == [129, 257, 513]
 
 
+def test_the_choice_follows_costs_that_change_and_those_that_are_doubted() -> None:
+    pace = pace_with()
+    assert pace.best(EXPERT, [0.9] * 8)[1] == 3
+    for n in range(2, 10):
+        for _ in range(3):
+            pace.timed("large", n, 9.0)
+    assert pace.best(EXPERT, [0.9] * 8)[1] == 0
+    for _ in range(144):
+        pace.begin_step()
+        for name, (alone, *_) in {"large": LARGE, "base": SMALL, "e0": SMALL}.items():
+            pace.timed(name, 1, alone / 1e3)
+    assert pace.best(EXPERT, [0.9] * 8)[1] > 0
+
+
 def test_acceptance_is_learnt_for_each_degree_of_confidence() -> None:
     pace = Pace({})
     for n in range(200):

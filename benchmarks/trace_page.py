@@ -1,6 +1,6 @@
 """How soon a long trace opens in a browser: the page that `edge-dlf trace` makes of it, in headless Chromium.
 
-    python benchmarks/trace.py --family FAMILY --questions FILE [--tokens 1000000] [--rounds 3]
+    python benchmarks/trace_page.py --family FAMILY --questions FILE [--tokens 1000000] [--rounds 3]
 
 The questions of FILE, one a line, are answered with `edge-dlf batch --trace`; these answers are repeated to the wanted
 number of tokens. Needs playwright, and Chromium on the PATH.
@@ -22,6 +22,8 @@ from statistics import median
 
 from playwright.sync_api import Browser, sync_playwright
 
+from edge_dlf.trace_page import PAGE_TOKENS
+
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -32,10 +34,9 @@ def run(*arguments: str | Path) -> None:
 def repeated(lines: list[bytes], n_tokens: int) -> Iterator[bytes]:
     """The answers in `lines`, over and over, up to `n_tokens` tokens."""
     for line in itertools.cycle(lines):
-        is_token = not line.startswith(b'{"format"')
-        if is_token and not n_tokens:
+        if not n_tokens:
             return
-        n_tokens -= is_token
+        n_tokens -= not line.startswith(b'{"format"')
         yield line
 
 
@@ -65,6 +66,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    if options.tokens <= PAGE_TOKENS:
+        parser.error(f"a trace of {options.tokens} tokens has but one page")
     chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if chromium is None:
         parser.error("there is no Chromium on the PATH")
