@@ -41,7 +41,7 @@ LEVELS = {
     "ensemble": 3,
     "explain": 3,
     "draft": 3,
-    "pace": 0,
+    "pace": 2,
     "generation": 4,
     "picker": 5,
     "speculation": 6,
