@@ -14,6 +14,9 @@ Logits = npt.NDArray[np.float32]
 N_BATCH = 512
 """Tokens that one batch evaluates at most."""
 
+PLAIN_TOKENS = 128, 64
+"""Tokens to evaluate at a time with plain attention: their scores stay in the CPU's cache."""
+
 N_ROWS = 16
 """Rows of logits that one batch may ask for at least; a member of more sequences, one for each."""
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .backend import N_BATCH
+from .backend import N_BATCH, N_ROWS, PLAIN_TOKENS
 from .errors import InvalidParameterError
 from .gguf import GGUFInfo
 from .gguf_header import BLOCKS, Array
@@ -17,6 +17,7 @@ from .gguf_header import BLOCKS, Array
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """Types of a KV cache."""
 
+_NOT_QUANTIZED = (None, "f32", "f16", "bf16")
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _CELLS = 256  # llama.cpp rounds contexts up to a multiple of it
 _TOKEN_BYTES = 320  # of the vocabulary in llama.cpp, by token; 200 to 300 were measured
@@ -38,7 +39,8 @@ class Footprint:
     decoding one token reads. repacked: weights that a CPU
     build keeps a second copy of. vocabulary: of llama.cpp's own token tables.
     kv: of one cell in each layer. state: of one sequence, in models that keep a state in place of a cache.
-    n_embd, n_ff: widths of what is computed for one token. n_masks: attention masks over all cells.
+    n_embd, n_ff: widths of what is computed for one token. n_masks: attention masks over all cells. n_heads: rows of
+    attention scores for each token; 0 where the cache's types leave flash attention alone, which keeps none.
     """
 
     layers: tuple[int, ...]
@@ -54,6 +56,7 @@ class Footprint:
     n_embd: int
     n_ff: int
     n_masks: int
+    n_heads: int
 
     @property
     def weights(self) -> int:
@@ -64,14 +67,26 @@ class Footprint:
         """KV cache of one context."""
         return int(sum(self.kv) * rounded(n_cells))
 
-    def compute(self, n_cells: int, n_rows: int, n_copies: int = 1) -> int:
-        """Compute buffer of one context, with the rows of logits it returns. n_copies: of what goes into the graph."""
-        n_tokens = min(N_BATCH, rounded(n_cells))
+    def compute(self, n_cells: int, n_rows: int, n_copies: int = 1, n_ubatch: int | None = None) -> int:
+        """Compute buffer of one context, with the rows of logits it returns. n_copies: of what goes into the graph.
+        n_ubatch: tokens at a time with plain attention, None for flash attention."""
+        n_tokens = min(n_ubatch or N_BATCH, rounded(n_cells))
         layer = 4 * n_tokens * (4 * self.n_embd + 3 * self.n_ff)
         head = 4 * n_tokens * 2 * self.n_embd + 4 * n_rows * self.n_vocab
-        inputs = n_copies * 2 * n_tokens * rounded(n_cells) * self.n_masks
+        inputs = n_copies * (4 if n_ubatch else 2) * n_tokens * rounded(n_cells) * self.n_masks
+        scores = 4 * n_tokens * rounded(n_cells) * self.n_heads if n_ubatch else 0
         work = 4 * n_tokens * max(self.n_ff, self.n_embd)
-        return max(layer, head) + inputs + work + 4 * n_rows * self.n_vocab
+        return max(layer, head) + inputs + scores + work + 4 * n_rows * self.n_vocab
+
+    def n_ubatch(self, n_ctx: int) -> int | None:
+        """Tokens for a CPU to evaluate at a time with plain attention, where each sequence has a cache of `n_ctx`
+        positions; None for flash attention: where only that can be, or plain attention would take more memory.
+
+        llama.cpp's flash attention on a CPU is good at long batches; of a few tokens it takes one after the other.
+        """
+        sizes = PLAIN_TOKENS if self.n_heads else ()
+        most = self.compute(n_ctx, N_ROWS)
+        return next((n for n in sizes if self.compute(n_ctx, N_ROWS, n_ubatch=n) <= most), None)
 
 
 def footprint(info: GGUFInfo, type_k: str | None = None, type_v: str | None = None) -> Footprint:
@@ -111,6 +126,7 @@ def footprint(info: GGUFInfo, type_k: str | None = None, type_v: str | None = No
         n_embd=n_embd * (1 + n_used),
         n_ff=max(*widths[0], n_used * max(widths[1]), 2 * _number(info, "ssm.inner_size")),
         n_masks=2 if _number(info, "attention.sliding_window") else 1,
+        n_heads=_number(info, "attention.head_count") if {type_k, type_v} <= {*_NOT_QUANTIZED} else 0,
     )
 
 

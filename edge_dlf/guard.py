@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .backend import Run
+from .backend import PLAIN_TOKENS, Run
 from .errors import EdgeDLFError, ModelFileError
 from .gguf import GGUFInfo, read_info
 from .gguf_rules import TRIED
-from .llama import system_info
+from .llama import gpus, system_info
 from .remembered import recall, remember, states
 
 Adapters = Sequence[tuple[Path, float]]
@@ -135,18 +135,22 @@ def _decode(path: Path, loras: Adapters, placed: Mapping[str, Any]) -> Verdict:
     from .llama import LlamaBackend, Model
 
     model = Model(path, **placed, weights=read_info(path).tensors)
-    backend = LlamaBackend(model, path.name, n_ctx=256, loras=loras)
     tokens = model.tokenize(b"The capital of France is", special=True) or [0]
     if model.adds_bos and model.bos is not None:
         tokens.insert(0, model.bos)
-    backend.decode([Run(0, tokens, 1)])
-    started = time.perf_counter()
-    for _ in range(_N_TOKENS):
-        row = backend.logits()[0]
-        if not np.isfinite(row).any() or np.isnan(row).any():
-            return Verdict(False, "its logits are not numbers")
-        backend.decode([Run(0, [int(row.argmax())], 1)])
-    return Verdict(True, tps=_N_TOKENS / (time.perf_counter() - started))
+    on_host = not gpus() or placed["n_gpu_layers"] == 0
+    for n_ubatch in (None, PLAIN_TOKENS[0]) if on_host else (None,):
+        backend = LlamaBackend(model, path.name, n_ctx=256, n_ubatch=n_ubatch, loras=loras)
+        backend.decode([Run(0, tokens, 1)])
+        started = time.perf_counter()
+        for _ in range(_N_TOKENS):
+            row = backend.logits()[0]
+            if not np.isfinite(row).any() or np.isnan(row).any():
+                return Verdict(False, "its logits are not numbers")
+            backend.decode([Run(0, [int(row.argmax())], 1)])
+        elapsed = time.perf_counter() - started
+        backend.close()
+    return Verdict(True, tps=_N_TOKENS / elapsed)
 
 
 def _key(shards: Sequence[Path], loras: Adapters) -> str:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +41,8 @@ _CELLS_PER_SEQUENCE = 1024
 class Placement:
     """How a family is to lie in memory: sequences decoded at once, positions that they share in each KV cache, and of
     each role n_gpu_layers and the share of them that each GPU holds. on_gpu: roles of which no layer is on the host.
-    streams: whether each sequence has room for a whole context of its own, and not much to move."""
+    streams: whether each sequence has room for a whole context of its own, and not much to move. n_ubatch: where each
+    sequence has a cache of its own, of each role as `MemberPlan` has it."""
 
     n_seq_max: int
     n_cells: int
@@ -49,6 +50,7 @@ class Placement:
     splits: Mapping[str, tuple[float, ...]]
     on_gpu: frozenset[str] = frozenset()
     streams: bool = False
+    n_ubatch: Mapping[str, int | None] = field(default_factory=dict)
 
 
 def place(
@@ -89,7 +91,8 @@ def place(
     whole = frozenset(member.name for member in plan.members if member.n_gpu_layers == member.n_layers)
     is_whole = n_seq_max > 1 and n_ctx % _STREAM == 0 and n_cells == n_ctx * n_seq_max
     streams = is_whole and max(member.cache_bytes for member in plan.members) <= n_seq_max * _MOVED_BYTES
-    return Placement(n_seq_max, n_cells, plan.layers, plan.splits, whole, streams)
+    n_ubatch = {member.name: member.n_ubatch for member in plan.members}
+    return Placement(n_seq_max, n_cells, plan.layers, plan.splits, whole, streams, n_ubatch)
 
 
 class Members:
@@ -128,6 +131,8 @@ class Members:
             # its own. What can be saved of a stream lacks what a window has left behind, and a trim may need again.
             streams = placement.streams and models["large"].n_bytes >= _STREAMS_WEIGHTS
             streams = streams and all(model.can_trim and not model.has_window for model in models.values())
+            # Plain attention reads every cell of a cache, flash attention leaves out those of other sequences.
+            has_own_cache = streams or placement.n_seq_max == 1
             for name, model in models.items():
                 self.backends[name] = LlamaBackend(
                     model,
@@ -136,6 +141,7 @@ class Members:
                     n_seq_max=placement.n_seq_max,
                     n_cells=placement.n_cells,
                     streams=streams,
+                    n_ubatch=placement.n_ubatch.get(name) if has_own_cache else None,
                     n_threads=n_threads,
                     type_k=type_k,
                     type_v=type_v,

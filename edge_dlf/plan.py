@@ -32,7 +32,8 @@ class MemberPlan:
     """What one member takes, on the host and on GPUs together.
 
     weights_bytes: 0 where it shares those of `shares_with`; LoRA adapters are its own. n_gpu_layers: of n_layers, the
-    head counted as one. split: share of these that each GPU holds.
+    head counted as one. split: share of these that each GPU holds. n_ubatch: tokens to evaluate at a time with plain
+    attention, if each sequence has a cache of its own; None for flash attention.
     """
 
     name: str
@@ -43,6 +44,7 @@ class MemberPlan:
     n_gpu_layers: int
     split: tuple[float, ...] = ()
     shares_with: str | None = None
+    n_ubatch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ class Planner:
             n_gpu_layers=place.n_gpu,
             split=place.split,
             shares_with=shares,
+            n_ubatch=None if place.n_gpu else own.n_ubatch(n_cells // self._n_seqs),
         )
 
     def largest_n_cells(self, at_most: int, least: int = 0) -> int:

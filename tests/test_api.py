@@ -38,7 +38,7 @@ def text(result: object) -> str:
 def test_greedy_equals_a_plain_loop_with_the_oracle(tiny: Path, tiny_llm: FusedLlama) -> None:
     large, base, tuned = (Model(tiny / f"{name}.gguf") for name in ("large", "base", "tuned"))
     members = [
-        LlamaBackend(model, name, n_ctx=256, n_threads=1, loras=loras)
+        LlamaBackend(model, name, n_ctx=256, n_ubatch=64, n_threads=1, loras=loras)
         for name, model, loras in (
             ("large", large, ()),
             ("base", base, ()),

@@ -53,10 +53,11 @@ def work(path: Path, base: Path) -> str:
                 model.piece(token, special=True)
                 model.is_eog(token)
             loras = [(path, 1.0)] if info.is_adapter else []
-            backend = LlamaBackend(model, "base", n_ctx=256, n_threads=1, loras=loras)
-            feed(backend, 0, (tokens or [0])[:4])
-            backend.decode([Run(0, [0], 1)])
-            backend.close()
+            for n_ubatch in (None, 64):
+                backend = LlamaBackend(model, "base", n_ctx=256, n_ubatch=n_ubatch, n_threads=1, loras=loras)
+                feed(backend, 0, (tokens or [0])[:4])
+                backend.decode([Run(0, [0], 1)])
+                backend.close()
         finally:
             model.close()
     except EdgeDLFError as error:

@@ -105,6 +105,21 @@ def test_what_is_asked_of_llama_cpp_for_gpus(tiny: Path, monkeypatch: pytest.Mon
     assert models[3][1] == [3.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize(("n_ubatch", "flash"), [(None, True), (64, False)])
+def test_plain_attention_is_asked_for(
+    base: Model, n_ubatch: int | None, flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], lib.llama_init_from_model
+    monkeypatch.setattr(
+        lib, "llama_init_from_model", lambda handle, params: made.append(params) or make(handle, params)
+    )
+    backend(base, n_ubatch=n_ubatch).close()
+    (params,) = made
+    assert (params.flash_attn_type == lib.LLAMA_FLASH_ATTN_TYPE_AUTO) is flash
+    assert (params.flash_attn_type == lib.LLAMA_FLASH_ATTN_TYPE_DISABLED) is not flash
+    assert (params.n_batch, params.n_ubatch) == (N_BATCH, n_ubatch or N_BATCH)
+
+
 def test_how_fast_a_device_moves_bytes() -> None:
     assert copy_bytes_s("CPU", 2**20) > 0
     assert fetch_s("CPU", 2**20) > 0
@@ -112,8 +127,9 @@ def test_how_fast_a_device_moves_bytes() -> None:
         copy_bytes_s("CPU", 2**46)
 
 
-def test_single_steps_batches_and_prefill_agree(base: Model) -> None:
-    member = backend(base)
+@pytest.mark.parametrize("n_ubatch", [None, 64])
+def test_single_steps_batches_and_prefill_agree(base: Model, n_ubatch: int | None) -> None:
+    member = backend(base, n_ubatch=n_ubatch)
     feed(member, 0, TEXT[:20])
     for token in TEXT[20:30]:
         member.decode([Run(0, [token], 1)])
@@ -127,10 +143,11 @@ def test_single_steps_batches_and_prefill_agree(base: Model) -> None:
     member.close()
 
 
-def test_a_prompt_longer_than_a_batch(base: Model) -> None:
+@pytest.mark.parametrize("n_ubatch", [None, 64])
+def test_a_prompt_longer_than_a_batch(base: Model, n_ubatch: int | None) -> None:
     tokens = (TEXT * 20)[: N_BATCH + 100]
     whole = fresh(base, tokens)
-    member = backend(base)
+    member = backend(base, n_ubatch=n_ubatch)
     for start in range(0, len(tokens), 100):
         feed(member, 0, tokens[start : start + 100])
     np.testing.assert_allclose(member.logits()[0], whole, atol=ROUNDING)
@@ -138,8 +155,9 @@ def test_a_prompt_longer_than_a_batch(base: Model) -> None:
     member.close()
 
 
-def test_trimmed_text_is_forgotten(base: Model) -> None:
-    member = backend(base)
+@pytest.mark.parametrize("n_ubatch", [None, 64])
+def test_trimmed_text_is_forgotten(base: Model, n_ubatch: int | None) -> None:
+    member = backend(base, n_ubatch=n_ubatch)
     feed(member, 0, TEXT)
     member.trim(0, 10)
     feed(member, 0, TEXT[10:20])

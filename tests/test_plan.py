@@ -14,6 +14,7 @@ import llama_cpp
 import pytest
 
 from edge_dlf import FusedLlama, InvalidParameterError, OutOfMemoryError, members
+from edge_dlf.backend import N_ROWS
 from edge_dlf.family import FamilySpec
 from edge_dlf.files import FamilyFiles, check_files
 from edge_dlf.footprint import CACHE_TYPES, footprint
@@ -50,18 +51,25 @@ def allocated(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> d
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "mamba"])
+@pytest.mark.parametrize("n_ubatch", [None, 128, 64])
 @pytest.mark.parametrize(("n_ctx", "types"), [(300, (None, None)), (4096, ("f32", "bf16"))])
 def test_caches_are_what_llama_cpp_allocates_and_buffers_no_more(
-    tmp_path: Path, arch: str, n_ctx: int, types: tuple[str | None, str | None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    arch: str,
+    n_ctx: int,
+    types: tuple[str | None, str | None],
+    n_ubatch: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tiny_model(tmp_path / "m.gguf", arch=arch, n_embd=64)
     own = footprint(read_info(path), *types)
     type_k, type_v = types
-    found = allocated(path, monkeypatch, n_ctx=n_ctx, n_rows=4, n_threads=1, type_k=type_k, type_v=type_v)
+    settings = {"n_ctx": n_ctx, "n_rows": 4, "n_threads": 1, "n_ubatch": n_ubatch, "type_k": type_k, "type_v": type_v}
+    found = allocated(path, monkeypatch, **settings)
     digits = 0.006 * 2**20  # two decimals of a MiB
     assert own.cache(n_ctx) == pytest.approx(found.get("KV", 0.0), abs=digits)
     assert own.state == pytest.approx(found.get("RS", 0.0), abs=digits)
-    assert 0 < found["compute"] < own.compute(n_ctx, 4)
+    assert 0 < found["compute"] < own.compute(n_ctx, 4, n_ubatch=n_ubatch)
 
 
 def test_weights_are_the_tensors(tiny: Path) -> None:
@@ -102,6 +110,20 @@ def test_values_of_one_cell_in_each_layer(tiny: Path, changes: dict[str, object]
     assert [kv / (34 / 32) for kv in footprint(info, "q8_0", "q8_0").kv] == values
 
 
+def test_plain_attention_takes_no_more_memory_than_flash_attention(tiny: Path) -> None:
+    own = footprint(read_info(tiny / "large.gguf"))
+    chosen = [own.n_ubatch(n_ctx) for n_ctx in range(256, 16384, 256)]
+    for n_ctx, n_ubatch in zip(range(256, 16384, 256), chosen, strict=True):
+        assert n_ubatch is None or own.compute(n_ctx, N_ROWS, n_ubatch=n_ubatch) <= own.compute(n_ctx, N_ROWS)
+    assert set(chosen) == {128, 64, None}
+    assert set(chosen[chosen.index(None) :]) == {None}
+
+
+@pytest.mark.parametrize("types", [("q8_0", None), (None, "q8_0"), ("q4_0", "q4_0")])
+def test_quantized_caches_need_flash_attention(tiny: Path, types: tuple[str | None, str | None]) -> None:
+    assert footprint(read_info(tiny / "large.gguf"), *types).n_ubatch(256) is None
+
+
 def test_cache_types_are_the_engines() -> None:
     assert tuple(ENGINE_CACHE_TYPES) == CACHE_TYPES
 
@@ -125,6 +147,14 @@ def test_a_family_shares_the_weights_of_the_base(files: FamilyFiles) -> None:
     assert plan.n_bytes < plan.host_bytes
     assert plan.gpu_bytes == 0
     assert plan.layers == dict.fromkeys(by_name, -1)
+    assert None not in {member.n_ubatch for member in plan.members}
+
+
+def test_what_a_gpu_computes_attends_by_flash_attention(files: FamilyFiles) -> None:
+    plan = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)), n_gpu_layers={"large": 1, "base": 0})
+    by_name = {member.name: member for member in plan.members}
+    assert by_name["large"].n_ubatch is None
+    assert by_name["base"].n_ubatch == by_name["lora"].n_ubatch == footprint(files.models["base"]).n_ubatch(512)
 
 
 def gpu(free: int, **settings: object) -> GPU:

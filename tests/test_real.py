@@ -68,7 +68,10 @@ def test_greedy_equals_a_plain_loop_with_the_oracle(llm: FusedLlama, prompt: str
     # llama.cpp rounds a batch by its shape (on Q4_K_M by 0.1 nats and more), so both evaluate the prompt whole.
     llm._ensemble.forget([0])
     engine = [llm._ensemble.members[name] for name in ("large", "base", *llm.experts)]
-    members = [LlamaBackend(member.model, member.name, n_ctx=512, loras=member.loras) for member in engine]
+    members = [
+        LlamaBackend(member.model, member.name, n_ctx=512, n_ubatch=member.n_ubatch, loras=member.loras)
+        for member in engine
+    ]
     try:
         expected = plain_loop(llm, members, llm.tokenize(prompt))
         for n, token in enumerate(llm.stream(prompt, temperature=0.0, max_tokens=N_TOKENS, draft="off")):

@@ -23,9 +23,20 @@ HELLO = [{"role": "user", "content": "Hello"}]
 LONG = {"messages": HELLO, "max_tokens": 1500, "logit_bias": {"305": -100, "303": -100}}  # never ends by itself
 
 
+def load(tiny: Path) -> FusedLlama:
+    return FusedLlama.from_family(tiny, n_ctx=2048, n_threads=1, n_parallel=4)
+
+
 @pytest.fixture(scope="module")
 def llm(tiny: Path) -> Iterator[FusedLlama]:
-    with FusedLlama.from_family(tiny, n_ctx=2048, n_threads=1, n_parallel=4) as llm:
+    with load(tiny) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def library(tiny: Path) -> Iterator[FusedLlama]:
+    """As the server's, used directly."""
+    with load(tiny) as llm:
         yield llm
 
 
@@ -56,10 +67,10 @@ def until_idle(server: Served) -> None:
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny:static", "tiny:large", "tiny:lora", "tiny:tuned"])
-def test_an_answer_equals_that_of_the_library(tiny_llm: FusedLlama, server: Served, model: str) -> None:
+def test_an_answer_equals_that_of_the_library(library: FusedLlama, server: Served, model: str) -> None:
     method = model.partition(":")[2] or "dynamic"
     settings = {"max_tokens": 12, "temperature": 0.9, "seed": 4, "logprobs": True, "top_logprobs": 2}
-    expected = tiny_llm.create_chat_completion(HELLO, method=method, **settings)
+    expected = library.create_chat_completion(HELLO, method=method, **settings)
     body = server.post(CHAT, json={"model": model, "messages": HELLO, **settings}).raise_for_status().json()
     text, own = body["choices"][0]["message"]["content"], expected["choices"][0]["message"]["content"]
     assert text == own
@@ -107,24 +118,24 @@ def test_settings_of_the_fusion_go_before_the_model_s(server: Served) -> None:
     assert answer["edge_dlf"]["alpha_mean"] == 0.5
 
 
-def test_several_prompts_give_choices_in_their_order(server: Served, tiny_llm: FusedLlama) -> None:
+def test_several_prompts_give_choices_in_their_order(server: Served, library: FusedLlama) -> None:
     prompts = ["One", "Two and", "Three"]
     answer = server.post(COMPLETIONS, json={"prompt": prompts, "max_tokens": 4, "n": 2, "stop": ["\0"]}).json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3, 4, 5]
-    singles = [tiny_llm.create_completion(prompt, max_tokens=4)["choices"][0]["text"] for prompt in prompts]
+    singles = [library.create_completion(prompt, max_tokens=4)["choices"][0]["text"] for prompt in prompts]
     assert [choice["text"] for choice in answer["choices"]] == [text for text in singles for _ in range(2)]
-    assert answer["usage"]["prompt_tokens"] == sum(len(tiny_llm.tokenize(prompt)) for prompt in prompts)
-    ids = [tiny_llm.tokenize(prompt) for prompt in prompts]
+    assert answer["usage"]["prompt_tokens"] == sum(len(library.tokenize(prompt)) for prompt in prompts)
+    ids = [library.tokenize(prompt) for prompt in prompts]
     again = server.post(COMPLETIONS, json={"prompt": ids, "max_tokens": 4}).json()
     assert [choice["text"] for choice in again["choices"]] == singles
 
 
-def test_many_clients_at_once_get_what_each_gets_alone(server: Served, tiny_llm: FusedLlama) -> None:
+def test_many_clients_at_once_get_what_each_gets_alone(server: Served, library: FusedLlama) -> None:
     prompts = [f"The number {n} is" for n in range(12)]
     with ThreadPoolExecutor(12) as clients:
         posts = [clients.submit(server.post, COMPLETIONS, json={"prompt": p, "max_tokens": 12}) for p in prompts]
         texts = [post.result().raise_for_status().json()["choices"][0]["text"] for post in posts]
-    singles = [tiny_llm.create_completion(prompt, max_tokens=12)["choices"][0]["text"] for prompt in prompts]
+    singles = [library.create_completion(prompt, max_tokens=12)["choices"][0]["text"] for prompt in prompts]
     n_same = sum(text == single for text, single in zip(texts, singles, strict=True))
     assert n_same >= 11  # of 12: llama.cpp rounds by the shape of a batch, and two choices may tie within that
 

@@ -46,8 +46,9 @@ class LlamaBackend:
 
     name: role of the member, for errors. n_ctx: positions that one of n_seq_max sequences may hold. n_cells: positions
     of the KV cache that they share, by default n_ctx for each. streams: whether each has n_ctx of its own, which must
-    be a multiple of 256, in place of sharing. n_rows: rows of logits that one `decode` may ask for; llama.cpp reserves
-    n_rows x width, never n_ctx x width.
+    be a multiple of 256, in place of sharing. n_ubatch: tokens to evaluate at a time with plain attention, which keeps
+    their scores; None for flash attention wherever the device has it, and whole batches. n_rows: rows of logits that
+    one `decode` may ask for; llama.cpp reserves n_rows x width, never n_ctx x width.
     loras: (file, scale) pairs added to the weights. interrupt: stops what is evaluated. type_k, type_v: names from
     CACHE_TYPES.
     Raises ModelFileError for an adapter that does not fit, OutOfMemoryError where memory does not suffice, LoadError
@@ -63,6 +64,7 @@ class LlamaBackend:
         n_seq_max: int = 1,
         n_cells: int | None = None,
         streams: bool = False,
+        n_ubatch: int | None = None,
         n_rows: int = N_ROWS,
         n_threads: int | None = None,
         type_k: str | None = None,
@@ -83,20 +85,22 @@ class LlamaBackend:
         self.n_ctx = n_ctx
         self.n_seq_max = n_seq_max
         self.n_batch = N_BATCH
+        self.n_ubatch = n_ubatch
         self.n_bytes = model.n_bytes
         self.can_trim = model.can_trim
         self.has_streams = streams
         self._n_rows = max(n_rows, n_seq_max)
         params = lib.llama_context_default_params()
         params.n_ctx = self.n_cells
-        params.n_batch = params.n_ubatch = N_BATCH
+        params.n_batch, params.n_ubatch = N_BATCH, n_ubatch or N_BATCH
         params.kv_unified = not self.has_streams
         params.n_seq_max = n_seq_max
         params.n_outputs_max = self._n_rows
         n_threads = n_threads or min(default_n_threads(), max(1, model.n_bytes // _BYTES_PER_THREAD))
         params.n_threads = params.n_threads_batch = n_threads
-        # On wherever the device that holds a layer can; forced, it would run beside it, on the CPU.
-        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_AUTO
+        # Auto: on wherever the device that holds a layer can; forced, it would run beside it, on the CPU.
+        flash, plain = lib.LLAMA_FLASH_ATTN_TYPE_AUTO, lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = plain if n_ubatch else flash
         params.offload_kqv = params.op_offload = True
         params.type_k = CACHE_TYPES[type_k or "f16"]
         params.type_v = CACHE_TYPES[type_v or "f16"]
