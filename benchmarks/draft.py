@@ -1,7 +1,7 @@
 """Drafted against plain fused decoding, and against the large model alone.
 
     python benchmarks/draft.py --family FAMILY [--tokens 64] [--rounds 2] [--draft auto] [--temperature 0]
-                               [--questions FILE] [--workloads maths,code]
+                               [--questions FILE] [--turns 0] [--workloads maths,code]
 
 Each prompt is answered plainly, drafted, and by the large model alone in turn, the order changing from prompt to
 prompt, by one family in memory; tokens a second are of decoding alone, from a prompt that is in the cache to the end of
@@ -9,7 +9,7 @@ the answer, medians. "ratio" is the median over answers of drafted to plain, "in
 took; "predicted" is what docs/drafting.md's cost model makes of the costs below and of each step's draft; "same" counts
 answers that are equal token for token (batches round otherwise than single steps: near ties may go either way). Below:
 what a batch costs each member, by its tokens. The questions of FILE, one a line, are asked through the chat template,
-as a workload "own".
+as a workload "own", each as if the first of them, --turns many, had been asked and answered before.
 """
 
 from __future__ import annotations
@@ -143,6 +143,19 @@ def run(llm: FusedLlama, prompts: Sequence[Prompt], options: argparse.Namespace)
     return tally
 
 
+def asked(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def conversation(llm: FusedLlama, questions: Sequence[str], n_tokens: int) -> list[dict[str, str]]:
+    """Each question alone, and its answer."""
+    messages = []
+    for text in questions:
+        reply = llm.create_chat_completion(asked(text), max_tokens=n_tokens, temperature=0.0)["choices"][0]["message"]
+        messages += [*asked(text), {"role": "assistant", "content": reply["content"]}]
+    return messages
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", required=True)
@@ -151,6 +164,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--draft", default="auto", type=lambda text: int(text) if text.isdigit() else text)
     parser.add_argument("--questions", type=Path)
+    parser.add_argument("--turns", type=int, default=0)
     parser.add_argument("--workloads", help="those named [all]")
     options = parser.parse_args()
     wanted = options.workloads.split(",") if options.workloads else [*WORKLOADS, "own"]
@@ -165,7 +179,8 @@ def main() -> None:
         workloads: dict[str, Sequence[Prompt]] = {name: WORKLOADS[name] for name in WORKLOADS if name in wanted}
         if options.questions and "own" in wanted:
             questions = options.questions.read_text("utf-8").splitlines()
-            workloads["own"] = [llm.apply_chat_template([{"role": "user", "content": text}]) for text in questions]
+            before = conversation(llm, questions[: options.turns], options.tokens)
+            workloads["own"] = [llm.apply_chat_template([*before, *asked(text)]) for text in questions]
         for name, prompts in workloads.items():
             tally = run(llm, prompts, options)
             plain, drafted, large = tally.speeds.values()

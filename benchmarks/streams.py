@@ -3,8 +3,8 @@
     python benchmarks/streams.py --family FAMILY [--parallel 16] [--tokens 256] [--every 32] [--members large,base]
 
 Each member evaluates as many prompts of 64 tokens as are decoded at once, then a token of each in one step after the
-other, up to `--tokens`, in both kinds of cache in turn. The table has milliseconds of such a step, medians of `--every`
-steps, by the length of the texts.
+other, up to `--tokens`, in both kinds of cache in turn, each with the attention that it has on a CPU. The table has
+milliseconds of such a step, medians of `--every` steps, by the length of the texts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import islice
 from statistics import median
 
 from edge_dlf import FusedLlama
-from edge_dlf.backend import Run
+from edge_dlf.backend import PLAIN_TOKENS, Run
 from edge_dlf.llama import LlamaBackend
 
 N_PROMPT = 64
@@ -32,7 +32,15 @@ def step(member: LlamaBackend, tokens: list[int], n: int) -> float:
 def measure(like: LlamaBackend, tokens: list[int], options: argparse.Namespace) -> None:
     n_ctx = -(-len(tokens) // 256) * 256
     kinds = [
-        LlamaBackend(like.model, like.name, n_ctx=n_ctx, n_seq_max=options.parallel, streams=streams, loras=like.loras)
+        LlamaBackend(
+            like.model,
+            like.name,
+            n_ctx=n_ctx,
+            n_seq_max=options.parallel,
+            streams=streams,
+            n_ubatch=PLAIN_TOKENS[0] if streams else None,
+            loras=like.loras,
+        )
         for streams in (True, False)
     ]
     for kind in kinds:
