@@ -40,7 +40,7 @@ class Footprint:
     build keeps a second copy of. vocabulary: of llama.cpp's own token tables.
     kv: of one cell in each layer. state: of one sequence, in models that keep a state in place of a cache.
     n_embd, n_ff: widths of what is computed for one token. n_masks: attention masks over all cells. n_heads: rows of
-    attention scores for each token; 0 where the cache's types leave flash attention alone, which keeps none.
+    attention scores for each token; 0 where only flash attention, which keeps none, does for the model and its cache.
     """
 
     layers: tuple[int, ...]
@@ -74,17 +74,20 @@ class Footprint:
         layer = 4 * n_tokens * (4 * self.n_embd + 3 * self.n_ff)
         head = 4 * n_tokens * 2 * self.n_embd + 4 * n_rows * self.n_vocab
         inputs = n_copies * (4 if n_ubatch else 2) * n_tokens * rounded(n_cells) * self.n_masks
-        scores = 4 * n_tokens * rounded(n_cells) * self.n_heads if n_ubatch else 0
-        work = 4 * n_tokens * max(self.n_ff, self.n_embd)
+        n_scores = n_tokens * rounded(n_cells) * self.n_heads if n_ubatch else 0
+        scores = 4 * n_scores
+        # The CPU's own, which llama.cpp does not log: what a product reads, in the type of its weights or of V.
+        work = max(4 * n_tokens * max(self.n_ff, self.n_embd), 2 * n_scores)
         return max(layer, head) + inputs + scores + work + 4 * n_rows * self.n_vocab
 
-    def n_ubatch(self, n_ctx: int) -> int | None:
-        """Tokens for a CPU to evaluate at a time with plain attention, where each sequence has a cache of `n_ctx`
-        positions; None for flash attention: where only that can be, or plain attention would take more memory.
+    def n_ubatch(self, n_ctx: int, n_seqs: int = 1) -> int | None:
+        """Tokens for a CPU to evaluate at a time with plain attention, where each of `n_seqs` sequences has a cache of
+        `n_ctx` positions; None for flash attention: where only that can be, or plain attention would take more memory,
+        or take a step of all sequences in parts.
 
         llama.cpp's flash attention on a CPU is good at long batches; of a few tokens it takes one after the other.
         """
-        sizes = PLAIN_TOKENS if self.n_heads else ()
+        sizes = [n for n in PLAIN_TOKENS if n >= n_seqs] if self.n_heads else []
         most = self.compute(n_ctx, N_ROWS)
         return next((n for n in sizes if self.compute(n_ctx, N_ROWS, n_ubatch=n) <= most), None)
 
@@ -126,8 +129,21 @@ def footprint(info: GGUFInfo, type_k: str | None = None, type_v: str | None = No
         n_embd=n_embd * (1 + n_used),
         n_ff=max(*widths[0], n_used * max(widths[1]), 2 * _number(info, "ssm.inner_size")),
         n_masks=2 if _number(info, "attention.sliding_window") else 1,
-        n_heads=_number(info, "attention.head_count") if {type_k, type_v} <= {*_NOT_QUANTIZED} else 0,
+        n_heads=_plain_heads(info, n_layers, type_k, type_v),
     )
+
+
+def _plain_heads(info: GGUFInfo, n_layers: int, type_k: str | None, type_v: str | None) -> int:
+    """Heads that plain attention scores; 0 where it is not to be had as it is with flash attention.
+
+    Without flash attention llama.cpp pads V to the widest layer's, copies it at each step where it is a part of K, and
+    of attention that picks its cells by an indexer computes all.
+    """
+    is_quantized = not {type_k, type_v} <= {*_NOT_QUANTIZED}
+    is_padded = len({n_heads * v for n_heads, _, v in _kv_heads(info, n_layers)}) > 1
+    is_latent = _number(info, "attention.key_length_mla") > 0
+    is_sparse = any(key.startswith(f"{info.architecture}.attention.indexer.") for key in info.metadata)
+    return 0 if is_quantized or is_padded or is_latent or is_sparse else _number(info, "attention.head_count")
 
 
 def _idle(info: GGUFInfo, n_layers: int) -> int:
@@ -141,24 +157,33 @@ def _idle(info: GGUFInfo, n_layers: int) -> int:
 def _kv(info: GGUFInfo, n_layers: int, type_k: str | None, type_v: str | None) -> tuple[float, ...]:
     """Bytes that one cell has in each layer. Windowed layers are kept whole, so that text can be taken back."""
     k_bytes, v_bytes = (_cache_bytes(kind) for kind in (type_k, type_v))
-    n_heads = _number(info, "attention.head_count")
-    default = _number(info, "embedding_length") // n_heads if n_heads else 0
-    kv_heads = _numbers(info, "attention.head_count_kv", n_layers, n_heads)
-    window = _window(info, n_layers)
     has_no_values = _number(info, "attention.key_length_mla") > 0
     every = _number(info, "full_attention_interval")
     n_own = n_layers - _number(info, "attention.shared_kv_layers")
     if info.architecture == "gemma3n":
         n_own = min(n_layers, 20)
     cells = []
-    for layer in range(n_layers):
-        suffix = "_swa" if window[layer] else ""
-        k = _number(info, f"attention.key_length{suffix}", _number(info, "attention.key_length", default))
-        v = _number(info, f"attention.value_length{suffix}", _number(info, "attention.value_length", default))
+    for layer, (n_heads, k, v) in enumerate(_kv_heads(info, n_layers)):
         is_recurrent = every > 0 and (layer + 1) % every != 0
         is_own = layer < n_own and not is_recurrent
-        cells.append(kv_heads[layer] * (k * k_bytes + (0 if has_no_values else v * v_bytes)) if is_own else 0.0)
+        cells.append(n_heads * (k * k_bytes + (0 if has_no_values else v * v_bytes)) if is_own else 0.0)
     return tuple(cells)
+
+
+def _kv_heads(info: GGUFInfo, n_layers: int) -> list[tuple[int, int, int]]:
+    """Heads of K and V in each layer, and the widths of one's K and V."""
+    n_heads = _number(info, "attention.head_count")
+    default = _number(info, "embedding_length") // n_heads if n_heads else 0
+    kv_heads = _numbers(info, "attention.head_count_kv", n_layers, n_heads)
+    widths = []
+    for layer, is_windowed in enumerate(_window(info, n_layers)):
+        suffix = "_swa" if is_windowed else ""
+        k, v = (
+            _number(info, f"attention.{kind}_length{suffix}", _number(info, f"attention.{kind}_length", default))
+            for kind in ("key", "value")
+        )
+        widths.append((kv_heads[layer], k, v))
+    return widths
 
 
 def _window(info: GGUFInfo, n_layers: int) -> tuple[int, ...]:

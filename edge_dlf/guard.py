@@ -138,8 +138,7 @@ def _decode(path: Path, loras: Adapters, placed: Mapping[str, Any]) -> Verdict:
     tokens = model.tokenize(b"The capital of France is", special=True) or [0]
     if model.adds_bos and model.bos is not None:
         tokens.insert(0, model.bos)
-    on_host = not gpus() or placed["n_gpu_layers"] == 0
-    for n_ubatch in (None, PLAIN_TOKENS[0]) if on_host else (None,):
+    for n_ubatch in _attentions():
         backend = LlamaBackend(model, path.name, n_ctx=256, n_ubatch=n_ubatch, loras=loras)
         backend.decode([Run(0, tokens, 1)])
         started = time.perf_counter()
@@ -158,5 +157,10 @@ def _key(shards: Sequence[Path], loras: Adapters) -> str:
 
 
 def _state(shards: Sequence[Path], loras: Adapters) -> list[Any]:
-    """What a verdict holds for: size and time of every file, the build of llama.cpp."""
-    return [system_info(), *states([*shards, *(lora for lora, _ in loras)])]
+    """What a verdict holds for: size and time of every file, the build of llama.cpp, what is tried."""
+    return [system_info(), _attentions(), *states([*shards, *(lora for lora, _ in loras)])]
+
+
+def _attentions() -> list[int | None]:
+    """Of each kind of attention that a member may have here, the tokens at a time, as `MemberPlan` has them."""
+    return [None] if gpus() else [None, PLAIN_TOKENS[0]]

@@ -220,7 +220,8 @@ class Planner:
             n_gpu_layers=place.n_gpu,
             split=place.split,
             shares_with=shares,
-            n_ubatch=None if place.n_gpu else own.n_ubatch(n_cells // self._n_seqs),
+            # Of prompts that the CPU computes beside a GPU, the weights go over once for each batch.
+            n_ubatch=None if self.machine.gpus else own.n_ubatch(n_cells // self._n_seqs, self._n_seqs),
         )
 
     def largest_n_cells(self, at_most: int, least: int = 0) -> int:

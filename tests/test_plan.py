@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def test_values_of_one_cell_in_each_layer(tiny: Path, changes: dict[str, object]
 
 
 def test_plain_attention_takes_no_more_memory_than_flash_attention(tiny: Path) -> None:
-    own = footprint(read_info(tiny / "large.gguf"))
+    own = dataclasses.replace(footprint(read_info(tiny / "large.gguf")), n_ff=512)
     chosen = [own.n_ubatch(n_ctx) for n_ctx in range(256, 16384, 256)]
     for n_ctx, n_ubatch in zip(range(256, 16384, 256), chosen, strict=True):
         assert n_ubatch is None or own.compute(n_ctx, N_ROWS, n_ubatch=n_ubatch) <= own.compute(n_ctx, N_ROWS)
@@ -119,9 +120,58 @@ def test_plain_attention_takes_no_more_memory_than_flash_attention(tiny: Path) -
     assert set(chosen[chosen.index(None) :]) == {None}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="its allocator gives memory back at once when told to")
+@pytest.mark.parametrize("n_ubatch", [None, 64])
+def test_what_a_cpu_computes_with_is_counted(tmp_path: Path, n_ubatch: int | None) -> None:
+    path = tiny_model(tmp_path / "heads.gguf", n_embd=1024, n_layer=1, n_ctx=1280)
+    program = f"""
+import psutil
+from edge_dlf.backend import Run
+from edge_dlf.llama import LlamaBackend, Model
+
+rss, model = psutil.Process().memory_info, Model({str(path)!r})
+for n_ctx in 256, 1280:  # the first also pays for what a process pays once
+    before = rss().rss
+    member = LlamaBackend(model, "base", n_ctx=n_ctx, n_ubatch={n_ubatch}, n_threads=1)
+    for _ in range(n_ctx // 256):
+        member.decode([Run(0, [5] * 256, 1)])
+    grown = rss().rss - before
+    member.close()
+print(grown)
+"""
+    at_once = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    ended = subprocess.run([sys.executable, "-c", program], env=at_once, capture_output=True, check=True, text=True)
+    own = footprint(read_info(path))
+    assert int(ended.stdout) < own.cache(1280) + own.compute(1280, N_ROWS, n_ubatch=n_ubatch) + 2**20  # the graph
+
+
 @pytest.mark.parametrize("types", [("q8_0", None), (None, "q8_0"), ("q4_0", "q4_0")])
 def test_quantized_caches_need_flash_attention(tiny: Path, types: tuple[str | None, str | None]) -> None:
     assert footprint(read_info(tiny / "large.gguf"), *types).n_ubatch(256) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention.head_count_kv": Array(4, 2, (2, 0))},
+        {
+            "attention.sliding_window_pattern": Array(7, 2, (True, False)),
+            "attention.value_length_swa": 8,
+        },
+        {"attention.key_length_mla": 16, "attention.value_length_mla": 16},
+        {"attention.indexer.head_count": 4},
+    ],
+)
+def test_what_plain_attention_computes_otherwise_keeps_flash_attention(tiny: Path, changes: dict[str, object]) -> None:
+    info = read_info(tiny / "base.gguf")
+    assert footprint(info).n_ubatch(256) is not None
+    assert footprint(changed(info, changes)).n_ubatch(256) is None
+
+
+def test_a_step_of_all_sequences_is_one_batch(tiny: Path) -> None:
+    own = dataclasses.replace(footprint(read_info(tiny / "base.gguf")), n_ff=512)
+    assert own.n_ubatch(256, 128) == 128
+    assert own.n_ubatch(256, 129) is None
 
 
 def test_cache_types_are_the_engines() -> None:
@@ -150,11 +200,9 @@ def test_a_family_shares_the_weights_of_the_base(files: FamilyFiles) -> None:
     assert None not in {member.n_ubatch for member in plan.members}
 
 
-def test_what_a_gpu_computes_attends_by_flash_attention(files: FamilyFiles) -> None:
+def test_beside_a_gpu_all_attend_by_flash_attention(files: FamilyFiles) -> None:
     plan = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)), n_gpu_layers={"large": 1, "base": 0})
-    by_name = {member.name: member for member in plan.members}
-    assert by_name["large"].n_ubatch is None
-    assert by_name["base"].n_ubatch == by_name["lora"].n_ubatch == footprint(files.models["base"]).n_ubatch(512)
+    assert {member.n_ubatch for member in plan.members} == {None}
 
 
 def gpu(free: int, **settings: object) -> GPU:
