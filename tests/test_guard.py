@@ -92,6 +92,18 @@ def test_a_verdict_holds_for_the_file_and_the_build(model: Path, cache: Path, mo
     assert verdict([model]).ok
 
 
+def test_a_verdict_beside_a_gpu_says_nothing_of_plain_attention(
+    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "_run", lambda *_: Verdict(True, tps=1.0))
+    monkeypatch.setattr(guard, "gpus", lambda: ("gpu",))
+    assert verdict([model]).tps == 1
+    monkeypatch.setattr(guard, "_run", lambda *_: Verdict(True, tps=2.0))
+    assert verdict([model]).tps == 1
+    monkeypatch.setattr(guard, "gpus", lambda: ())
+    assert verdict([model]).tps == 2
+
+
 def test_only_an_architecture_without_rules_is_tried(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "_run", lambda *_: Verdict(False, "llama.cpp crashed (SIGSEGV)"))
     info = read_info(model)

@@ -111,8 +111,8 @@ def test_a_batch_equals_single_requests_but_for_near_ties(
         list(many.batch(requests, max_tokens=N_IN_BATCH, **sampling))
         for seed, request in enumerate(requests):
             with lossless.Recorder(llm) as single:
-                single.answer(request["prompt"], N_IN_BATCH, "off", SamplingParams(seed=seed, **sampling))
-                parting = lossless.parting(single, batch, seed, request["prompt"])
+                report = single.answer(request["prompt"], N_IN_BATCH, "off", SamplingParams(seed=seed, **sampling))
+                parting = lossless.parting(single, batch, seed, report.n_prompt)
             if parting:
                 print(f"row {seed}: {parting}")
                 assert parting.is_tie, (request, parting)
