@@ -16,7 +16,7 @@ import time
 from statistics import median
 
 from edge_dlf import FusedLlama
-from edge_dlf.backend import N_BATCH, Run
+from edge_dlf.engine.backend import N_BATCH, Run
 from edge_dlf.llama import LlamaBackend
 
 

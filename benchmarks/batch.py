@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from statistics import median
 
 from edge_dlf import FusedLlama
-from edge_dlf.backend import Run
+from edge_dlf.engine.backend import Run
 
 TEMPLATES = (
     "{a} buys {n} boxes of pencils with {m} pencils in each box. {a} gives {k} pencils to {b}. How many pencils does "

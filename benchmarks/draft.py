@@ -24,11 +24,11 @@ from statistics import median
 from typing import Any
 
 from edge_dlf import FusedLlama
-from edge_dlf.decode import Decoder
-from edge_dlf.generation import Generation, Outcome
-from edge_dlf.pace import FUSION, Pace
+from edge_dlf.answers.tokenizer import Prompt
+from edge_dlf.engine.decode import Decoder
+from edge_dlf.engine.generation import Generation, Outcome
+from edge_dlf.engine.pace import FUSION, Pace
 from edge_dlf.params import MAX_DRAFT
-from edge_dlf.tokenizer import Prompt
 
 WORKLOADS = {
     "maths": [

@@ -14,8 +14,8 @@ import time
 from statistics import median
 
 from edge_dlf import FusedLlama, FusionParams, SamplingParams
-from edge_dlf.backend import Run
-from edge_dlf.generation import Generation
+from edge_dlf.engine.backend import Run
+from edge_dlf.engine.generation import Generation
 
 Times = dict[str, float]
 TEXT = "The quick brown fox jumps over the lazy dog. "

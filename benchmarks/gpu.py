@@ -28,14 +28,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.draft import WORKLOADS
 from benchmarks.shapes import model
-from edge_dlf import FusedLlama, FusionParams, SamplingParams, bench
-from edge_dlf.backend import Run
-from edge_dlf.decode import Decoder
-from edge_dlf.ensemble import Ensemble, Rows
+from edge_dlf import FusedLlama, FusionParams, SamplingParams
+from edge_dlf.engine.backend import Run
+from edge_dlf.engine.decode import Decoder
+from edge_dlf.engine.ensemble import Ensemble, Rows
+from edge_dlf.engine.generation import Generation, Pick
 from edge_dlf.errors import EdgeDLFError
-from edge_dlf.family import FamilySpec
-from edge_dlf.files import check_files
-from edge_dlf.generation import Generation, Pick
+from edge_dlf.evidence import bench
+from edge_dlf.families.files import check_files
+from edge_dlf.families.spec import FamilySpec
 from edge_dlf.llama import default_n_threads, fetch_s, gpus
 from edge_dlf.params import OVERLAPS
 

@@ -15,7 +15,7 @@ from statistics import median
 import llama_cpp as lib
 
 from edge_dlf import FusedLlama
-from edge_dlf.backend import Run
+from edge_dlf.engine.backend import Run
 from edge_dlf.llama import default_n_threads
 
 

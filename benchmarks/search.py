@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from edge_dlf import FusedLlama, FusionParams, SamplingParams
-from edge_dlf.fusion import Fuser
+from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.params import Draw
 from tests import naive
 

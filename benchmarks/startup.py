@@ -23,9 +23,9 @@ N_CTX = 4096
 
 
 def models_alone(family: str) -> None:
-    from edge_dlf.backend import Run
-    from edge_dlf.family import FamilySpec
-    from edge_dlf.files import check_files
+    from edge_dlf.engine.backend import Run
+    from edge_dlf.families.files import check_files
+    from edge_dlf.families.spec import FamilySpec
     from edge_dlf.llama import LlamaBackend, Model
 
     files = check_files(FamilySpec.load(family))
@@ -49,10 +49,10 @@ def through_edge_dlf(family: str) -> None:
 
 def checks(family: str) -> None:
     """Time the check of every header, of the tokenizer and of memory, the files' first pages in the disk cache."""
-    from edge_dlf.family import FamilySpec
-    from edge_dlf.files import check_files
-    from edge_dlf.machine import this_machine
-    from edge_dlf.plan import Planner
+    from edge_dlf.families.files import check_files
+    from edge_dlf.families.plan import Planner
+    from edge_dlf.families.spec import FamilySpec
+    from edge_dlf.system.machine import this_machine
 
     started = time.perf_counter()
     files = check_files(FamilySpec.load(family))

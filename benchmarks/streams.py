@@ -15,7 +15,7 @@ from itertools import islice
 from statistics import median
 
 from edge_dlf import FusedLlama
-from edge_dlf.backend import PLAIN_TOKENS, Run
+from edge_dlf.engine.backend import PLAIN_TOKENS, Run
 from edge_dlf.llama import LlamaBackend
 
 N_PROMPT = 64

@@ -22,7 +22,7 @@ from statistics import median
 
 from playwright.sync_api import Browser, sync_playwright
 
-from edge_dlf.trace_page import PAGE_TOKENS
+from edge_dlf.evidence.trace_page import PAGE_TOKENS
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 

@@ -27,9 +27,10 @@ from .params import FusionParams, SamplingParams, Token
 
 if TYPE_CHECKING:
     from .api import FusedLlama
-    from .fusion import fuse_logits, search_alpha
+    from .fusion.fuser import fuse_logits, search_alpha
 
 __version__ = "0.1.0"
+__path__.append(f"{__path__[0]}/evidence/commands")  # for `python -m edge_dlf.harness`, a published name
 
 __all__ = [
     "CapacityError",
@@ -53,7 +54,7 @@ __all__ = [
     "search_alpha",
 ]
 
-_LAZY = {"FusedLlama": ".api", "fuse_logits": ".fusion", "search_alpha": ".fusion"}
+_LAZY = {"FusedLlama": ".api", "fuse_logits": ".fusion.fuser", "search_alpha": ".fusion.fuser"}
 
 
 def __getattr__(name: str) -> Any:

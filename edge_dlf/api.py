@@ -11,27 +11,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from .batch import row_seed, run_batch
-from .completion import ChatCompletionShape, CompletionShape, Dict
-from .decode import Decoder
-from .ensemble import Ensemble
+from .answers.batch import row_seed, run_batch
+from .answers.completion import ChatCompletionShape, CompletionShape, Dict
+from .answers.preparer import Preparer
+from .answers.requests import Request, schema_of
+from .answers.scoring import Score, run_scores
+from .answers.stream import Answer, TokenStream
+from .answers.template import Message
+from .answers.tokenizer import Prompt, Tokenizer
+from .engine.decode import Decoder
+from .engine.ensemble import Ensemble
+from .engine.overlap import settle
+from .engine.scheduler import Scheduler
 from .errors import EdgeDLFError, InvalidParameterError
-from .family import FamilySpec
-from .files import check_files
+from .families.files import check_files
+from .families.members import Members, place, ways_to_overlap
+from .families.spec import FamilySpec
 from .llama import default_n_threads
-from .members import Members, place, ways_to_overlap
-from .overlap import settle
 from .params import OVERLAPS, Overlap
-from .preparer import Preparer
-from .requests import Request, schema_of
-from .scheduler import Scheduler
-from .scoring import Score, run_scores
-from .stream import Answer, TokenStream
-from .template import Message
-from .tokenizer import Prompt, Tokenizer
 
 if TYPE_CHECKING:
-    from .fusion import Fuser
+    from .fusion.fuser import Fuser
 
 logger = logging.getLogger(__name__)
 
@@ -415,7 +415,7 @@ class FusedLlama:
 
 
 def _ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
-    from .fusion import Fuser, warm_up
+    from .fusion.fuser import Fuser, warm_up
 
     notice = "compiling kernels for this machine; they are kept, so later starts are quick"
     timer = threading.Timer(_PATIENCE_S, logger.warning, [notice])

@@ -12,9 +12,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from edge_dlf import durable, intake, ledger, manifest  # noqa: F401  # here, so that no process imports them again
+# Here, so that no process imports them again.
+from edge_dlf.batch import intake, ledger  # noqa: F401
 from edge_dlf.cli import main
 from edge_dlf.cli.options import Options
+from edge_dlf.families import manifest  # noqa: F401
+from edge_dlf.system import durable
 
 from .fake_llm import FakeLlama
 

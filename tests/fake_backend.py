@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_dlf.backend import Logits, Run
+from edge_dlf.engine.backend import Logits, Run
 
 
 class FakeBackend:

@@ -10,13 +10,13 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, cast
 
 from edge_dlf import ContextOverflowError, RequestInterruptedError, Token
-from edge_dlf.batch import LATER
+from edge_dlf.answers.batch import LATER
+from edge_dlf.answers.completion import ChatCompletionShape, CompletionShape
+from edge_dlf.answers.stream import Report
 from edge_dlf.cli.options import Options
 from edge_dlf.cli.screen import Screen
 from edge_dlf.cli.session import Session
-from edge_dlf.completion import ChatCompletionShape, CompletionShape
 from edge_dlf.params import METHODS
-from edge_dlf.stream import Report
 
 if TYPE_CHECKING:
     from edge_dlf import FusedLlama

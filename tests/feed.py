@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edge_dlf.backend import Backend, Run
+from edge_dlf.engine.backend import Backend, Run
 
 
 def feed(member: Backend, seq: int, tokens: Sequence[int]) -> None:

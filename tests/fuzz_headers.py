@@ -57,7 +57,7 @@ class Checker:
 
     def __init__(self, folder: Path) -> None:
         from edge_dlf.errors import ModelFileError
-        from edge_dlf.gguf import check_lora_fits, read_info
+        from edge_dlf.gguf.info import check_lora_fits, read_info
 
         self._error, self._read, self._check_fits = ModelFileError, read_info, check_lora_fits
         self._path = folder / "case.gguf"

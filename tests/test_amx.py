@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_dlf import remembered
-from edge_dlf.family import shipped_dir
 from edge_dlf.llama import amx
+from edge_dlf.system import remembered
+from edge_dlf.system.paths import shipped_dir
 
 MODEL = shipped_dir() / "demo" / "base-q8_0.gguf"
 

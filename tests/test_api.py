@@ -18,10 +18,10 @@ from edge_dlf import (
     ModelFileError,
     VocabMismatchError,
     fuse_logits,
-    members,
     search_alpha,
 )
-from edge_dlf.backend import Run
+from edge_dlf.engine.backend import Run
+from edge_dlf.families import members
 from edge_dlf.llama import LlamaBackend, Model
 
 from . import naive

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from edge_dlf import EdgeDLFError, FusedLlama, InvalidParameterError, RequestInterruptedError
-from edge_dlf.batch import LATER, row_seed
+from edge_dlf.answers.batch import LATER, row_seed
 
 PROMPTS = [f"{head} {n} is" for n in range(8) for head in ("The number", "Nobody knows why", "1 + 1 and")]
 CHAT = [{"role": "user", "content": "Hello"}]
@@ -23,7 +23,7 @@ def load(tiny: Path, **settings: Any) -> FusedLlama:
 def llm(tiny: Path, request: pytest.FixtureRequest) -> Iterator[FusedLlama]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param:
-            patch.setattr("edge_dlf.members._STREAMS_WEIGHTS", 0)
+            patch.setattr("edge_dlf.families.members._STREAMS_WEIGHTS", 0)
         with load(tiny, n_parallel=6) as llm:
             assert llm._ensemble.has_streams == request.param
             yield llm
@@ -37,8 +37,8 @@ def llm(tiny: Path, request: pytest.FixtureRequest) -> Iterator[FusedLlama]:
 def test_where_sequences_share_one_cache(
     tiny: Path, settings: dict[str, int], moved: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_dlf.members._STREAMS_WEIGHTS", 0)
-    monkeypatch.setattr("edge_dlf.members._MOVED_BYTES", moved)
+    monkeypatch.setattr("edge_dlf.families.members._STREAMS_WEIGHTS", 0)
+    monkeypatch.setattr("edge_dlf.families.members._MOVED_BYTES", moved)
     with load(tiny, **{"n_parallel": 6, **settings}) as llm:
         assert not llm._ensemble.has_streams
 

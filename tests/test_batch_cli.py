@@ -16,11 +16,12 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from edge_dlf import DecodeError, OutOfMemoryError, durable, jsonl
+from edge_dlf import DecodeError, OutOfMemoryError
 from edge_dlf.cli import main, progress
 from edge_dlf.cli.options import Options
 from edge_dlf.cli.progress import Progress, duration
 from edge_dlf.cli.screen import Screen
+from edge_dlf.system import durable, jsonl
 
 from .fake_llm import FakeLlama
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from edge_dlf import bench
 from edge_dlf.cli import main
-from edge_dlf.family import FamilySpec
-from edge_dlf.files import check_files
-from edge_dlf.footprint import footprint
-from edge_dlf.machine import GPU
+from edge_dlf.evidence import bench
+from edge_dlf.families.files import check_files
+from edge_dlf.families.footprint import footprint
+from edge_dlf.families.spec import FamilySpec
+from edge_dlf.system.machine import GPU
 
 
 @pytest.fixture(autouse=True)

@@ -294,7 +294,8 @@ def test_without_a_family_the_one_that_ships(
     shipped = family / "shipped"
     (shipped / "demo").mkdir(parents=True)
     (shipped / "demo" / "family.toml").write_text((family / "family.toml").read_text())
-    monkeypatch.setattr("edge_dlf.family.shipped_dir", lambda: shipped)
+    for module in ("cli.options", "families.spec"):
+        monkeypatch.setattr(f"edge_dlf.{module}.shipped_dir", lambda: shipped)
     llm = FakeLlama(["ok"])
     result = run(llm, "generate", "Hi")
     assert (result.exit_code, result.stdout) == (0, "ok\n")

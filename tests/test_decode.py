@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pytest
 
 from edge_dlf import EdgeDLFError, FusionParams, NonFiniteLogitsError, SamplingParams
-from edge_dlf.decode import Decoder
-from edge_dlf.ensemble import Ensemble
-from edge_dlf.fusion import Fuser
-from edge_dlf.generation import Generation, Pick
+from edge_dlf.engine.decode import Decoder
+from edge_dlf.engine.ensemble import Ensemble
+from edge_dlf.engine.generation import Generation, Pick
+from edge_dlf.fusion.fuser import Fuser
 
 from . import naive
 from .fake_backend import FakeBackend

@@ -13,7 +13,7 @@ from tokenizers import models
 
 from edge_dlf import FusedLlama
 from edge_dlf.cli import main
-from edge_dlf.family import FamilySpec
+from edge_dlf.families.spec import FamilySpec
 from models.recipe.tokens import CONTROL, new_tokenizer
 
 SPEC = FamilySpec.load("demo")

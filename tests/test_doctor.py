@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from edge_dlf import doctor, guard, llama, remembered
+from edge_dlf import llama
 from edge_dlf.cli import main
-from edge_dlf.guard import Verdict
-from edge_dlf.machine import GPU, Machine
+from edge_dlf.evidence import doctor
+from edge_dlf.families import guard
+from edge_dlf.families.guard import Verdict
+from edge_dlf.system import remembered
+from edge_dlf.system.machine import GPU, Machine
 
 from .tiny import tiny_model
 

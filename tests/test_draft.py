@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_dlf.draft import quote
+from edge_dlf.engine.draft import quote
 
 END = 99
 

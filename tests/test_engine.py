@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_dlf import FusedLlama
-from edge_dlf.requests import parse_body
+from edge_dlf.answers.requests import parse_body
 from edge_dlf.server.engine import Engine, Event, StoppingError, Ticket
 from edge_dlf.server.metrics import Metrics
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from edge_dlf import FusionParams, InvalidParameterError
-from edge_dlf.backend import Run
-from edge_dlf.ensemble import Ensemble, Roles
+from edge_dlf.engine.backend import Run
+from edge_dlf.engine.ensemble import Ensemble, Roles
 
 from .fake_backend import FakeBackend
 

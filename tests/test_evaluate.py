@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from edge_dlf import FusedLlama
 from edge_dlf.cli import main
 from edge_dlf.cli.options import Options
-from edge_dlf.stats import interval, paired
+from edge_dlf.evidence.stats import interval, paired
 
 from . import naive
 
@@ -38,8 +38,8 @@ with warnings.catch_warnings():
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
 
-    from edge_dlf import evaluate
-    from edge_dlf.harness import HarnessModel
+    from edge_dlf.evidence import evaluate
+    from edge_dlf.evidence.harness import HarnessModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="needs the extra train")
 pytest.importorskip("tqdm", reason="needs the extra train")
 
 from edge_dlf import FusedLlama  # noqa: E402
-from edge_dlf.backend import Run  # noqa: E402
+from edge_dlf.engine.backend import Run  # noqa: E402
 from edge_dlf.llama import LlamaBackend, Model  # noqa: E402
 from models.expert.__main__ import main  # noqa: E402
 from models.expert.base import read_base  # noqa: E402

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_dlf import FamilyError, InvalidParameterError, LoadError
-from edge_dlf.family import ExpertSpec, FamilySpec, ModelSource, models_dir
-from edge_dlf.files import check_files
+from edge_dlf.families.files import check_files
+from edge_dlf.families.spec import ExpertSpec, FamilySpec, ModelSource
+from edge_dlf.system.paths import models_dir
 
 HEAD = 'name = "f"\n[large]\npath = "large.gguf"\n[base]\npath = "base.gguf"\n'
 EXPERT = '[[experts]]\nname = "maths"\npath = "maths.gguf"\n'

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edge_dlf.errors import InvalidParameterError, NonFiniteLogitsError
-from edge_dlf.fusion import Fuser, fuse_logits, search_alpha
+from edge_dlf.fusion.fuser import Fuser, fuse_logits, search_alpha
 from edge_dlf.params import FusionParams
 
 from . import naive

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from edge_dlf import ModelFileError
-from edge_dlf.family import FamilySpec
-from edge_dlf.gguf import check_lora_fits, read_info
-from edge_dlf.gguf_header import Array, read_header
+from edge_dlf.families.spec import FamilySpec
+from edge_dlf.gguf.header import Array, read_header
+from edge_dlf.gguf.info import check_lora_fits, read_info
 
 from .tiny import CHATML, SPECIAL_TOKENS, tiny_lora, tiny_model
 
@@ -219,7 +219,7 @@ def test_a_vocabulary_that_ends_within_a_token(tmp_path: Path, missing: int) -> 
 def test_random_vocabularies_agree_with_plain_python(
     tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_dlf.gguf_header._WINDOW_BYTES", window)
+    monkeypatch.setattr("edge_dlf.gguf.header._WINDOW_BYTES", window)
     rng = random.Random(0)
     for _ in range(300):
         letters = rng.choice([b"ab", b"a\0", bytes(range(1, 256))])

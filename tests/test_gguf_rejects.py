@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edge_dlf import ModelFileError
-from edge_dlf.gguf_header import read_header
+from edge_dlf.gguf.header import read_header
 
 U64_MAX = (1 << 64) - 1
 UINT8, INT8, UINT32, INT32, N_TYPES = 0, 1, 4, 5, 13

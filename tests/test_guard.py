@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from edge_dlf import FusedLlama, ModelFileError, guard, remembered
-from edge_dlf.gguf import read_info
-from edge_dlf.guard import Verdict, attempt, require_harmless, verdict
+from edge_dlf import FusedLlama, ModelFileError
+from edge_dlf.families import guard
+from edge_dlf.families.guard import Verdict, attempt, require_harmless, verdict
+from edge_dlf.gguf.info import read_info
+from edge_dlf.system import remembered
 
 from .tiny import tiny_lora, tiny_model
 

@@ -19,9 +19,9 @@ import gguf
 import pytest
 
 from edge_dlf import EdgeDLFError, ModelFileError
-from edge_dlf.backend import Run
-from edge_dlf.gguf import check_lora_fits, read_info
-from edge_dlf.gguf_rules import TRIED
+from edge_dlf.engine.backend import Run
+from edge_dlf.gguf.info import check_lora_fits, read_info
+from edge_dlf.gguf.rules import TRIED
 
 from .feed import feed
 from .tiny import tiny_lora, tiny_model
@@ -222,7 +222,7 @@ def test_memory_stays_bounded(folder: Path, kind: str) -> None:
             file.write(b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1 << 30))
             file.truncate(2 << 30)
     check = (
-        "import sys\nfrom edge_dlf import ModelFileError\nfrom edge_dlf.gguf import read_info\n"
+        "import sys\nfrom edge_dlf import ModelFileError\nfrom edge_dlf.gguf.info import read_info\n"
         "try: read_info(sys.argv[1])\nexcept ModelFileError: pass\n"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )

@@ -14,7 +14,8 @@ from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-from edge_dlf import DownloadError, InvalidParameterError, hub, hub_cache
+from edge_dlf import DownloadError, InvalidParameterError
+from edge_dlf.families import hub, hub_cache
 
 from .hub_server import FakeRepo, HubServer, sha256
 

@@ -16,14 +16,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_dlf import EdgeDLFError, InvalidParameterError, durable, jsonl
-from edge_dlf.durable import Appender, new_name, replacing
-from edge_dlf.family import FamilySpec
-from edge_dlf.ids import Ids
-from edge_dlf.intake import Intake, survey
-from edge_dlf.jsonl import Pipe, dump_line, parse_object, read_lines
-from edge_dlf.ledger import Ledger, locked, resume
-from edge_dlf.manifest import Manifest
+from edge_dlf import EdgeDLFError, InvalidParameterError
+from edge_dlf.batch.ids import Ids
+from edge_dlf.batch.intake import Intake, survey
+from edge_dlf.batch.ledger import Ledger, locked, resume
+from edge_dlf.families.manifest import Manifest
+from edge_dlf.families.spec import FamilySpec
+from edge_dlf.system import durable, jsonl
+from edge_dlf.system.durable import Appender, new_name, replacing
+from edge_dlf.system.jsonl import Pipe, dump_line, parse_object, read_lines
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["\ud800", "a\u2028b\x85"]),

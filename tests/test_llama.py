@@ -21,7 +21,7 @@ from edge_dlf import (
     OutOfMemoryError,
     RequestInterruptedError,
 )
-from edge_dlf.backend import Run
+from edge_dlf.engine.backend import Run
 from edge_dlf.llama import N_BATCH, Interrupt, LlamaBackend, Model, copy_bytes_s, fetch_s
 
 from .feed import feed

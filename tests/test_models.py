@@ -17,12 +17,13 @@ import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
-from edge_dlf import catalogue, family, hub_cache, library
-from edge_dlf.catalogue import SURENESS, read_catalogue
 from edge_dlf.cli import main
-from edge_dlf.describe import memory_bytes
-from edge_dlf.family import FamilySpec
-from edge_dlf.files import check_files
+from edge_dlf.families import catalogue, hub_cache, library
+from edge_dlf.families import spec as family
+from edge_dlf.families.catalogue import SURENESS, read_catalogue
+from edge_dlf.families.describe import memory_bytes
+from edge_dlf.families.files import check_files
+from edge_dlf.families.spec import FamilySpec
 
 from .hub_server import FakeRepo, HubServer, sha256
 from .test_gguf import split
@@ -181,7 +182,7 @@ class TestPull:
         refused(run("pull", "o/nothing"), 1, "o/nothing does not exist, or it is private and needs a token")
 
     def test_no_room(self, hub: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr("edge_dlf.hub.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+        monkeypatch.setattr("edge_dlf.families.hub.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
         refused(run("pull", "tiny"), 1, "GB are to be downloaded", "0.00 GB free: make room")
         assert hub.downloads == []
 

@@ -12,29 +12,22 @@ from typing import Any
 
 import pytest
 
-from edge_dlf import (
-    DecodeError,
-    FusedLlama,
-    FusionParams,
-    InvalidParameterError,
-    SamplingParams,
-    api,
-    members,
-    remembered,
-)
-from edge_dlf.backend import Run
-from edge_dlf.decode import Decoder
-from edge_dlf.ensemble import Ensemble
-from edge_dlf.family import FamilySpec
-from edge_dlf.files import check_files
-from edge_dlf.fusion import Fuser
-from edge_dlf.generation import Generation
-from edge_dlf.lanes import Lanes
-from edge_dlf.machine import GPU, Machine
-from edge_dlf.overlap import fastest, settle
-from edge_dlf.pace import FUSION
+from edge_dlf import DecodeError, FusedLlama, FusionParams, InvalidParameterError, SamplingParams, api
+from edge_dlf.engine.backend import Run
+from edge_dlf.engine.decode import Decoder
+from edge_dlf.engine.ensemble import Ensemble
+from edge_dlf.engine.generation import Generation
+from edge_dlf.engine.lanes import Lanes
+from edge_dlf.engine.overlap import fastest, settle
+from edge_dlf.engine.pace import FUSION
+from edge_dlf.engine.scheduler import Scheduler
+from edge_dlf.families import members
+from edge_dlf.families.files import check_files
+from edge_dlf.families.spec import FamilySpec
+from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.params import OVERLAPS, Overlap
-from edge_dlf.scheduler import Scheduler
+from edge_dlf.system import remembered
+from edge_dlf.system.machine import GPU, Machine
 
 from .fake_backend import FakeBackend
 
@@ -383,10 +376,10 @@ def test_llama_cpp_gives_the_same_tokens_in_every_way(tiny: Path, draft: Any) ->
 
 @pytest.mark.usefixtures("as_on_gpus")
 def test_auto_is_chosen_at_load_and_remembered(tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_dlf.overlap.fastest", lambda *_: "threads")
+    monkeypatch.setattr("edge_dlf.engine.overlap.fastest", lambda *_: "threads")
     with FusedLlama.from_family(tiny, n_ctx=256, n_threads=1) as llm:
         assert llm._ensemble.overlap == "threads"
-    monkeypatch.setattr("edge_dlf.overlap.fastest", pytest.fail)
+    monkeypatch.setattr("edge_dlf.engine.overlap.fastest", pytest.fail)
     with FusedLlama.from_family(tiny, n_ctx=256, n_threads=1) as llm:
         assert llm._ensemble.overlap == "threads"
         assert len(list(llm.stream("a", max_tokens=4))) == 4

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from edge_dlf import FusionParams, SamplingParams
-from edge_dlf.backend import Logits, Run
-from edge_dlf.decode import Decoder
-from edge_dlf.ensemble import Ensemble
-from edge_dlf.fusion import Fuser
-from edge_dlf.generation import Generation
-from edge_dlf.pace import Contest, Pace, Way
+from edge_dlf.engine.backend import Logits, Run
+from edge_dlf.engine.decode import Decoder
+from edge_dlf.engine.ensemble import Ensemble
+from edge_dlf.engine.generation import Generation
+from edge_dlf.engine.pace import Contest, Pace, Way
+from edge_dlf.fusion.fuser import Fuser
 
 from .fake_backend import FakeBackend
 

@@ -14,18 +14,19 @@ from typing import Any
 import llama_cpp
 import pytest
 
-from edge_dlf import FusedLlama, InvalidParameterError, OutOfMemoryError, members
-from edge_dlf.backend import N_ROWS
-from edge_dlf.family import FamilySpec
-from edge_dlf.files import FamilyFiles, check_files
-from edge_dlf.footprint import CACHE_TYPES, footprint
-from edge_dlf.gguf import GGUFInfo, read_info
-from edge_dlf.gguf_header import Array
+from edge_dlf import FusedLlama, InvalidParameterError, OutOfMemoryError
+from edge_dlf.engine.backend import N_ROWS
+from edge_dlf.families import members
+from edge_dlf.families.files import FamilyFiles, check_files
+from edge_dlf.families.footprint import CACHE_TYPES, footprint
+from edge_dlf.families.plan import Plan, Planner, _gpu_of
+from edge_dlf.families.spec import FamilySpec
+from edge_dlf.gguf.header import Array
+from edge_dlf.gguf.info import GGUFInfo, read_info
 from edge_dlf.llama import CACHE_TYPES as ENGINE_CACHE_TYPES
 from edge_dlf.llama import LlamaBackend, Model
 from edge_dlf.llama.runtime import gpus, initialise
-from edge_dlf.machine import GPU, Machine, cgroup_bytes, this_machine
-from edge_dlf.plan import Plan, Planner, _gpu_of
+from edge_dlf.system.machine import GPU, Machine, cgroup_bytes, this_machine
 
 from .tiny import tiny_model
 
@@ -126,7 +127,7 @@ def test_what_a_cpu_computes_with_is_counted(tmp_path: Path, n_ubatch: int | Non
     path = tiny_model(tmp_path / "heads.gguf", n_embd=1024, n_layer=1, n_ctx=1280)
     program = f"""
 import psutil
-from edge_dlf.backend import Run
+from edge_dlf.engine.backend import Run
 from edge_dlf.llama import LlamaBackend, Model
 
 rss, model = psutil.Process().memory_info, Model({str(path)!r})
@@ -425,7 +426,7 @@ def test_this_machine_has_memory_and_its_gpus_say_what_they_have() -> None:
 LIMITED = """
 import resource, sys
 from edge_dlf.cli import main
-import edge_dlf.api, edge_dlf.machine as machine
+import edge_dlf.api, edge_dlf.system.machine as machine
 in_use = machine.psutil.Process().memory_info().vms
 resource.setrlimit(resource.RLIMIT_AS, (in_use + int(sys.argv.pop(1)), resource.RLIM_INFINITY))
 main()

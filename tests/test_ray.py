@@ -27,8 +27,8 @@ from edge_dlf import (
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
-from edge_dlf.batch import LATER
-from edge_dlf.ray_batch import N_SHARES, RayLlama
+from edge_dlf.answers.batch import LATER
+from edge_dlf.batch.ray import N_SHARES, RayLlama
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edge_dlf import FusedLlama, SamplingParams
-from edge_dlf.backend import Logits, Run
+from edge_dlf.engine.backend import Logits, Run
 from edge_dlf.llama import LlamaBackend
 
 from . import lossless, naive

@@ -9,12 +9,12 @@ import llama_cpp as lib
 import numpy as np
 import pytest
 
-from edge_dlf.backend import Run
-from edge_dlf.gguf import read_info
+from edge_dlf.engine.backend import Run
+from edge_dlf.gguf.info import read_info
 from edge_dlf.llama import LlamaBackend, Model, model
 from edge_dlf.llama.repack import overrides
 from edge_dlf.llama.runtime import initialise
-from edge_dlf.machine import GPU
+from edge_dlf.system.machine import GPU
 
 from .tiny import tiny_lora, tiny_model
 

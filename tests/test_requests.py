@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from edge_dlf import InvalidParameterError
-from edge_dlf.requests import CHAT, COMPLETIONS, parse_line, request_id
+from edge_dlf.answers.requests import CHAT, COMPLETIONS, parse_line, request_id
 
 CHAT_BODY = {"model": "any", "messages": [{"role": "user", "content": "Hi"}]}
 

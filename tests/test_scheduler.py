@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from edge_dlf import EdgeDLFError, FusionParams, NonFiniteLogitsError, SamplingParams
-from edge_dlf.decode import Decoder
-from edge_dlf.ensemble import Ensemble
-from edge_dlf.fusion import Fuser
-from edge_dlf.generation import Generation, Pick
-from edge_dlf.scheduler import Scheduler
+from edge_dlf.engine.decode import Decoder
+from edge_dlf.engine.ensemble import Ensemble
+from edge_dlf.engine.generation import Generation, Pick
+from edge_dlf.engine.scheduler import Scheduler
+from edge_dlf.fusion.fuser import Fuser
 
 from .fake_backend import FakeBackend
 from .test_decode import N_VOCAB, family, generate

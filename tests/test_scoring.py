@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from edge_dlf import ContextOverflowError, FusedLlama, FusionParams, InvalidParameterError, NonFiniteLogitsError
-from edge_dlf.backend import N_ROWS
-from edge_dlf.decode import Decoder
-from edge_dlf.ensemble import Ensemble
-from edge_dlf.fusion import Fuser
-from edge_dlf.generation import Generation
+from edge_dlf.answers.scoring import Score, run_scores
+from edge_dlf.engine.backend import N_ROWS
+from edge_dlf.engine.decode import Decoder
+from edge_dlf.engine.ensemble import Ensemble
+from edge_dlf.engine.generation import Generation
+from edge_dlf.engine.scheduler import Scheduler
+from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.params import SamplingParams
-from edge_dlf.scheduler import Scheduler
-from edge_dlf.scoring import Score, run_scores
 
 from . import naive
 from .fake_backend import FakeBackend

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dlf.errors import InvalidParameterError, NonFiniteLogitsError
-from edge_dlf.fusion import Fuser, fuse_logits
+from edge_dlf.fusion.fuser import Fuser, fuse_logits
 from edge_dlf.params import Draw, FusionParams, Picked, SamplingParams
 
 from . import naive
@@ -255,7 +255,7 @@ def test_draw_depends_on_seed_position_and_token_alone():
 @pytest.mark.parametrize("keyed_by", ["seed", "position"])
 def test_a_million_draws_follow_the_softmax(keyed_by):
     """Chi-square with 19 degrees of freedom, which exceeds 50 once in 7,000 times; the draws are fixed by the keys."""
-    from edge_dlf import kernels
+    from edge_dlf.fusion import kernels
 
     logits = np.random.default_rng(3).normal(0, 1, 120).astype(np.float32)
     ids = np.arange(100, 120)

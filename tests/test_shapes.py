@@ -15,8 +15,8 @@ from gguf.quants import dequantize
 
 from benchmarks import gpu, shapes
 from edge_dlf import FusedLlama
-from edge_dlf.backend import Run
-from edge_dlf.gguf import read_info
+from edge_dlf.engine.backend import Run
+from edge_dlf.gguf.info import read_info
 from edge_dlf.llama import LlamaBackend, Model
 
 TINY = {

@@ -9,8 +9,8 @@ import gguf
 import pytest
 
 from edge_dlf import FusedLlama, ModelFileError
-from edge_dlf.footprint import footprint
-from edge_dlf.gguf import read_info
+from edge_dlf.families.footprint import footprint
+from edge_dlf.gguf.info import read_info
 
 N_FILES = 3
 

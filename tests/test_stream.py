@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from edge_dlf import EdgeDLFError, FusionParams, SamplingParams
-from edge_dlf.completion import ChatCompletionShape, CompletionShape
-from edge_dlf.ensemble import Roles
-from edge_dlf.generation import Generation, Pick
-from edge_dlf.stream import Answer, TokenStream
+from edge_dlf.answers.completion import ChatCompletionShape, CompletionShape
+from edge_dlf.answers.stream import Answer, TokenStream
+from edge_dlf.engine.ensemble import Roles
+from edge_dlf.engine.generation import Generation, Pick
 
 EOG = 99
 

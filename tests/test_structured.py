@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edge_dlf import FusedLlama, InvalidParameterError
-from edge_dlf.fusion import Fuser
+from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.llama import Grammar
 from edge_dlf.params import Draw, SamplingParams
 

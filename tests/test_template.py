@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dlf import InvalidParameterError
-from edge_dlf.template import ChatTemplate, Message
+from edge_dlf.answers.template import ChatTemplate, Message
 
 CONTROL = {"<|im_start|>": 1, "<|im_end|>": 2, "<s>": 3}
 CHATML = (
@@ -149,7 +149,7 @@ GROWING = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = 
 def test_a_template_that_loops_or_explodes_is_cut_off(
     source: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_dlf.sandbox._RENDER_S", 1.5)
+    monkeypatch.setattr("edge_dlf.answers.sandbox._RENDER_S", 1.5)
     with pytest.raises(InvalidParameterError, match=expected) as caught:
         tokens(user("hello"), source)
     assert "\n" not in str(caught.value)
@@ -163,7 +163,7 @@ def test_a_template_that_explodes_while_it_is_compiled() -> None:
 def test_a_template_that_was_cut_off_serves_again(monkeypatch: pytest.MonkeyPatch) -> None:
     source = "{% for i in range((messages|length - 1) * 99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}ok"
     assert tokens(user("one"), source) == ["ok"]
-    monkeypatch.setattr("edge_dlf.sandbox._RENDER_S", 0.5)
+    monkeypatch.setattr("edge_dlf.answers.sandbox._RENDER_S", 0.5)
     with pytest.raises(InvalidParameterError, match=r"it takes more than 0\.5 s"):
         tokens(user("one") * 2, source)
     monkeypatch.undo()

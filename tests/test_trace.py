@@ -15,9 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edge_dlf import FusedLlama, FusionParams, InvalidParameterError, SamplingParams
+from edge_dlf.answers.trace_entry import answer_entry, token_entry
 from edge_dlf.cli import main
-from edge_dlf.trace import Head, Step, Totals, TraceFile, answer_entry, read_trace, token_entry
-from edge_dlf.trace_page import PAGE_TOKENS, write_page
+from edge_dlf.evidence.trace import Head, Step, Totals, TraceFile, read_trace
+from edge_dlf.evidence.trace_page import PAGE_TOKENS, write_page
 
 from . import naive
 from .test_decode import N_VOCAB, family, generate
@@ -355,7 +356,7 @@ class TestPage:
         page.close()
 
     def test_memory_does_not_grow_with_the_trace(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("edge_dlf.trace_page.PAGE_TOKENS", 100)
+        monkeypatch.setattr("edge_dlf.evidence.trace_page.PAGE_TOKENS", 100)
 
         def items(n: int) -> Iterator[Head | Step]:
             yield Head("q", "f", "dynamic", ("a",), 2.0)

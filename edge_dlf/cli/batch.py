@@ -12,11 +12,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from ..batch.outputs import Outputs, Targets, has_descriptor, open_outputs
 from ..errors import InvalidParameterError
 from .interrupts import Stop, interruptible
 from .opening import open_family
 from .options import DEFAULT_N_CTX, EPILOG, Options, Parallel, form_options, method_option, shared_options
-from .outputs import Outputs, Targets, has_descriptor, open_outputs
 from .progress import Progress
 from .screen import Screen
 from .settings import DEFAULTS
@@ -24,9 +24,9 @@ from .tracing import Tracer, trace_option, tracing
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
-    from ..intake import Intake
-    from ..jsonl import Line, Pipe
-    from ..manifest import Manifest
+    from ..batch.intake import Intake
+    from ..families.manifest import Manifest
+    from ..system.jsonl import Line, Pipe
 
 
 @click.command(
@@ -123,8 +123,8 @@ def _run(
     quiet: bool,
 ) -> None:
     """Run every row that is not finished; nothing is loaded where there is none."""
-    from ..intake import Intake
-    from ..jsonl import Pipe, read_lines
+    from ..batch.intake import Intake
+    from ..system.jsonl import Pipe, read_lines
 
     llm: FusedLlama | None = None
 
@@ -167,7 +167,7 @@ def _until(stop: Stop, lines: Iterator[Line]) -> Iterator[Line]:
 
 def _as_they_come(intake: Intake, pipe: Pipe) -> Iterator[Any]:
     """The requests in `pipe`; while the next one is waited for, those that run go on."""
-    from ..batch import LATER
+    from ..answers.batch import LATER
 
     requests = iter(intake)
     while True:
@@ -186,7 +186,7 @@ def _seed(options: Options) -> int:
 
 def _manifest(options: Options, raw: bool) -> Manifest:
     """The family, and every parameter that can change an answer."""
-    from ..manifest import Manifest
+    from ..families.manifest import Manifest
 
     loading = options.loading
     parameters = {

@@ -16,7 +16,7 @@ from .options import EPILOG, Options, family_argument, measuring_options
 from .screen import Screen
 
 if TYPE_CHECKING:
-    from ..bench import Speeds, Spread
+    from ..evidence.bench import Speeds, Spread
 
 _WIDTH = 100
 """Columns of the table where it does not go to a terminal."""
@@ -38,8 +38,8 @@ def bench(ctx: click.Context, /, json: bool, **values: Any) -> None:
     In parentheses: the least and the greatest measurement. What else the machine does meanwhile slows it down.
     """
     options, screen = Options.of(ctx, values), Screen()
-    from ..bench import N_CTX, PARALLEL, measure
-    from ..files import check_files
+    from ..evidence.bench import N_CTX, PARALLEL, measure
+    from ..families.files import check_files
     from ..llama import default_n_threads
 
     n_threads = options.loading.get("n_threads") or default_n_threads()

@@ -20,8 +20,8 @@ from .screen import Screen, one_line, printable, summary
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..answers.stream import Report
     from ..api import FusedLlama
-    from ..stream import Report
 
 _LEAST_COLUMN = 28
 

@@ -16,8 +16,8 @@ from .options import EPILOG, Options, family_argument, names_a_family, placing_o
 from .screen import Screen, may_style, one_line
 
 if TYPE_CHECKING:
-    from ..doctor import Check
-    from ..family import FamilySpec
+    from ..evidence.doctor import Check
+    from ..families.spec import FamilySpec
 
 _INDENT = " " * 9
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
@@ -63,7 +63,7 @@ def doctor(ctx: click.Context, /, json: bool, **values: Any) -> None:
 
 
 def _checks(ctx: click.Context, values: dict[str, Any]) -> Iterator[Check]:
-    from ..doctor import examine_family, examine_machine
+    from ..evidence.doctor import examine_family, examine_machine
 
     def load() -> FamilySpec:
         return Options.of(ctx, values).spec

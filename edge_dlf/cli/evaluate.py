@@ -20,8 +20,8 @@ from .settings import check, parse
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
-    from ..evaluate import Variant
-    from ..manifest import Manifest
+    from ..evidence.evaluate import Variant
+    from ..families.manifest import Manifest
 
 _FUSION = tuple(field.name for field in dataclasses.fields(FusionParams))
 
@@ -75,7 +75,7 @@ def evaluate(
     if options.system and not chat:
         raise InvalidParameterError("a system prompt needs the chat template: add --chat")
     try:
-        from ..evaluate import Plan, run
+        from ..evidence.evaluate import Plan, run
     except ImportError as error:
         raise InvalidParameterError(f"eval needs the harness: pip install 'edge-dlf[eval]' ({error})") from error
     plan = Plan([task for task in tasks.split(",") if task], _data(data), limit, fewshot, chat, options.system)
@@ -109,7 +109,7 @@ def _all(experts: Sequence[str]) -> list[str]:
 
 def _variant(text: str, options: Options, experts: Sequence[str]) -> Variant:
     """METHOD[:SETTING=VALUE,…], over what the shared options and the family say."""
-    from ..evaluate import Variant
+    from ..evidence.evaluate import Variant
 
     method, _, rest = text.partition(":")
     settings: dict[str, Any] = {name: value for name, value in options.settings.items() if name in _FUSION}
@@ -143,7 +143,7 @@ def _data(given: Sequence[str]) -> dict[str, list[Path]]:
 
 def _manifest(options: Options, settings: Mapping[str, Any]) -> Manifest:
     """The family, and every parameter that can change an answer or a score."""
-    from ..manifest import Manifest
+    from ..families.manifest import Manifest
 
     defaults = {name: value for name, value in options.spec.defaults.items() if name in _FUSION}
     loading = options.loading

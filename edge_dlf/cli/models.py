@@ -17,8 +17,8 @@ from .opening import size
 from .screen import Screen, printable
 
 if TYPE_CHECKING:
-    from ..catalogue import Entry
-    from ..family import FamilySpec, ModelSource
+    from ..families.catalogue import Entry
+    from ..families.spec import FamilySpec, ModelSource
 
 _CONTEXT = 4096
 
@@ -27,9 +27,9 @@ _CONTEXT = 4096
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def list_(json: bool) -> None:
     """List the families on this machine, those of the catalogue, and single models pulled from the hub."""
-    from ..catalogue import read_catalogue
-    from ..hub_cache import cached_models, shards, snapshot
-    from ..library import installed
+    from ..families.catalogue import read_catalogue
+    from ..families.hub_cache import cached_models, shards, snapshot
+    from ..families.library import installed
 
     screen, families = Screen(), installed()
     used = {source.place for family in families if family.spec for source in family.spec.sources}
@@ -119,8 +119,8 @@ def show(family: str, ctx_size: int, json: bool) -> None:
     """Show one family: its files, sizes, quantization, context, tokenizer, template and licence, and whether it fits
     into this machine's memory. FAMILY is a name, a family.toml, or the folder of one.
     """
-    from ..catalogue import read_catalogue
-    from ..family import FamilySpec
+    from ..families.catalogue import read_catalogue
+    from ..families.spec import FamilySpec
 
     screen, entry = Screen(), read_catalogue().get(family)
     try:
@@ -144,7 +144,7 @@ def show(family: str, ctx_size: int, json: bool) -> None:
 
 
 def _is_here(family: str) -> bool:
-    from ..library import installed
+    from ..families.library import installed
 
     return family in {one.name for one in installed()}
 
@@ -170,7 +170,7 @@ def _member(role: str, source: ModelSource) -> dict[str, Any]:
 
 
 def _bytes_of(source: ModelSource) -> int | None:
-    from ..hub_cache import shards
+    from ..families.hub_cache import shards
 
     place = source.place
     return _total(place.with_name(name) for name in shards(place.name)) if place else None
@@ -178,8 +178,8 @@ def _bytes_of(source: ModelSource) -> int | None:
 
 def _measured(spec: FamilySpec, n_ctx: int) -> dict[str, Any]:
     """What the headers of the files say; they are checked to fit together. Raises what `check_files` raises."""
-    from ..describe import describe, memory_bytes
-    from ..files import check_files
+    from ..families.describe import describe, memory_bytes
+    from ..families.files import check_files
 
     files = check_files(spec)
     told = {key: value for key, value in asdict(describe(spec, files)).items() if value is not None}
@@ -194,7 +194,7 @@ def _fit(memory: dict[str, int]) -> dict[str, Any]:
 
 
 def _lines(about: dict[str, Any]) -> list[str]:
-    from ..catalogue import SURENESS
+    from ..families.catalogue import SURENESS
 
     sure = f"{about['sure']}: {SURENESS[about['sure']]}" if "sure" in about else None
     facts = [("licence", about.get("license")), ("good at", about.get("good_at")), ("catalogue", sure)]

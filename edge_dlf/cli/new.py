@@ -21,9 +21,9 @@ def new(name: str, large: Path | None, base: Path | None, expert: tuple[tuple[st
     The files stay where they are. Those that `edge-dlf pull` brought are named by repository, revision and sha256,
     others by their path. The path of the family.toml goes to stdout.
     """
-    from ..family import NAME_RULE, FamilySpec, is_name
-    from ..files import check_files
-    from ..library import as_hub_source, change_sources, write_family
+    from ..families.files import check_files
+    from ..families.library import as_hub_source, change_sources, write_family
+    from ..families.spec import NAME_RULE, FamilySpec, is_name
 
     if not is_name(name):
         raise InvalidParameterError(f"a family's name must have {NAME_RULE}, not {name!r}")

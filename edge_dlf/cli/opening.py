@@ -13,7 +13,7 @@ from .screen import Screen, one_line
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
-    from ..family import FamilySpec
+    from ..families.spec import FamilySpec
 
 
 @contextmanager

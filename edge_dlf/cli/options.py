@@ -15,12 +15,13 @@ from click.core import ParameterSource
 
 from ..errors import InvalidParameterError
 from ..params import OVERLAPS, SEARCHES
+from ..system.paths import shipped_dir
 from .settings import DEFAULTS, check, parse, parse_numbers, show
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
-    from ..family import FamilySpec
-    from ..ray_batch import RayLlama
+    from ..batch.ray import RayLlama
+    from ..families.spec import FamilySpec
 
 Decorator: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -63,7 +64,7 @@ class Options:
     @classmethod
     def of(cls, ctx: click.Context, values: Mapping[str, Any]) -> Options:
         """From the values of the shared options. Raises InvalidParameterError or FamilyError."""
-        from ..family import FamilySpec
+        from ..families.spec import FamilySpec
 
         is_named = names_a_family(values)
         family, experts = _source(ctx, values) if is_named else _shipped(), dict(values["expert"])
@@ -85,7 +86,7 @@ class Options:
     def load_on_ray(self) -> RayLlama:
         """The family on the machines of the cluster. Raises InvalidParameterError where Ray is not installed."""
         try:
-            from ..ray_batch import RayLlama
+            from ..batch.ray import RayLlama
         except ImportError as error:
             raise InvalidParameterError(f"--ray needs Ray: pip install 'edge-dlf[ray]' ({error})") from error
         return RayLlama(self._loader(), address=self.ray, **self.loading)
@@ -106,7 +107,7 @@ def names_a_family(values: Mapping[str, Any]) -> bool:
 
 def _shipped() -> str:
     """The name of the family that ships. Raises InvalidParameterError where none does."""
-    from ..family import FILE_NAME, shipped_dir
+    from ..families.spec import FILE_NAME
 
     if not (shipped_dir() / _SHIPPED / FILE_NAME).is_file():
         raise InvalidParameterError(f"no family is named; {_HOW_TO_NAME}")

@@ -19,8 +19,8 @@ from .screen import Screen
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..family import FamilySpec
-    from ..hub import HubFile
+    from ..families.hub import HubFile
+    from ..families.spec import FamilySpec
 
 
 @click.command(short_help="Download a family, or one model, from the Hugging Face hub.")
@@ -36,9 +36,9 @@ def pull(target: str, offline: bool) -> None:
     """
     from huggingface_hub import constants
 
-    from ..catalogue import read_catalogue
-    from ..family import FILE_NAME, FamilySpec, find_family
-    from ..library import installed, parse_repo, write_family
+    from ..families.catalogue import read_catalogue
+    from ..families.library import installed, parse_repo, write_family
+    from ..families.spec import FILE_NAME, FamilySpec, find_family
 
     screen, offline = Screen(), offline or constants.HF_HUB_OFFLINE
     path = Path(target).expanduser()
@@ -59,8 +59,8 @@ def pull(target: str, offline: bool) -> None:
 
 def _pull_family(spec: FamilySpec, screen: Screen, offline: bool) -> FamilySpec:
     """Bring all files of `spec` here, check them together, and return it with their revisions and hashes."""
-    from ..files import check_files
-    from ..library import from_cache, note_revisions, plan_pull
+    from ..families.files import check_files
+    from ..families.library import from_cache, note_revisions, plan_pull
 
     if offline:
         try:
@@ -79,9 +79,9 @@ def _pull_family(spec: FamilySpec, screen: Screen, offline: bool) -> FamilySpec:
 
 def _pull_model(repo: str, quant: str | None, screen: Screen, offline: bool) -> Path:
     """Bring one model here; returns its path, of a split one that of the first file."""
-    from ..gguf import read_info
-    from ..hub import choose, read_repo
-    from ..hub_cache import cached_models, shards, snapshot
+    from ..families.hub import choose, read_repo
+    from ..families.hub_cache import cached_models, shards, snapshot
+    from ..gguf.info import read_info
 
     if offline:
         commits = {file: commit for at, file, commit in cached_models() if at == repo}
@@ -98,7 +98,7 @@ def _pull_model(repo: str, quant: str | None, screen: Screen, offline: bool) -> 
 
 
 def _download(files: Sequence[HubFile], screen: Screen) -> None:
-    from ..hub import check_space, download, missing_bytes
+    from ..families.hub import check_space, download, missing_bytes
 
     n_bytes = check_space(files)
     if n_bytes:
@@ -134,7 +134,7 @@ def rm(ctx: click.Context, target: str, yes: bool) -> None:
     """Remove a family of the models folder: its family.toml, its files beside it, and its files in the hub's cache
     that no other family names. REPO[:QUANT] removes models that `edge-dlf pull` brought alone. Says first what goes.
     """
-    from ..library import parse_repo, plan_model_removal, plan_removal, remove
+    from ..families.library import parse_repo, plan_model_removal, plan_removal, remove
 
     screen, repo = Screen(), parse_repo(target)
     removal = plan_model_removal(*repo) if repo else plan_removal(target)

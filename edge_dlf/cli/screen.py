@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from ..stream import Report
+    from ..answers.stream import Report
 
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _DIM, _PLAIN, _ERASE_LINE, _SHOW_CURSOR = "\x1b[2m", "\x1b[0m", "\r\x1b[K", "\x1b[?25h"

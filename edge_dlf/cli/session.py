@@ -13,8 +13,8 @@ from .settings import DEFAULTS
 from .tracing import Tracer
 
 if TYPE_CHECKING:
+    from ..answers.stream import Report
     from ..api import FusedLlama
-    from ..stream import Report
 
 _ROOM_FOR_ANSWER = 512
 

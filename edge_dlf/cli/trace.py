@@ -11,7 +11,7 @@ from ..errors import InvalidParameterError
 from .screen import Screen, printable
 
 if TYPE_CHECKING:
-    from ..trace import Totals
+    from ..evidence.trace import Totals
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -24,9 +24,9 @@ def trace(file: Path, output: Path | None) -> None:
 
     The page holds everything that it needs: it opens from the disk, without a network.
     """
-    from ..durable import replacing
-    from ..trace import read_trace
-    from ..trace_page import write_page
+    from ..evidence.trace import read_trace
+    from ..evidence.trace_page import write_page
+    from ..system.durable import replacing
 
     output = output or file.with_suffix(".html")
     if output.exists() and output.samefile(file):

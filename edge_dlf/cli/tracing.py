@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from ..answers.stream import Report
+    from ..evidence.trace import TraceFile
     from ..params import Token
-    from ..stream import Report
-    from ..trace import TraceFile
 
 _MAX_LABEL = 200
 
@@ -43,7 +43,7 @@ class Tracer:
     def add(self, token: Token, name: Callable[[int], str]) -> None:
         """The next token of the answer. name: token id -> its text."""
         if self._file and token.trace:
-            from ..trace import token_entry
+            from ..answers.trace_entry import token_entry
 
             self._file.write(token_entry(token, name))
 
@@ -54,7 +54,7 @@ class Tracer:
             self._file.write(self._head(label, method, experts, trace["alpha_max"]), *trace["tokens"])
 
     def _head(self, label: str, method: str, experts: tuple[str, ...], alpha_max: float) -> dict[str, Any]:
-        from ..trace import answer_entry
+        from ..answers.trace_entry import answer_entry
 
         return answer_entry(" ".join(label.split())[:_MAX_LABEL], self._family, method, experts, alpha_max)
 
@@ -65,7 +65,7 @@ def tracing(path: Path | None, family: str) -> Iterator[Tracer]:
     if path is None:
         yield Tracer(None, family)
         return
-    from ..trace import TraceFile
+    from ..evidence.trace import TraceFile
 
     with TraceFile(path) as file:
         yield Tracer(file, family)

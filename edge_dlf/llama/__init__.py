@@ -4,7 +4,7 @@ The only importer of `llama_cpp`. A `Model` holds weights and vocabulary; a `Lla
 with its own KV cache and its own LoRA adapters, so that a base and its LoRA experts share one `Model`.
 """
 
-from ..backend import N_BATCH
+from ..engine.backend import N_BATCH
 from .amx import amx_crashes
 from .context import CACHE_TYPES, LlamaBackend
 from .device import copy_bytes_s, fetch_s

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import llama_cpp as lib
 
-from ..family import shipped_dir
-from ..remembered import recall, remember, states
+from ..system.paths import shipped_dir
+from ..system.remembered import recall, remember, states
 
 _MODEL = Path("demo", "base-q8_0.gguf")
 _PATIENCE_S = 60.0

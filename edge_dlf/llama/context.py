@@ -11,7 +11,7 @@ import llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 
-from ..backend import N_BATCH, N_ROWS, Logits, Run
+from ..engine.backend import N_BATCH, N_ROWS, Logits, Run
 from ..errors import (
     ContextOverflowError,
     DecodeError,

@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp as lib
 
 from ..errors import InvalidParameterError, ModelFileError, OutOfMemoryError
-from ..gguf_header import Tensor
+from ..gguf.header import Tensor
 from .amx import amx_crashes
 from .repack import overrides
 from .runtime import gpus, initialise

@@ -18,7 +18,7 @@ from typing import Any
 
 import llama_cpp as lib
 
-from ..gguf_header import Tensor
+from ..gguf.header import Tensor
 from .ggml import InitParams, call, owned
 
 _BUFFER = b"CPU_REPACK"

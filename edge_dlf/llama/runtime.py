@@ -16,7 +16,7 @@ import psutil
 from llama_cpp._ggml import libggml
 
 from ..errors import RequestInterruptedError
-from ..machine import GPU
+from ..system.machine import GPU
 from .amx import amx_crashes
 
 logger = logging.getLogger(__name__)

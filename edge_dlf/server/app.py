@@ -20,8 +20,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..completion import Dict
-from ..requests import CHAT, COMPLETIONS
+from ..answers.completion import Dict
+from ..answers.requests import CHAT, COMPLETIONS
 from . import openapi
 from .calls import Call, Choice, HTTPError, chunks, closing, encode, opening, total, whole
 from .engine import Engine, Ticket

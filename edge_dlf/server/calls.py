@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..completion import CompletionShape, Dict
+from ..answers.completion import CompletionShape, Dict
+from ..answers.requests import Request, parse_body
+from ..answers.stream import Answer, Report
 from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError, NonFiniteLogitsError
 from ..params import Token
-from ..requests import Request, parse_body
-from ..stream import Answer, Report
 from .engine import BusyError, StoppingError
 
 if TYPE_CHECKING:

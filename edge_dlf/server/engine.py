@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, cast
 
+from ..answers.stream import Answer
+from ..engine.generation import Generation, Outcome
 from ..errors import EdgeDLFError, InvalidParameterError, RequestInterruptedError
-from ..generation import Generation, Outcome
 from ..params import Token
-from ..stream import Answer
 
 if TYPE_CHECKING:
     from ..api import FusedLlama

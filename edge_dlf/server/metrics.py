@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ..stream import Report
+from ..answers.stream import Report
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
+from ..answers.requests import CHAT, COMPLETIONS
 from ..params import SEARCHES
-from ..requests import CHAT, COMPLETIONS
 from .calls import MAX_CHOICES, MAX_TOP_LOGPROBS
 
 Dict = dict[str, Any]

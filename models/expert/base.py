@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edge_dlf.errors import ModelFileError
-from edge_dlf.gguf import GGUFInfo, read_info
+from edge_dlf.gguf.info import GGUFInfo, read_info
 
 from ..recipe.export import halved, n_paired_heads
 from ..recipe.model import Llama, Shape

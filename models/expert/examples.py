@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from edge_dlf.answers.text import to_bytes
+from edge_dlf.answers.tokenizer import Tokenizer
 from edge_dlf.errors import ContextOverflowError, InvalidParameterError
-from edge_dlf.jsonl import parse_object, read_lines
 from edge_dlf.llama import Model
-from edge_dlf.text import to_bytes
-from edge_dlf.tokenizer import Tokenizer
+from edge_dlf.system.jsonl import parse_object, read_lines
 
 from ..recipe.data import IGNORED
 

@@ -1,0 +1,138 @@
+"""OpenAI-shaped dictionaries from generated tokens, with llama-cpp-python's names."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from typing import Any, TypeAlias
+
+from ..params import Token
+from .stream import FinishReason, Report
+from .trace_entry import token_entry
+
+Dict: TypeAlias = dict[str, Any]
+
+
+class CompletionShape:
+    """Dictionaries of `create_completion`. piece: token id -> its bytes, control tokens by name. index: of the choice,
+    where there are several."""
+
+    object = "text_completion"
+    chunk_object = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, model: str, logprobs: bool, piece: Callable[[int], bytes], index: int = 0) -> None:
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._logprobs = logprobs
+        self._piece = piece
+        self._index = index
+        self._n_chars = 0
+
+    def another(self, index: int) -> CompletionShape:
+        """The shape of another choice of the same answer."""
+        other = copy(self)
+        other._index = index
+        return other
+
+    def result(self, tokens: Sequence[Token], report: Report) -> Dict:
+        """The dictionary of a whole answer."""
+        text = "".join(token.text for token in tokens)
+        choice = self._choice(text, self._logprobs_of(tokens), report.finish_reason)
+        summary = report.summary()
+        if traced := [token_entry(token, self._name) for token in tokens if token.trace]:
+            summary["trace"] = {"alpha_max": report.alpha_max, "tokens": traced}
+        return {**self._envelope(self.object, choice), "usage": report.usage(), "edge_dlf": summary}
+
+    def chunks(self, tokens: Iterator[Token], report: Report) -> Iterator[Dict]:
+        """A dictionary for each token, then one with the finish reason, usage and the `edge_dlf` field."""
+        yield from self.opening()
+        yield from map(self.chunk, tokens)
+        yield {**self.closing(report), "usage": report.usage(), "edge_dlf": report.summary()}
+
+    def opening(self) -> Iterator[Dict]:
+        """Chunks before the first token."""
+        return iter(())
+
+    def chunk(self, token: Token) -> Dict:
+        """The chunk of the next token."""
+        delta = self._delta(token.text, self._logprobs_of([token], self._n_chars), None)
+        self._n_chars += len(token.text)
+        return self._envelope(self.chunk_object, delta)
+
+    def closing(self, report: Report) -> Dict:
+        """The chunk that tells why the answer ended."""
+        return self._envelope(self.chunk_object, self._end(report.finish_reason))
+
+    def no_choice(self) -> Dict:
+        """A chunk of no choice, for what concerns all of them."""
+        return {**self._head, "object": self.chunk_object, "choices": []}
+
+    def _envelope(self, kind: str, choice: Dict) -> Dict:
+        return {**self._head, "object": kind, "choices": [choice]}
+
+    def _choice(self, text: str, logprobs: Dict | None, reason: FinishReason | None) -> Dict:
+        return {"text": text, "index": self._index, "logprobs": logprobs, "finish_reason": reason}
+
+    _delta = _choice
+
+    def _end(self, reason: FinishReason | None) -> Dict:
+        return self._choice("", None, reason)
+
+    def _name(self, token: int) -> str:
+        return self._piece(token).decode("utf-8", "replace")
+
+    def _logprobs_of(self, tokens: Sequence[Token], offset: int = 0) -> Dict | None:
+        if not self._logprobs:
+            return None
+        offsets = [offset]
+        for token in tokens[:-1]:
+            offsets.append(offsets[-1] + len(token.text))
+        return {
+            "tokens": [self._name(token.id) for token in tokens],
+            "text_offset": offsets,
+            "token_logprobs": [token.logprob for token in tokens],
+            # Parts of characters have one name, U+FFFD: the most likely, which comes first, is the one to show.
+            "top_logprobs": [
+                {self._name(id): logprob for id, logprob in reversed(token.top_logprobs)} for token in tokens
+            ],
+        }
+
+
+class ChatCompletionShape(CompletionShape):
+    """Dictionaries of `create_chat_completion`."""
+
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    prefix = "chatcmpl"
+
+    def _choice(self, text: str, logprobs: Dict | None, reason: FinishReason | None) -> Dict:
+        message = {"role": "assistant", "content": text}
+        return {"index": self._index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def _delta(self, text: str, logprobs: Dict | None, reason: FinishReason | None) -> Dict:
+        return {"index": self._index, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": reason}
+
+    def opening(self) -> Iterator[Dict]:
+        choice = {"index": self._index, "delta": {"role": "assistant"}, "logprobs": None, "finish_reason": None}
+        yield self._envelope(self.chunk_object, choice)
+
+    def _end(self, reason: FinishReason | None) -> Dict:
+        return {"index": self._index, "delta": {}, "logprobs": None, "finish_reason": reason}
+
+    def _logprobs_of(self, tokens: Sequence[Token], offset: int = 0) -> Dict | None:
+        if not self._logprobs:
+            return None
+        return {
+            "content": [
+                {
+                    **self._entry(token.id, token.logprob),
+                    "top_logprobs": [self._entry(id, logprob) for id, logprob in token.top_logprobs],
+                }
+                for token in tokens
+            ]
+        }
+
+    def _entry(self, token: int, logprob: float) -> Dict:
+        return {"token": self._name(token), "bytes": list(self._piece(token)), "logprob": logprob}

@@ -1,0 +1,198 @@
+"""Requests made ready to be decoded: arguments checked, prompts made tokens, nothing evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..engine.ensemble import Ensemble
+from ..engine.generation import Generation
+from ..errors import ContextOverflowError, InvalidParameterError
+from ..params import FusionParams, SamplingParams, check_draft
+from .completion import ChatCompletionShape, CompletionShape
+from .requests import Request
+from .stream import Answer
+from .tokenizer import Prompt, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+_FUSION = frozenset(field.name for field in dataclasses.fields(FusionParams))
+
+
+class Preparer:
+    """Makes answers of arguments, for one family.
+
+    name: the family's. defaults: settings of its own. ends: whether a token ends an answer. Its methods raise
+    InvalidParameterError, ContextOverflowError, and TypeError for unknown names, on behalf of `function`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        defaults: Mapping[str, Any],
+        ensemble: Ensemble,
+        tokenizer: Tokenizer,
+        ends: Callable[[int], bool],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._name = name
+        self._defaults = defaults
+        self._ensemble = ensemble
+        self._ends = ends
+        self._said_stuck = False
+
+    def answer(
+        self,
+        function: str,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None,
+        stop: str | Sequence[str] | None,
+        top_logprobs: int,
+        prompts: Mapping[str, Prompt] | None,
+        draft: int | str,
+        grammar: str | None,
+        json_schema: Mapping[str, Any] | None,
+        trace: bool,
+        settings: Mapping[str, Any],
+    ) -> Answer:
+        """The answer to one request, checked, of which nothing has been evaluated yet."""
+        sampling, fusion = self.params(function, settings)
+        _require_count("max_tokens", max_tokens, least=1)
+        _require_count("top_logprobs", top_logprobs, least=0)
+        own = prompts or {}
+        if unknown := sorted(set(own) - set(self._ensemble.members)):
+            raise InvalidParameterError(
+                f"prompts names {unknown[0]!r}; the members are {', '.join(self._ensemble.members)}"
+            )
+        shared = self.tokenizer.prompt(prompt)
+        tokens = {name: self.tokenizer.prompt(own[name]) if name in own else shared for name in self._ensemble.members}
+        generation = Generation(
+            roles=self._ensemble.roles(fusion),
+            prompts=tokens,
+            fusion=fusion,
+            sampling=sampling,
+            alphas=self._ensemble.static_alphas(fusion) if fusion.method == "static" else (),
+            n_top=min(top_logprobs, self._ensemble.n_vocab),
+            n_draft=self._n_draft(draft),
+            ends=self._ends,
+            constraint=self.tokenizer.constraint(grammar, json_schema, self._ends),
+            traced=trace,
+        )
+        longest = max(len(tokens[name]) for name in generation.roles.members)
+        if longest + (max_tokens or 1) > self._ensemble.n_ctx:
+            raise ContextOverflowError(
+                f"the prompt has {longest} tokens and the answer may have {max_tokens or 1}: together "
+                f"{longest + (max_tokens or 1)}, more than the context of {self._ensemble.n_ctx}"
+            )
+        return Answer(
+            generation,
+            max_tokens=max_tokens or self._ensemble.n_ctx - longest,
+            stop=_stop_strings(stop),
+            piece=self.tokenizer.piece,
+        )
+
+    def scorer(self, settings: Mapping[str, Any]) -> Callable[[Prompt, Sequence[int]], Generation]:
+        """What makes a prompt and the tokens of its answer ready to be scored."""
+        if unknown := sorted(set(settings) - _FUSION):
+            raise TypeError(f"score() got an unexpected keyword argument {unknown[0]!r}")
+        _, fusion = self.params("score", settings)
+        n_ctx = self._ensemble.n_ctx
+
+        def scored(prompt: Prompt, answer: Sequence[int]) -> Generation:
+            given, tokens = tuple(map(self.tokenizer.known, answer)), self.tokenizer.prompt(prompt)
+            if not given:
+                raise InvalidParameterError("the answer to be scored has no tokens")
+            if len(tokens) + len(given) - 1 > n_ctx:
+                raise ContextOverflowError(
+                    f"the prompt has {len(tokens)} tokens and the answer {len(given)}: more than the context of {n_ctx}"
+                )
+            return Generation(
+                roles=self._ensemble.roles(fusion),
+                prompts=dict.fromkeys(self._ensemble.members, tokens),
+                fusion=fusion,
+                sampling=SamplingParams(temperature=0.0, seed=0),
+                alphas=self._ensemble.static_alphas(fusion) if fusion.method == "static" else (),
+                n_top=1,
+                scored=given,
+            )
+
+        return scored
+
+    def request(
+        self,
+        request: Request,
+        *,
+        raw: bool,
+        system: str | None,
+        draft: int | str,
+        trace: bool,
+        settings: Mapping[str, Any],
+    ) -> tuple[Answer, CompletionShape]:
+        """The answer to a line of a batch or to a call of the server, and the shape of its result."""
+        arguments = {"max_tokens": None, "stop": None, **settings, **request.settings}
+        logprobs, n_top = arguments.pop("logprobs", None), arguments.pop("top_logprobs", 0)
+        answer = self.answer(
+            "prepare",
+            self._content(request, raw=raw, system=system),
+            max_tokens=arguments.pop("max_tokens"),
+            stop=arguments.pop("stop"),
+            top_logprobs=(n_top if logprobs else 0) if request.is_chat else logprobs or 0,
+            prompts=None,
+            draft=draft,
+            grammar=arguments.pop("grammar", None),
+            json_schema=arguments.pop("json_schema", None),
+            trace=trace,
+            settings=arguments,
+        )
+        if request.is_chat:
+            return answer, ChatCompletionShape(self._name, bool(logprobs), self.tokenizer.name_bytes)
+        return answer, CompletionShape(self._name, logprobs is not None, self.tokenizer.name_bytes)
+
+    def _content(self, request: Request, *, raw: bool, system: str | None) -> Prompt:
+        """The prompt of a batched request."""
+        content: Any = request.content
+        if not request.is_chat:
+            if raw or request.is_raw or not isinstance(content, str):
+                return request.content  # type: ignore[no-any-return]
+            content = [{"role": "user", "content": content}]
+        if system is not None and content[0].get("role") != "system":
+            content = [{"role": "system", "content": system}, *content]
+        return self.tokenizer.conversation(content)
+
+    def params(self, function: str, settings: Mapping[str, Any]) -> tuple[SamplingParams, FusionParams]:
+        """`settings` over the family's defaults. Raises TypeError for a name that is neither's."""
+        if unknown := sorted(set(settings) - _SAMPLING - _FUSION):
+            raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+        merged = {**self._defaults, **settings}
+        if bias := merged.get("logit_bias"):
+            merged["logit_bias"] = {self.tokenizer.known(int(token)): float(value) for token, value in bias.items()}
+        sampling = SamplingParams(**{name: value for name, value in merged.items() if name in _SAMPLING})
+        return sampling, FusionParams(**{name: value for name, value in merged.items() if name in _FUSION})
+
+    def _n_draft(self, draft: int | str) -> int | None:
+        """Tokens to draft at each step; None for "auto"."""
+        check_draft(draft)
+        if draft in ("off", 0):
+            return 0
+        if stuck := [name for name, member in self._ensemble.members.items() if not member.can_trim]:
+            if not self._said_stuck:
+                logger.warning("%s cannot take tokens back, so nothing is drafted", " and ".join(stuck))
+            self._said_stuck = True
+            return 0
+        return draft if isinstance(draft, int) else None
+
+
+def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if any(not isinstance(string, str) or not string for string in strings):
+        raise InvalidParameterError("a stop string must be text, and not empty")
+    return strings
+
+
+def _require_count(name: str, value: int | None, *, least: int) -> None:
+    if value is not None and value < least:
+        raise InvalidParameterError(f"{name} must be {least} or more, not {value}")

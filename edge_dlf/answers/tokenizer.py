@@ -1,0 +1,120 @@
+"""Text to tokens and back, by the vocabulary and the chat template of the large model, which are the family's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..engine.constraint import Constraint, Schemas
+from ..errors import InvalidParameterError
+from .template import ChatTemplate, Message
+from .text import to_bytes
+
+if TYPE_CHECKING:
+    from ..llama import Model
+
+Prompt: TypeAlias = str | Sequence[int]
+
+
+class Tokenizer:
+    """Tokens of texts, prompts and conversations. n_vocab: tokens that all members share."""
+
+    def __init__(self, model: Model, n_vocab: int) -> None:
+        self.n_vocab = n_vocab
+        self._model = model
+        self._template: ChatTemplate | None = None
+        self._schemas: Schemas | None = None
+
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text` as a raw prompt, as in `FusedLlama.tokenize`."""
+        return self._with_bos(self._model.tokenize(to_bytes(text), special=special))
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`, names of control tokens included."""
+        return b"".join(map(self.name_bytes, tokens)).decode("utf-8", "replace")
+
+    @property
+    def first_token(self) -> int:
+        """BOS, or else EOS. Raises InvalidParameterError where the vocabulary has neither."""
+        token = self._model.eos if self._model.bos is None else self._model.bos
+        if token is None:
+            raise InvalidParameterError("this model has no token that begins or ends a text")
+        return token
+
+    def piece(self, token: int) -> bytes:
+        """Bytes that `token` adds to an answer; none for control tokens."""
+        return self._model.piece(token)
+
+    def name_bytes(self, token: int) -> bytes:
+        """Bytes of `token`, of control tokens their names."""
+        return self._model.piece(token, special=True)
+
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """Tokens of a prompt, one at least. Raises InvalidParameterError for ids that do not exist."""
+        tokens = self.tokenize(prompt) if isinstance(prompt, str) else [self.known(token) for token in prompt]
+        return tokens or [self._bos()]
+
+    def conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Prompt for the assistant's answer to `messages`, as in `FusedLlama.apply_chat_template`."""
+        if self._template is None:
+            self._template = self._compile_template()
+        return self._with_bos(self._template.tokens(messages))
+
+    def constraint(
+        self, grammar: str | None, schema: Mapping[str, Any] | None, ends: Callable[[int], bool]
+    ) -> Constraint | None:
+        """What an answer must look like: text of a GBNF grammar, or JSON of a schema; None for anything. ends: whether
+        a token ends an answer. Raises InvalidParameterError."""
+        if grammar is not None:
+            from ..llama import Grammar
+
+            if schema is not None:
+                raise InvalidParameterError("an answer keeps to a grammar or to a JSON schema, not to both")
+            if not isinstance(grammar, str):
+                raise InvalidParameterError(f"grammar must be text of a GBNF grammar, not {grammar!r:.60}")
+            return Grammar(self._model, grammar, self.n_vocab)
+        if schema is None:
+            return None
+        if self._schemas is None:
+            last = list(filter(ends, range(self.n_vocab)))
+            if not last:
+                raise InvalidParameterError("this model has no token that ends an answer, which a JSON schema needs")
+            pieces = list(map(self.piece, range(self.n_vocab)))
+            self._schemas = Schemas(pieces, last, lambda text: self._model.tokenize(text, special=False))
+        return self._schemas.constraint(schema)
+
+    def known(self, token: int) -> int:
+        """`token`, if it exists. Raises InvalidParameterError otherwise."""
+        if not 0 <= token < self.n_vocab:
+            raise InvalidParameterError(f"there is no token {token}; ids go from 0 to {self.n_vocab - 1}")
+        return int(token)
+
+    def close(self) -> None:
+        """End the process that renders the template. Calling it twice is no error."""
+        if self._template is not None:
+            self._template.close()
+
+    def _with_bos(self, tokens: list[int]) -> list[int]:
+        if self._model.adds_bos and tokens[:1] != [self._model.bos]:
+            tokens.insert(0, self._bos())
+        return tokens
+
+    def _bos(self) -> int:
+        if self._model.bos is None:
+            raise InvalidParameterError("the prompt is empty, and this model has no token that begins a text")
+        return self._model.bos
+
+    def _name(self, token: int | None) -> str:
+        return "" if token is None else self.name_bytes(token).decode("utf-8", "replace")
+
+    def _compile_template(self) -> ChatTemplate:
+        source = self._model.chat_template
+        if source is None:
+            raise InvalidParameterError("the large model has no chat template; give it a raw prompt instead")
+        return ChatTemplate(
+            source,
+            bos=self._name(self._model.bos),
+            eos=self._name(self._model.eos),
+            control={self._name(token): token for token in self._model.control_tokens()},
+            tokenize=lambda text: self._model.tokenize(to_bytes(text), special=False),
+        )

@@ -1,0 +1,1 @@
+"""Batches over files that survive kills, and over a Ray cluster."""

@@ -1,0 +1,127 @@
+"""What goes into a batch: the rows of the input that are still to be run, each under an id of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import IO, Any
+
+from ..system.jsonl import BOM, MAX_LINE_BYTES, Line, parse_object
+from .ids import Ids
+
+_BLOCK_BYTES = 1 << 20
+_OPENAI = {"custom_id", "url", "body"}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What an input holds. n_rows: its lines that are not blank. digest: of all its n_bytes. earlier_digest: of as many
+    bytes at its beginning as an earlier survey saw, None where there are fewer."""
+
+    n_rows: int
+    n_bytes: int
+    digest: str
+    earlier_digest: str | None
+
+
+def survey(file: IO[bytes], n_earlier_bytes: int = 0) -> Survey:
+    """Read `file` once from its beginning to its end, and go back to the beginning."""
+    digest = blake2b(digest_size=16)
+    n_rows = n_bytes = 0
+    is_row = False
+    earlier_digest = None if n_earlier_bytes else digest.hexdigest()
+    file.seek(0)
+    for block in _blocks(file, n_earlier_bytes):
+        digest.update(block)
+        n_bytes += len(block)
+        if n_bytes == n_earlier_bytes:
+            earlier_digest = digest.hexdigest()
+        first, *rest = block.split(b"\n")
+        is_row = is_row or bool(first.strip())
+        for part in rest:
+            n_rows += is_row
+            is_row = bool(part.strip())
+    file.seek(0)
+    start = file.readline(_BLOCK_BYTES)
+    n_rows += is_row - (start.startswith(BOM) and not start.removeprefix(BOM).strip())
+    file.seek(0)
+    return Survey(n_rows, n_bytes, digest.hexdigest(), earlier_digest)
+
+
+def _blocks(file: IO[bytes], boundary: int) -> Iterator[bytes]:
+    """All of `file`; one block ends at `boundary`."""
+    position = 0
+    while block := file.read(min(_BLOCK_BYTES, boundary - position) if position < boundary else _BLOCK_BYTES):
+        position += len(block)
+        yield block
+
+
+class Intake:
+    """Iterates over the requests in `lines` whose ids are not in `ids`; the other rows are finished.
+
+    A request without an id gets the number of its line for one, as a text. Lines that are no requests are given to
+    `reject` as rows with an error.
+    """
+
+    def __init__(self, lines: Iterable[Line], ids: Ids, reject: Callable[[dict[str, Any]], None]) -> None:
+        self._lines = lines
+        self._ids = ids
+        self._reject = reject
+        self._running: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for line in self._lines:
+            try:
+                id, request = _request(line)
+                found = self._ids.meet(id)
+                if found == "repeated":
+                    raise _RowError("duplicate_id", f"the id {id!r} is that of an earlier line")
+            except _RowError as reason:
+                if self._ids.meet(line.number) == "new":
+                    self._reject(_rejected(line.number, reason))
+                continue
+            if found == "new":
+                self._running[id] = line.number
+                yield request
+
+    @property
+    def n_running(self) -> int:
+        """Requests given out whose rows are not finished."""
+        return len(self._running)
+
+    def finished(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row of a request that has been run; an error gets the number of its line."""
+        number = self._running.pop(row["custom_id"])
+        return {**row, "error": {**row["error"], "line": number}} if row["error"] else row
+
+
+class _RowError(Exception):
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def _request(line: Line) -> tuple[str, dict[str, Any]]:
+    """The id of the request in `line`, and the request with it."""
+    if line.content is None:
+        raise _RowError("line_too_long", f"{line.n_bytes:,} bytes; a line may have {MAX_LINE_BYTES:,}")
+    try:
+        request = parse_object(line.content)
+    except ValueError as error:
+        raise _RowError("invalid_json", str(error)) from None
+    name = "custom_id" if request.keys() & _OPENAI else "id"
+    id = request.get(name)
+    if isinstance(id, bool) or not isinstance(id, str | int | None) or id == "":
+        raise _RowError("invalid_request", f"{name} must be a text that is not empty, or a whole number")
+    text = str(line.number if id is None else id)
+    return text, {**request, name: text}
+
+
+def _rejected(number: int, reason: _RowError) -> dict[str, Any]:
+    return {
+        "id": f"batch_req_line_{number}",
+        "custom_id": None,
+        "response": None,
+        "error": {"code": reason.code, "message": str(reason), "line": number},
+    }

@@ -1,0 +1,170 @@
+"""Where the finished rows of a batch go: files of JSON lines that a later run reads, repairs and goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeAlias
+
+from filelock import FileLock, Timeout
+
+from ..errors import EdgeDLFError, InvalidParameterError
+from ..system.durable import Appender, file_error, new_name, replacing
+from ..system.jsonl import Line, dump_line, parse_object, read_lines
+from .ids import Ids
+
+_BLOCK_BYTES = 1 << 20
+
+Row: TypeAlias = Mapping[str, Any]
+
+
+class Sink(Protocol):
+    """Takes whole lines."""
+
+    def append(self, line: bytes) -> None: ...
+
+
+class Ledger:
+    """Takes rows, those with an error apart where there is a place for them.
+
+    ids: those whose rows are finished. n_completed, n_failed: rows there, earlier runs included.
+    """
+
+    def __init__(self) -> None:
+        self.ids = Ids()
+        self.n_completed = self.n_failed = 0
+        self._output: Sink | None = None
+        self._errors: Sink | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_completed + self.n_failed
+
+    def write_to(self, output: Sink, errors: Sink | None = None) -> None:
+        """Where rows go from now on; without `errors` all go to `output`."""
+        self._output, self._errors = output, errors or output
+
+    def write(self, row: Row) -> None:
+        """Add a row that is finished. Raises EdgeDLFError where it cannot be written."""
+        sink = self._errors if row["error"] else self._output
+        assert sink is not None, "write_to comes first"
+        sink.append(dump_line(row))
+        self.count(row)
+
+    def count(self, row: Row) -> None:
+        if row["error"]:
+            self.n_failed += 1
+        else:
+            self.n_completed += 1
+
+
+@contextmanager
+def locked(paths: Sequence[Path]) -> Iterator[None]:
+    """Keep other runs away from these files. Raises EdgeDLFError, at once, where one of them is in use."""
+    with ExitStack() as stack:
+        for path in paths:
+            if not path.parent.is_dir():  # the lock would make it
+                raise InvalidParameterError(f"{path}: there is no folder {path.parent}")
+            try:
+                stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), timeout=0, thread_local=False))
+            except Timeout:
+                raise EdgeDLFError(f"{path}: another run is writing to it") from None
+            except OSError as error:
+                raise file_error(path, error) from error
+        yield
+
+
+def is_begun(path: Path) -> bool:
+    """Whether there is anything in the file."""
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def resume(ledger: Ledger, path: Path, *, retry_errors: bool, notice: Callable[[str], None]) -> Appender:
+    """Enter the rows of an earlier run, if there are any, and open the file at their end.
+
+    A torn last line is cut off. Lines that are no rows, rows whose id has come before and, with `retry_errors`, rows
+    with an error are left out: the file is replaced by one without them.
+    """
+    new_name(path).unlink(missing_ok=True)
+    try:
+        with path.open("rb") as file:
+            end, gaps = _enter(ledger, file, retry_errors, lambda what: notice(f"{path}: {what}"))
+            if gaps:
+                with replacing(path) as new:
+                    for start, stop in _between(gaps, end):
+                        _copy(file, new, start, stop)
+                    end = new.tell()
+    except FileNotFoundError:
+        end = 0
+    except OSError as error:
+        raise file_error(path, error) from error
+    return Appender(path, end)
+
+
+def _enter(
+    ledger: Ledger, file: IO[bytes], retry_errors: bool, notice: Callable[[str], None]
+) -> tuple[int, list[tuple[int, int]]]:
+    """Enter the rows of `file`; returns where the last whole line ends, and what is to be left out before it."""
+    end = n_damaged = 0
+    gaps: list[tuple[int, int]] = []
+    for line in read_lines(file):
+        if not line.is_whole:
+            notice("the last line was torn; its row runs again")
+            break
+        end = line.start + line.n_bytes
+        row = _row(line)
+        is_kept = False
+        if row is None:
+            n_damaged += 1
+        elif not (row["error"] and retry_errors):
+            is_kept = ledger.ids.finish(_id(row))
+            n_damaged += not is_kept
+        if row is not None and is_kept:
+            ledger.count(row)
+        elif gaps and gaps[-1][1] == line.start:
+            gaps[-1] = gaps[-1][0], end
+        else:
+            gaps.append((line.start, end))
+    if n_damaged:
+        notice(f"{n_damaged} damaged or repeated rows are left out; what is missing runs again")
+    return end, gaps
+
+
+def _row(line: Line) -> Row | None:
+    """The row in a line of an output; None where it is none."""
+    try:
+        row = parse_object(line.content or b"")
+    except ValueError:
+        return None
+    response, error = row.get("response"), row.get("error")
+    is_row = isinstance(row.get("custom_id"), str) and isinstance(response, dict) and error is None
+    if isinstance(error, dict) and response is None:
+        is_row = isinstance(row.get("custom_id"), str) or isinstance(error.get("line"), int)
+    return row if is_row else None
+
+
+def _id(row: Row) -> str | int:
+    """What a row is known by: its id, or the number of an input line that has none."""
+    id = row["custom_id"]
+    return id if isinstance(id, str) else int(row["error"]["line"])
+
+
+def _between(gaps: Sequence[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
+    """What `gaps` leave of the bytes up to `end`."""
+    start = 0
+    for gap_start, gap_end in [*gaps, (end, end)]:
+        if start < gap_start:
+            yield start, gap_start
+        start = gap_end
+
+
+def _copy(file: IO[bytes], new: IO[bytes], start: int, stop: int) -> None:
+    file.seek(start)
+    while start < stop:
+        block = file.read(min(_BLOCK_BYTES, stop - start))
+        new.write(block)
+        start += len(block)

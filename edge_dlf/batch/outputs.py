@@ -1,0 +1,213 @@
+"""The files that a batch writes: which they are, whether this run may go on with them, and where a new one begins."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from ..errors import EdgeDLFError, InvalidParameterError
+
+if TYPE_CHECKING:
+    from ..families.manifest import Manifest
+    from ..system.durable import Appender
+    from .ledger import Ledger
+
+STDIO = "-"
+_AGAIN = "; give the same again, or --restart, which keeps the earlier file and begins anew"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """output, errors: real paths, None for stdout and for errors that have no file of their own."""
+
+    output: Path | None
+    errors: Path | None
+
+    @classmethod
+    def of(cls, output: str, errors: str | None, input: IO[bytes]) -> Targets:
+        """Raises InvalidParameterError where two of them and the input are one file."""
+        if errors == STDIO:
+            raise InvalidParameterError("--errors must be a file")
+        targets = cls(_real(output) if output != STDIO else None, _real(errors) if errors else None)
+        reading, writing = _status(input), _status(targets.output or sys.stdout)
+        for path in filter(None, (targets.output, targets.errors)):
+            if path.is_dir():
+                raise InvalidParameterError(f"{path}: is a folder")
+            if _same(reading, _status(path)):
+                raise InvalidParameterError(f"{path}: is the input; write the answers elsewhere")
+        if targets.output is None and _same(reading, writing):
+            raise InvalidParameterError("stdout is the input; write the answers elsewhere")
+        if targets.errors and (targets.errors == targets.output or _same(writing, _status(targets.errors))):
+            raise InvalidParameterError(f"{targets.errors}: is both the output and the file of errors")
+        return targets
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether what was written can be read again."""
+        return self.output is not None and _is_file(self.output)
+
+    @property
+    def manifest(self) -> Path:
+        assert self.output
+        return _manifest(self.output)
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that stay, which streams do not."""
+        return [path for path in (self.output, self.errors) if path and _is_file(path)]
+
+    def set_aside(self) -> None:
+        """Rename output, errors and manifest after the output's first free name of NAME.1, NAME.2, …"""
+        number, files = 1, [path for path in self.files if path.exists()]
+        while any(_numbered(path, number).exists() for path in files):
+            number += 1
+        for path in files:
+            path.rename(_numbered(path, number))
+        if self.can_resume and self.output in files and self.manifest.exists():
+            self.manifest.rename(_manifest(_numbered(self.output, number)))
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a batch stands. n_rows: of the input, None where it is a stream."""
+
+    ledger: Ledger
+    n_rows: int | None
+
+
+@contextmanager
+def open_outputs(
+    targets: Targets,
+    input: IO[bytes],
+    manifest: Callable[[], Manifest],
+    *,
+    restart: bool,
+    retry_errors: bool,
+    notice: Callable[[str], None],
+) -> Iterator[Outputs]:
+    """Lock the files, compare them with this run's `manifest`, and open them at their ends.
+
+    Raises EdgeDLFError where another run writes to them, InvalidParameterError where they are not this run's.
+    """
+    from .ledger import Ledger, is_begun, locked, resume
+
+    ledger, n_rows = Ledger(), None
+    with ExitStack() as stack:
+        stack.enter_context(locked(targets.files))
+        begun = [path for path in targets.files if is_begun(path)]
+        if restart and begun:
+            targets.set_aside()
+            begun = []
+        if targets.can_resume:
+            n_rows = _compare(targets, begun, input, manifest())
+        elif begun:
+            raise InvalidParameterError(f"{begun[0]}: exists; --restart keeps it under another name")
+
+        def sink(path: Path | None) -> Appender | _Stream:
+            if path and _is_file(path):
+                return stack.enter_context(resume(ledger, path, retry_errors=retry_errors, notice=notice))
+            return stack.enter_context(_Stream(path))
+
+        ledger.write_to(sink(targets.output), sink(targets.errors) if targets.errors else None)
+        yield Outputs(ledger, n_rows)
+
+
+def _compare(targets: Targets, begun: list[Path], input: IO[bytes], now: Manifest) -> int | None:
+    """Whether what is there was made of the same; writes the manifest. Returns how many rows the input has."""
+    from ..families.manifest import Manifest
+    from .intake import survey
+
+    assert targets.output
+    errors = os.path.relpath(targets.errors, targets.output.parent) if targets.errors else None
+    now = replace(now, parameters={**now.parameters, "errors": errors})
+    before = Manifest.load(targets.manifest) if begun else None
+    if begun and not before:
+        raise InvalidParameterError(
+            f"{begun[0]}: is no output of edge-dlf batch, for there is no {targets.manifest.name}; choose another "
+            "name, or --restart, which keeps the file as it is under another name"
+        )
+    if before and (found := before.differences(now)):
+        raise InvalidParameterError(f"{targets.output}: was begun with something else: {'; '.join(found)}{_AGAIN}")
+    n_rows = None
+    earlier = before.input if before else None
+    if _is_regular(_status(input)) and input is not sys.stdin.buffer:
+        seen = survey(input, earlier["bytes"] if earlier else 0)
+        if earlier and seen.earlier_digest != earlier["blake2b"]:
+            raise InvalidParameterError(
+                f"{targets.output}: was begun with another input: the first {earlier['bytes']:,} bytes of {input.name} "
+                f"have changed (new rows may only be added at its end){_AGAIN}"
+            )
+        n_rows, earlier = seen.n_rows, {"bytes": seen.n_bytes, "blake2b": seen.digest}
+    now = replace(now, input=earlier)
+    if now != before:
+        now.save(targets.manifest)
+    return n_rows
+
+
+class _Stream:
+    """Stdout, or a file that cannot be read again, such as a pipe."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._name = str(path or "stdout")
+        self._file = path.open("wb") if path else sys.stdout.buffer
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not sys.stdout.buffer:
+            with suppress(OSError):  # of a write that failed before
+                self._file.close()
+
+    def append(self, line: bytes) -> None:
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise EdgeDLFError(f"{self._name}: {(error.strerror or str(error)).lower()}") from error
+
+
+def _real(name: str) -> Path:
+    return Path(os.path.realpath(Path(name).expanduser()))
+
+
+def _manifest(output: Path) -> Path:
+    return output.with_name(f"{output.name}.manifest.json")
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")
+
+
+def _status(file: Any) -> os.stat_result | None:
+    """Of a path or an open file; None where there is none."""
+    with suppress(OSError, AttributeError):
+        return file.stat() if isinstance(file, Path) else os.fstat(file.fileno())
+    return None
+
+
+def has_descriptor(file: Any) -> bool:
+    """Whether it is a file of the system's."""
+    return _status(file) is not None
+
+
+def _is_regular(status: os.stat_result | None) -> bool:
+    return status is not None and stat.S_ISREG(status.st_mode)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file that stays, or nothing yet."""
+    status = _status(path)
+    return status is None or _is_regular(status)
+
+
+def _same(one: os.stat_result | None, other: os.stat_result | None) -> bool:
+    return _is_regular(one) and other is not None and os.path.samestat(one, other)  # type: ignore[arg-type]

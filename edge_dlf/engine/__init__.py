@@ -1,0 +1,1 @@
+"""Decodes token ids: members, KV caches, drafts, batches. Knows no text."""

@@ -1,0 +1,1 @@
+"""Measures and explains: evaluation, benchmarks, diagnosis, traces."""

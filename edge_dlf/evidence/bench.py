@@ -1,0 +1,264 @@
+"""How fast a family runs on this machine: its members alone, fused plainly and drafted, many sequences at once, and how
+much of the memory's bandwidth the reading of weights takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..engine.backend import Run
+from ..engine.decode import Decoder
+from ..engine.ensemble import Ensemble
+from ..engine.generation import Generation
+from ..errors import OutOfMemoryError
+from ..families.files import FamilyFiles
+from ..families.footprint import footprint
+from ..fusion import kernels
+from ..llama import copy_bytes_s, gpus
+from ..params import FusionParams, SamplingParams
+from ..system.machine import GPU
+
+if TYPE_CHECKING:
+    from ..answers.stream import Report
+    from ..api import FusedLlama
+
+PARALLEL = (1, 4, 16)
+"""Sequences that are decoded at once."""
+N_CTX = 512
+
+N_PARALLEL_STEPS = 6
+"""Steps of them that are timed."""
+
+_N_PREFILL, _N_STEPS = 128, 12
+_ANSWERS_S = 50.0
+_N_TOKENS = 8, 64
+_MOST_ROUNDS = 4
+_READ_BYTES = 2**28
+_PROMPTS = (
+    "Question: Ana has 12 boxes with 8 pencils in each and gives 17 pencils to Boris. How many are left?\nAnswer:",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+    "User: What should I pack for a week by the sea?\nAssistant:",
+    "Text: Three reports on the harbour were heard, and the vote was put off.\nRepeat it twice:\nText: Three reports",
+)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, least and greatest of some measurements."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class MemberSpeed:
+    """One member alone: tokens a second of a prompt and of decoding; bytes that decoding reads a token, weights and KV
+    cache, and a second."""
+
+    prefill_tps: Spread
+    decode_tps: Spread
+    token_bytes: int
+    read_bytes_s: float
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What was measured.
+
+    members: by role. plain, drafted, large: tokens a second of the same answers, fused plainly, fused with drafts, and
+    by the large model alone, plainly. n_drafted, n_accepted: tokens; n_steps: steps with drafts. search_share: of a
+    plain step, the search for α, the fusion and the choice. parallel: sequences at once -> tokens a second of all.
+    memory_bytes_s: read by this process on as many threads, nothing else done; where there is a `gpu`, read and written
+    by it in a copy, None where it has no room for one.
+    """
+
+    members: Mapping[str, MemberSpeed]
+    plain: Spread
+    drafted: Spread
+    large: Spread
+    n_drafted: int
+    n_accepted: int
+    n_steps: int
+    search_share: float
+    parallel: Mapping[int, float]
+    memory_bytes_s: float | None
+    n_threads: int
+    gpu: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        to_large, to_plain = self.drafted.median / self.large.median, self.drafted.median / self.plain.median
+        return f"drafted fusion runs at {to_large:.2f} of the large model alone, {to_plain:.2f} times plain fusion"
+
+
+def measure(
+    llm: FusedLlama,
+    files: FamilyFiles,
+    *,
+    n_threads: int,
+    cache_types: tuple[str | None, str | None],
+    tell: Callable[[str], None],
+) -> Speeds:
+    """Measure a family of `files` that was loaded with n_ctx = N_CTX, as many sequences as PARALLEL has at most, and
+    these threads and types of KV cache; `tell` hears what is being measured."""
+    decoder = llm._scheduler.decoder
+    tell("reading memory")
+    gpu = next(iter(gpus()), None)
+    memory = gpu_bytes_s(gpu) if gpu else memory_bytes_s(n_threads)
+    members = {}
+    for name in decoder.ensemble.members:
+        tell(f"{name} alone")
+        members[name] = member_speed(decoder.ensemble, name, files, cache_types)
+    parallel = {}
+    for n in PARALLEL:
+        tell("one sequence" if n == 1 else f"{n} sequences at once")
+        parallel[n] = parallel_tps(decoder, [llm.tokenize(prompt) for prompt in _PROMPTS], n)
+    step_s = sum(1 / speed.decode_tps.median for speed in members.values())
+    runs: dict[str, list[Report]] = {"plain": [], "drafted": [], "large": []}
+    for n, n_answers, kind, report in _answers(llm, 2 * step_s + 1 / members["large"].decode_tps.median):
+        tell(f"answer {n} of {n_answers}, {kind}")
+        runs[kind].append(report)
+    plain, drafted, large = (Spread.of([r.generation_tps for r in reports]) for reports in runs.values())
+    return Speeds(
+        members=members,
+        plain=plain,
+        drafted=drafted,
+        large=large,
+        n_drafted=sum(report.n_drafted for report in runs["drafted"]),
+        n_accepted=sum(report.n_accepted for report in runs["drafted"]),
+        n_steps=sum(report.n_steps for report in runs["drafted"]),
+        search_share=search_s(llm) * plain.median,
+        parallel=parallel,
+        memory_bytes_s=memory,
+        n_threads=n_threads,
+        gpu=gpu.description if gpu else None,
+    )
+
+
+def gpu_bytes_s(gpu: GPU) -> float | None:
+    """Bytes that a GPU moves a second in a copy within its memory; None where it has no room for one."""
+    try:
+        return copy_bytes_s(gpu.name, _READ_BYTES)
+    except OutOfMemoryError:
+        return None
+
+
+def memory_bytes_s(n_threads: int) -> float:
+    """Bytes that so many threads read a second from arrays that no cache holds: the best of a few passes."""
+    values = np.ones(_READ_BYTES // 8, np.int64)
+    parts = np.array_split(values, n_threads)
+    kernels.read(values[:1])  # compiles it
+    passes = []
+    with ThreadPoolExecutor(n_threads) as pool:
+        for _ in range(5):
+            started = time.perf_counter()
+            assert sum(pool.map(kernels.read, parts)) == len(values)
+            passes.append(time.perf_counter() - started)
+    return values.nbytes / min(passes)
+
+
+def member_speed(
+    ensemble: Ensemble, name: str, files: FamilyFiles, cache_types: tuple[str | None, str | None]
+) -> MemberSpeed:
+    prompt = [10 + n % 97 for n in range(_N_PREFILL)]
+    prefill, decode = [], []
+    for _ in range(3):
+        ensemble.forget([0])
+        prefill.append(_timed(ensemble, name, prompt))
+        decode += [_timed(ensemble, name, prompt[n : n + 1]) for n in range(_N_STEPS)]
+    ensemble.forget([0])
+    size = footprint(files.models[name], *cache_types)
+    n_bytes = size.read + int(sum(size.kv) * (_N_PREFILL + _N_STEPS // 2))
+    n_bytes += sum(path.stat().st_size for path, _ in files.loras.get(name, ()))
+    decode_tps = Spread.of([1 / seconds for seconds in decode])
+    return MemberSpeed(
+        prefill_tps=Spread.of([_N_PREFILL / seconds for seconds in prefill]),
+        decode_tps=decode_tps,
+        token_bytes=n_bytes,
+        read_bytes_s=n_bytes * decode_tps.median,
+    )
+
+
+def _timed(ensemble: Ensemble, name: str, tokens: Sequence[int]) -> float:
+    """Seconds in which a member evaluates `tokens`."""
+    started = time.perf_counter()
+    ensemble.decode(name, [Run(0, tokens, 1)])
+    ensemble.members[name].logits()  # on a GPU, waits for the result
+    return time.perf_counter() - started
+
+
+def parallel_tps(decoder: Decoder, prompts: Sequence[Sequence[int]], n: int) -> float:
+    """Tokens a second of plain fusion, all sequences together."""
+    ensemble, fusion, sampling = decoder.ensemble, FusionParams(), SamplingParams(temperature=0.0)
+    roles = ensemble.roles(fusion)
+    ensemble.forget(range(ensemble.n_seq_max))
+    generations = []
+    for seq in range(n):
+        prompt = [*prompts[seq % len(prompts)][: 8 + seq]]
+        generations.append(Generation(roles, dict.fromkeys(ensemble.members, prompt), fusion, sampling, seq=seq))
+        decoder.begin(generations[-1])
+    while any(decoder.n_due(generation) > 1 for generation in generations):
+        decoder.step(generations)
+    started = time.perf_counter()
+    for _ in range(N_PARALLEL_STEPS):
+        decoder.step(generations)
+    elapsed = time.perf_counter() - started
+    ensemble.forget(range(n))
+    return n * N_PARALLEL_STEPS / elapsed
+
+
+def _answers(llm: FusedLlama, token_s: float) -> Iterator[tuple[int, int, str, Report]]:
+    """Greedy answers in turn by each way, the order changing from prompt to prompt: number, of how many, way, report.
+
+    token_s: seconds that a token takes by all ways together.
+    """
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {"draft": "off"},
+        "drafted": {"draft": "auto"},
+        "large": {"draft": "off", "method": "large"},
+    }
+    fewest, most = _N_TOKENS
+    n_tokens = min(max(int(_ANSWERS_S / token_s / len(_PROMPTS)), fewest), most)
+    n_rounds = min(max(int(_ANSWERS_S / token_s / len(_PROMPTS) / n_tokens), 1), _MOST_ROUNDS)
+    jobs = [(way, prompt) for n, prompt in enumerate(_PROMPTS * n_rounds) for way in _rotated(list(ways), n)]
+    for n, (way, prompt) in enumerate([("drafted", _PROMPTS[0]), *jobs]):
+        settings = {"method": "dynamic", "temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": n_tokens, **ways[way]}
+        stream = llm.stream(prompt, **settings)
+        for _ in stream:
+            pass
+        if n and stream.report.n_steps:  # the first one is where the pace is learnt
+            yield n, len(jobs), way, stream.report
+
+
+def _rotated(values: list[str], n: int) -> list[str]:
+    return [*values[n % len(values) :], *values[: n % len(values)]]
+
+
+def search_s(llm: FusedLlama) -> float:
+    """Seconds that the search for α, the fusion and the greedy choice take for one row."""
+    decoder = llm._scheduler.decoder
+    ensemble, fusion = decoder.ensemble, FusionParams()
+    roles = ensemble.roles(fusion)
+    generation = Generation(
+        roles, dict.fromkeys(ensemble.members, llm.tokenize(_PROMPTS[0])), fusion, SamplingParams(temperature=0.0)
+    )
+    decoder.begin(generation)
+    decoder.step([generation])
+    rows = ensemble.rows(roles, {}, 1)
+    times = []
+    for _ in range(9):
+        started = time.perf_counter()
+        decoder.picker.pick([generation], rows, [()])
+        times.append(time.perf_counter() - started)
+    return median(times)

@@ -1,0 +1,273 @@
+"""Several ways to answer, measured on tasks of lm-evaluation-harness by one family, and set side by side.
+
+Every answer is kept as soon as it is there, in a file of its variant's own, keyed by the family and all that answers
+depend on: a run that was stopped goes on where it was, and one that is done is only read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import lm_eval
+from lm_eval.api.model import CachingLM
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from ..api import FusedLlama
+from ..errors import EdgeDLFError, InvalidParameterError
+from ..families.manifest import Manifest
+from ..system.durable import replacing
+from .harness import HarnessModel
+from .stats import Estimate, interval, paired
+
+TASKS = Path(__file__).with_name("tasks")
+"""The paper's tasks, by the names of their files."""
+
+Column: TypeAlias = tuple[str, str]
+"""A task, and a metric of it, with the name of its filter where it has several."""
+Values: TypeAlias = Mapping[str, float]
+"""Example -> what the metric is there."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to answer. settings: of FusionParams. n_fewshot: examples in the prompt; None for what holds for all."""
+
+    name: str
+    settings: Mapping[str, Any]
+    n_fewshot: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and how. data: task -> its examples, and those for few-shot prompts, as JSON lines."""
+
+    tasks: Sequence[str]
+    data: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    limit: int | None = None
+    n_fewshot: int | None = None
+    is_chat: bool = False
+    system: str | None = None
+
+
+@dataclass
+class Results:
+    """What was measured so far: of each variant, of each column, of each example."""
+
+    values: dict[str, Mapping[Column, Values]] = field(default_factory=dict)
+
+    def columns(self) -> list[Column]:
+        return list(dict.fromkeys(column for own in self.values.values() for column in own))
+
+    def estimate(self, variant: str, column: Column) -> Estimate:
+        return interval(list(self.values[variant][column].values()))
+
+    def difference(self, variant: str, other: str, column: Column) -> Estimate:
+        """Of `variant` − `other`, on the examples that both have."""
+        one, two = self.values[variant][column], self.values[other][column]
+        common = [name for name in one if name in two]
+        return paired([one[name] for name in common], [two[name] for name in common])
+
+    def _differences(self, column: Column, names: Sequence[str]) -> dict[str, Any]:
+        return {
+            name: {other: self.difference(name, other, column)._asdict() for other in names if other != name}
+            for name in names
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, the values of single examples too."""
+        tables = []
+        for task, metric in self.columns():
+            own = [name for name in self.values if (task, metric) in self.values[name]]
+            tables.append({
+                "task": task,
+                "metric": metric,
+                "n": {name: len(self.values[name][task, metric]) for name in own},
+                "means": {name: self.estimate(name, (task, metric))._asdict() for name in own},
+                "differences": self._differences((task, metric), own),
+                "values": {name: dict(self.values[name][task, metric]) for name in own},
+            })  # fmt: skip
+        return {"format": "edge-dlf eval 1", "tables": tables}
+
+    def as_markdown(self) -> str:
+        """Of each column a table: each variant's mean, and how far it is from each other one's. Differences whose
+        interval leaves out 0 are bold."""
+        parts = []
+        for task, metric in self.columns():
+            own = [name for name in self.values if (task, metric) in self.values[name]]
+            n = max(len(self.values[name][task, metric]) for name in own)
+            heads = ["method", f"{metric} (n = {n:,})", *(f"− {name}" for name in own)]
+            lines = [f"### {task}: {metric}", "", _row(heads), _row(["---"] * len(heads))]
+            for name in own:
+                differences = (
+                    "" if other == name else _signed(self.difference(name, other, (task, metric))) for other in own
+                )
+                lines.append(_row([name, _percent(self.estimate(name, (task, metric))), *differences]))
+            parts.append("\n".join(lines))
+        return "\n\n".join(parts) + "\n"
+
+
+def run(
+    plan: Plan,
+    variants: Iterable[Variant],
+    load: Callable[[], FusedLlama],
+    manifest: Callable[[Mapping[str, Any]], Manifest],
+    folder: Path,
+    begin: Callable[[str], None],
+) -> Results:
+    """Measure each variant in turn and write `results.json` and `results.md` into `folder` after each.
+
+    load: the family, called when the first answer is needed that is not there yet. manifest: of the family and the
+    settings of a variant. begin: is told the name of each variant. Raises InvalidParameterError for an unknown task.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    manager = _manager(plan.tasks)
+    specs = [_spec(manager, task, plan.data.get(task, ())) for task in plan.tasks]
+    if unknown := sorted(set(plan.data) - set(plan.tasks)):
+        raise InvalidParameterError(f"there is data for {unknown[0]!r}, which is none of the tasks")
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Results()
+    for variant in variants:
+        begin(variant.name)
+        cache = folder / f"answers-{_digest(manifest(variant.settings))}.db"
+        results.values[variant.name] = _values(_measure(plan, variant, load, cache, specs, manager))
+        _write(folder / "results.json", json.dumps(results.as_json(), ensure_ascii=False, indent=1))
+        _write(folder / "results.md", results.as_markdown())
+    return results
+
+
+def _measure(
+    plan: Plan,
+    variant: Variant,
+    load: Callable[[], FusedLlama],
+    cache: Path,
+    specs: Sequence[str | dict[str, Any]],
+    manager: TaskManager,
+) -> Mapping[str, Any]:
+    """What the harness finds. Raises EdgeDLFError, also for what the harness cannot load or do."""
+    n_fewshot = plan.n_fewshot if variant.n_fewshot is None else variant.n_fewshot
+    try:
+        # What `lm_eval.simple_evaluate` does, without its survey of the machine, which takes seconds.
+        loaded = manager.load(list(specs))
+        for task in loaded["tasks"].values():
+            if n_fewshot is not None or task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=n_fewshot or 0)
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        found: Mapping[str, Any] = lm_eval.evaluate(
+            lm=CachingLM(HarnessModel(load, **variant.settings), str(cache)),
+            task_dict=loaded,
+            limit=plan.limit,
+            system_instruction=plan.system,
+            apply_chat_template=plan.is_chat,
+            fewshot_as_multiturn=True,
+            bootstrap_iters=0,
+        )
+    except EdgeDLFError:
+        raise
+    except Exception as error:
+        raise EdgeDLFError(f"the harness failed on {', '.join(plan.tasks)}: {error}") from error
+    return found
+
+
+def _manager(tasks: Sequence[str]) -> TaskManager:
+    """Knows the paper's tasks, and those of the harness if any other is asked for: they take seconds to index."""
+    own = TaskManager(include_path=[str(TASKS)], include_defaults=False)
+    if all(_is_file(task) or task in own.task_index for task in tasks):
+        return own
+    return TaskManager(include_path=[str(TASKS)])
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def _spec(manager: TaskManager, task: str, data: Sequence[Path]) -> str | dict[str, Any]:
+    """What the harness loads a task by: its name or file, or its definition with other data."""
+    is_file = _is_file(task)
+    if is_file and not Path(task).is_file():
+        raise InvalidParameterError(f"{task}: no such file")
+    if not is_file and task not in manager.task_index:
+        raise InvalidParameterError(f"there is no task {task!r}; `lm_eval ls tasks` lists those of the harness")
+    if not data:
+        return task
+    path = Path(task) if is_file else manager.task_index[task].yaml_path
+    if path is None:
+        raise InvalidParameterError(f"the task {task!r} is not defined by a file, so that it takes no other data")
+    for file in data:
+        if not file.is_file():
+            raise InvalidParameterError(f"{file}: no such file")
+    splits = dict(zip(("test", "train"), map(str, data), strict=False))
+    few = "train" if "train" in splits else None
+    return {
+        **load_yaml(path),
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": splits},
+        "test_split": "test",
+        "validation_split": None,
+        "training_split": few,
+        "fewshot_split": few,
+    }
+
+
+def _values(found: Mapping[str, Any]) -> Mapping[Column, Values]:
+    """Of each metric of each task, what it is on each example; the subtasks of a group stand together."""
+    groups = found.get("group_subtasks", {})
+    inner = {task for members in groups.values() for task in members}
+    columns: dict[Column, dict[str, float]] = {}
+    for name in [*groups, *found["samples"]]:
+        if name in inner:
+            continue
+        for task in _leaves(name, groups):
+            samples = found["samples"].get(task, [])
+            several = len({sample["filter"] for sample in samples}) > 1
+            for sample in samples:
+                for metric in sample["metrics"]:
+                    value = sample[metric]
+                    if isinstance(value, int | float):
+                        label = f"{metric}, {sample['filter']}" if several else metric
+                        columns.setdefault((name, label), {})[f"{task}:{sample['doc_id']}"] = float(value)
+    return columns
+
+
+def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    if not groups.get(name):
+        return [name]
+    return [leaf for member in groups[name] for leaf in _leaves(member, groups)]
+
+
+def _digest(manifest: Manifest) -> str:
+    """Of the files' contents and the parameters, wherever the files lie."""
+    family = {
+        role: [{key: value for key, value in entry.items() if key != "file"} for entry in files]
+        for role, files in manifest.family.items()
+    }
+    text = json.dumps([family, manifest.parameters], sort_keys=True)
+    return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "replace"))
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _percent(x: Estimate) -> str:
+    return f"{100 * x.mean:.1f} [{100 * x.low:.1f}, {100 * x.high:.1f}]"
+
+
+def _signed(x: Estimate) -> str:
+    text = f"{100 * x.mean:+.1f} [{100 * x.low:+.1f}, {100 * x.high:+.1f}]"
+    return f"**{text}**" if x.excludes_zero else text

@@ -1,0 +1,1 @@
+"""From the name of a family to its members in memory."""

@@ -1,0 +1,101 @@
+"""What a family's headers say to a person: kinds, quantization, tokenizer, template, licence and memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.backend import N_ROWS
+from ..gguf.header import Array, Scalar
+from ..gguf.info import GGUFInfo, read_info
+from .files import FamilyFiles
+from .footprint import footprint
+from .plan import KERNELS_BYTES
+from .spec import FamilySpec
+
+_FILE_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
+    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
+    21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
+    29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
+}  # fmt: skip
+"""`general.file_type` (llama.cpp's llama_ftype) -> its name."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A family as its files describe it.
+
+    tokenizer: kind, n_vocab (tokens that all share) and the sha256 of their texts. template: the large model's.
+    n_ctx_train: the shortest context that a member was made for. members: one for each file, in the order of
+    `FamilySpec.sources`.
+    """
+
+    license: str | None
+    tokenizer: dict[str, Any]
+    template: str | None
+    n_ctx_train: int | None
+    members: list[dict[str, Any]]
+
+
+def describe(spec: FamilySpec, files: FamilyFiles) -> Description:
+    """Read once more the headers of the files that are behind `files`."""
+    infos = [read_info(source.local_path()) for source in spec.sources]
+    roles = ["large", "base", *(expert.name for expert in spec.experts for _ in (expert.loras or (None,)))]
+    scales = [None, None, *(scale for expert in spec.experts for _, scale in (expert.loras or ((None, None),)))]
+    members = [
+        {
+            "member": role,
+            **{key: value for key in ("repo", "file", "revision") if (value := getattr(source, key))},
+            "path": str(info.path),
+            "bytes": info.file_bytes,
+            "kind": f"LoRA over {info.architecture}" if info.is_adapter else info.architecture,
+            "quantization": quantization(info),
+            "n_vocab": info.n_vocab,
+            "scale": scale,
+            "license": _text(info.metadata.get("general.license")),
+        }
+        for role, source, info, scale in zip(roles, spec.sources, infos, scales, strict=True)
+    ]
+    large = files.models["large"]
+    texts = large.vocabulary.tokens
+    shared = hashlib.sha256(texts.data[: int(texts.starts[files.n_vocab])])
+    kind = _text(large.metadata.get("tokenizer.ggml.model"))
+    contexts = [model.metadata.get(f"{model.architecture}.context_length") for model in files.models.values()]
+    licenses = dict.fromkeys(member["license"] for member in members if member["license"])
+    return Description(
+        license=", ".join(licenses) or None,
+        tokenizer={"kind": kind, "n_vocab": files.n_vocab, "sha256": shared.hexdigest()},
+        template=_text(large.metadata.get("tokenizer.chat_template")),
+        n_ctx_train=min((n_ctx for n_ctx in contexts if isinstance(n_ctx, int)), default=None),
+        members=members,
+    )
+
+
+def _text(value: Scalar | Array | None) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def quantization(info: GGUFInfo) -> str:
+    """The quantization that the file names, else the type that most of its weights have."""
+    file_type = info.metadata.get("general.file_type")
+    if isinstance(file_type, int) and file_type in _FILE_TYPES:
+        return _FILE_TYPES[file_type]
+    n_bytes: Counter[str] = Counter()
+    for tensor in info.tensors.values():
+        n_bytes[tensor.type] += tensor.n_bytes
+    return n_bytes.most_common(1)[0][0]
+
+
+def memory_bytes(files: FamilyFiles, n_ctx: int) -> dict[str, int]:
+    """Memory to run the family on a CPU with a context of `n_ctx`: weights, KV cache in f16, and the rest."""
+    models = {info.path: footprint(info, None, None) for info in files.models.values()}
+    contexts = [models[info.path] for info in files.models.values()]
+    loras = {path for pairs in files.loras.values() for path, _ in pairs}
+    weights = sum(model.weights for model in models.values()) + sum(path.stat().st_size for path in loras)
+    kv = sum(context.cache(n_ctx) for context in contexts)
+    other = sum(model.vocabulary for model in models.values()) + KERNELS_BYTES
+    other += sum(context.compute(n_ctx, N_ROWS) for context in contexts)
+    return {"n_ctx": n_ctx, "weights": weights, "kv": kv, "other": other, "total": weights + kv + other}

@@ -1,0 +1,223 @@
+"""Memory that a model takes once loaded, by its header alone: weights layer by layer, KV cache, buffers.
+
+What llama.cpp allocates is followed exactly for weights and KV caches, and by measured formulas for compute buffers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..engine.backend import N_BATCH, N_ROWS, PLAIN_TOKENS
+from ..errors import InvalidParameterError
+from ..gguf.header import BLOCKS, Array
+from ..gguf.info import GGUFInfo
+
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+"""Types of a KV cache."""
+
+_NOT_QUANTIZED = (None, "f32", "f16", "bf16")
+_LAYER = re.compile(r"blk\.(\d+)\.")
+_CELLS = 256  # llama.cpp rounds contexts up to a multiple of it
+_TOKEN_BYTES = 320  # of the vocabulary in llama.cpp, by token; 200 to 300 were measured
+_REPACKED = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL", "MXFP4"})  # on x86; a few more on ARM
+_BLOCK_BYTES = {name.lower(): n_bytes / n_values for name, n_values, n_bytes in BLOCKS.values()}
+
+
+def rounded(n_cells: int) -> int:
+    """KV cells that llama.cpp allocates for `n_cells`."""
+    return -(-n_cells // _CELLS) * _CELLS
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one model and of its contexts.
+
+    layers: weights of each layer. input: of the token embeddings, which stay on the host. output: of the head, a copy
+    of the embeddings where it has no weights of its own. is_tied: whether it has none. read: of the weights, what
+    decoding one token reads. repacked: weights that a CPU
+    build keeps a second copy of. vocabulary: of llama.cpp's own token tables.
+    kv: of one cell in each layer. state: of one sequence, in models that keep a state in place of a cache.
+    n_embd, n_ff: widths of what is computed for one token. n_masks: attention masks over all cells. n_heads: rows of
+    attention scores for each token; 0 where only flash attention, which keeps none, does for the model and its cache.
+    """
+
+    layers: tuple[int, ...]
+    input: int
+    output: int
+    is_tied: bool
+    read: int
+    repacked: int
+    vocabulary: int
+    kv: tuple[float, ...]
+    state: int
+    n_vocab: int
+    n_embd: int
+    n_ff: int
+    n_masks: int
+    n_heads: int
+
+    @property
+    def weights(self) -> int:
+        """All weights on a machine without a GPU."""
+        return sum(self.layers) + self.input + (0 if self.is_tied else self.output)
+
+    def cache(self, n_cells: int) -> int:
+        """KV cache of one context."""
+        return int(sum(self.kv) * rounded(n_cells))
+
+    def compute(self, n_cells: int, n_rows: int, n_copies: int = 1, n_ubatch: int | None = None) -> int:
+        """Compute buffer of one context, with the rows of logits it returns. n_copies: of what goes into the graph.
+        n_ubatch: tokens at a time with plain attention, None for flash attention."""
+        n_tokens = min(n_ubatch or N_BATCH, rounded(n_cells))
+        layer = 4 * n_tokens * (4 * self.n_embd + 3 * self.n_ff)
+        head = 4 * n_tokens * 2 * self.n_embd + 4 * n_rows * self.n_vocab
+        inputs = n_copies * (4 if n_ubatch else 2) * n_tokens * rounded(n_cells) * self.n_masks
+        n_scores = n_tokens * rounded(n_cells) * self.n_heads if n_ubatch else 0
+        scores = 4 * n_scores
+        # The CPU's own, which llama.cpp does not log: what a product reads, in the type of its weights or of V.
+        work = max(4 * n_tokens * max(self.n_ff, self.n_embd), 2 * n_scores)
+        return max(layer, head) + inputs + scores + work + 4 * n_rows * self.n_vocab
+
+    def n_ubatch(self, n_ctx: int, n_seqs: int = 1) -> int | None:
+        """Tokens for a CPU to evaluate at a time with plain attention, where each of `n_seqs` sequences has a cache of
+        `n_ctx` positions; None for flash attention: where only that can be, or plain attention would take more memory,
+        or take a step of all sequences in parts.
+
+        llama.cpp's flash attention on a CPU is good at long batches; of a few tokens it takes one after the other.
+        """
+        sizes = [n for n in PLAIN_TOKENS if n >= n_seqs] if self.n_heads else []
+        most = self.compute(n_ctx, N_ROWS)
+        return next((n for n in sizes if self.compute(n_ctx, N_ROWS, n_ubatch=n) <= most), None)
+
+
+def footprint(info: GGUFInfo, type_k: str | None = None, type_v: str | None = None) -> Footprint:
+    """Footprint of the model in `info` with a KV cache of these types ("f16" where None).
+
+    Raises InvalidParameterError for a type that no cache has.
+    """
+    n_layers = max(_number(info, "block_count") - _number(info, "nextn_predict_layers"), 1)
+    layers, top = [0] * n_layers, {"input": 0, "output": 0}
+    for name, tensor in info.tensors.items():
+        match = _LAYER.match(name)
+        if not match:
+            top["input" if name.startswith(("token_embd", "per_layer_token_embd")) else "output"] += tensor.n_bytes
+        elif int(match[1]) < n_layers:
+            layers[int(match[1])] += tensor.n_bytes
+    is_tied = "output.weight" not in info.tensors
+    tied_bytes = info.tensors["token_embd.weight"].n_bytes if is_tied and "token_embd.weight" in info.tensors else 0
+    repacked = sum(
+        tensor.n_bytes
+        for name, tensor in info.tensors.items()
+        if tensor.type in _REPACKED and not name.startswith("token_embd")
+    )
+    n_used = _number(info, "expert_used_count")
+    widths = _numbers(info, "feed_forward_length", n_layers), _numbers(info, "expert_feed_forward_length", n_layers)
+    n_embd = _number(info, "embedding_length")
+    return Footprint(
+        layers=tuple(layers),
+        input=top["input"],
+        output=top["output"] + tied_bytes,
+        is_tied=is_tied,
+        read=sum(layers) + top["output"] + tied_bytes - _idle(info, n_layers),
+        repacked=repacked,
+        vocabulary=_TOKEN_BYTES * (info.n_vocab or 0),
+        kv=_kv(info, n_layers, type_k, type_v),
+        state=_state(info, n_layers),
+        n_vocab=info.n_vocab or 0,
+        n_embd=n_embd * (1 + n_used),
+        n_ff=max(*widths[0], n_used * max(widths[1]), 2 * _number(info, "ssm.inner_size")),
+        n_masks=2 if _number(info, "attention.sliding_window") else 1,
+        n_heads=_plain_heads(info, n_layers, type_k, type_v),
+    )
+
+
+def _plain_heads(info: GGUFInfo, n_layers: int, type_k: str | None, type_v: str | None) -> int:
+    """Heads that plain attention scores; 0 where it is not to be had as it is with flash attention.
+
+    Without flash attention llama.cpp pads V to the widest layer's, copies it at each step where it is a part of K, and
+    of attention that picks its cells by an indexer computes all.
+    """
+    is_quantized = not {type_k, type_v} <= {*_NOT_QUANTIZED}
+    is_padded = len({n_heads * v for n_heads, _, v in _kv_heads(info, n_layers)}) > 1
+    is_latent = _number(info, "attention.key_length_mla") > 0
+    is_sparse = any(key.startswith(f"{info.architecture}.attention.indexer.") for key in info.metadata)
+    return 0 if is_quantized or is_padded or is_latent or is_sparse else _number(info, "attention.head_count")
+
+
+def _idle(info: GGUFInfo, n_layers: int) -> int:
+    """Bytes of the feed-forward experts that one token leaves aside."""
+    n_experts, n_used = _number(info, "expert_count"), _number(info, "expert_used_count")
+    matches = ((_LAYER.match(name), name, tensor) for name, tensor in info.tensors.items())
+    n_bytes = sum(t.n_bytes for match, name, t in matches if match and int(match[1]) < n_layers and "_exps." in name)
+    return n_bytes * (n_experts - n_used) // n_experts if n_experts else 0
+
+
+def _kv(info: GGUFInfo, n_layers: int, type_k: str | None, type_v: str | None) -> tuple[float, ...]:
+    """Bytes that one cell has in each layer. Windowed layers are kept whole, so that text can be taken back."""
+    k_bytes, v_bytes = (_cache_bytes(kind) for kind in (type_k, type_v))
+    has_no_values = _number(info, "attention.key_length_mla") > 0
+    every = _number(info, "full_attention_interval")
+    n_own = n_layers - _number(info, "attention.shared_kv_layers")
+    if info.architecture == "gemma3n":
+        n_own = min(n_layers, 20)
+    cells = []
+    for layer, (n_heads, k, v) in enumerate(_kv_heads(info, n_layers)):
+        is_recurrent = every > 0 and (layer + 1) % every != 0
+        is_own = layer < n_own and not is_recurrent
+        cells.append(n_heads * (k * k_bytes + (0 if has_no_values else v * v_bytes)) if is_own else 0.0)
+    return tuple(cells)
+
+
+def _kv_heads(info: GGUFInfo, n_layers: int) -> list[tuple[int, int, int]]:
+    """Heads of K and V in each layer, and the widths of one's K and V."""
+    n_heads = _number(info, "attention.head_count")
+    default = _number(info, "embedding_length") // n_heads if n_heads else 0
+    kv_heads = _numbers(info, "attention.head_count_kv", n_layers, n_heads)
+    widths = []
+    for layer, is_windowed in enumerate(_window(info, n_layers)):
+        suffix = "_swa" if is_windowed else ""
+        k, v = (
+            _number(info, f"attention.{kind}_length{suffix}", _number(info, f"attention.{kind}_length", default))
+            for kind in ("key", "value")
+        )
+        widths.append((kv_heads[layer], k, v))
+    return widths
+
+
+def _window(info: GGUFInfo, n_layers: int) -> tuple[int, ...]:
+    """Whether each layer attends to a window only, where the header says so layer by layer."""
+    pattern = info.metadata.get(f"{info.architecture}.attention.sliding_window_pattern")
+    if isinstance(pattern, Array) and len(pattern.values) >= n_layers:
+        return tuple(int(value) for value in pattern.values)
+    return (0,) * n_layers
+
+
+def _state(info: GGUFInfo, n_layers: int) -> int:
+    """Bytes that the recurrent layers keep of one sequence; taken as if every layer were one."""
+    inner, size = _number(info, "ssm.inner_size"), _number(info, "ssm.state_size")
+    conv = max(_number(info, "ssm.conv_kernel") - 1, 0) * (inner + 2 * _number(info, "ssm.group_count") * size)
+    head = _number(info, "wkv.head_size")
+    return 4 * n_layers * (conv + inner * size + _number(info, "embedding_length") * (head + 2 if head else 0))
+
+
+def _cache_bytes(kind: str | None) -> float:
+    """Bytes of one value in a KV cache of this type."""
+    if kind is not None and kind not in CACHE_TYPES:
+        raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {kind!r}")
+    return _BLOCK_BYTES[kind or "f16"]
+
+
+def _number(info: GGUFInfo, key: str, default: int = 0) -> int:
+    """The number that a key of the architecture has; the largest where it has one for each layer."""
+    return max(_numbers(info, key, 1, default))
+
+
+def _numbers(info: GGUFInfo, key: str, n_layers: int, default: int = 0) -> Sequence[int]:
+    """Numbers that a key of the architecture has, for `n_layers` layers at least."""
+    value = info.metadata.get(f"{info.architecture}.{key}")
+    if isinstance(value, Array) and len(value.values) >= n_layers:
+        return [int(number) for number in value.values]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return [int(value) if is_number else default] * n_layers  # type: ignore[arg-type]

@@ -1,0 +1,288 @@
+"""Files of the Hugging Face hub: what a repository holds, and how it comes into the cache, checked and only once."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from ..errors import DownloadError, InvalidParameterError
+from .hub_cache import COMMIT, check_names, folder, shards, snapshot
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_CHUNK_BYTES = 1 << 20
+_TIMEOUT_S = 30.0
+_GOES_ON = "the same command later goes on where it stopped"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a repository at one commit.
+
+    blob: its name in the cache's store, by content. sha256: None for the small files that git itself keeps.
+    """
+
+    repo: str
+    name: str
+    commit: str
+    n_bytes: int
+    blob: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Repo:
+    """The GGUF files of a repository at one commit, by name in their order there."""
+
+    name: str
+    commit: str
+    files: Mapping[str, HubFile]
+    license: str | None
+
+    def file(self, name: str) -> HubFile:
+        """The file of that name. Raises DownloadError."""
+        if name not in self.files:
+            raise DownloadError(f"{self.name} has no file {name} at {self.commit[:12]}{_some(self.files)}")
+        return self.files[name]
+
+
+def choose(repo: str, names: Iterable[str], quant: str | None) -> str:
+    """Which of the GGUF files `names` of `repo` is of that quantization; of a split model the first file.
+
+    Without `quant` as llama.cpp's `-hf` does: Q4_K_M, else the first model there is. Raises DownloadError.
+    """
+    models = [name for name in names if not re.search("mmproj|imatrix", name, re.IGNORECASE)]
+    models = [name for name in models if shards(name)[0] == name]
+    if not models:
+        raise DownloadError(f"{repo} has no GGUF model; repositories that do are mostly named …-GGUF")
+    found = [name for name in models if of_quant(name, quant or "Q4_K_M")]
+    if found or not quant:
+        return (found or models)[0]
+    raise DownloadError(f"{repo} has no {quant}{_some(models)}")
+
+
+def of_quant(name: str, quant: str) -> bool:
+    """Whether a file's name says that it is of a quantization, such as "Q4_K_M", in whatever case."""
+    return bool(re.search(rf"(?<![A-Za-z0-9]){re.escape(quant)}(?![A-Za-z0-9_])", name, re.IGNORECASE))
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return f"; it has {', '.join(listed[:8])}{' …' if len(listed) > 8 else ''}" if listed else ""
+
+
+def read_repo(repo: str, revision: str | None = None) -> Repo:
+    """Ask the hub what GGUF files `repo` has. Raises DownloadError with the one reason, and what to do."""
+    from huggingface_hub import HfApi
+
+    check_names(repo, "x.gguf", revision)
+    with _explained(repo, repo):
+        api = HfApi(endpoint=constants.ENDPOINT, library_name="edge-dlf")
+        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
+        commit, files = str(info.sha), {}
+        if not COMMIT.fullmatch(commit):
+            raise ValueError(f"the commit {commit!r}")
+        for sibling in info.siblings or ():
+            if sibling.rfilename.lower().endswith(".gguf"):
+                sha256 = sibling.lfs.sha256 if sibling.lfs else None
+                blob, n_bytes = sha256 or str(sibling.blob_id), sibling.size
+                if not (_SHA256 if sha256 else COMMIT).fullmatch(blob) or n_bytes is None:
+                    raise ValueError(f"the hash {blob!r} or the size {n_bytes} of {sibling.rfilename!r}")
+                files[sibling.rfilename] = HubFile(repo, sibling.rfilename, commit, n_bytes, blob, sha256)
+        license = info.card_data.get("license") if info.card_data else None
+    for name in files:
+        try:
+            check_names(repo, name, commit)
+        except InvalidParameterError as error:
+            raise DownloadError(f"{repo} is not safe to use, nothing was downloaded: {error}") from error
+    return Repo(repo, commit, files, license if isinstance(license, str) else None)
+
+
+def missing_bytes(file: HubFile) -> int:
+    """Bytes of `file` that are yet to be downloaded."""
+    if _blob(file).exists() or (snapshot(file.repo, file.commit) / file.name).is_file():
+        return 0
+    partial = _partial(file)
+    return max(file.n_bytes - (partial.stat().st_size if partial.exists() else 0), 0)
+
+
+def check_space(files: Iterable[HubFile]) -> int:
+    """Bytes to download for all of `files`. Raises DownloadError where the disk of the cache has no room for them."""
+    n_bytes = sum(map(missing_bytes, files))
+    cache = Path(constants.HF_HUB_CACHE)
+    existing = next(place for place in (cache, *cache.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if n_bytes > free:
+        raise DownloadError(
+            f"{n_bytes / 1e9:.2f} GB are to be downloaded, and {cache} has {free / 1e9:.2f} GB free: make room, or "
+            f"set HF_HUB_CACHE to a folder on another disk"
+        )
+    return n_bytes
+
+
+def download(file: HubFile) -> Path:
+    """Bring `file` into the cache, from where an earlier attempt broke off, and check it; returns its path.
+
+    A file that is there already is checked too. Raises DownloadError; a file of another content is removed.
+    """
+    from filelock import FileLock, Timeout
+    from huggingface_hub import hf_hub_download
+
+    blob, pointer = _blob(file), snapshot(file.repo, file.commit) / file.name
+    lock = Path(constants.HF_HUB_CACHE) / ".locks" / folder(file.repo).name / f"{file.blob}.lock"
+    with _explained(f"{file.name} of {file.repo}", file.repo):
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(lock, timeout=0):
+                if pointer.is_file() and _is_intact(pointer, file):
+                    return pointer
+                pointer.unlink(missing_ok=True)
+                if blob.exists() and not _is_intact(blob, file):
+                    blob.unlink()
+                if not blob.exists():
+                    _fetch(file, blob)
+        except Timeout:
+            raise DownloadError(f"{file.name} of {file.repo} is being downloaded by another process") from None
+        # It finds the file in its store and only links it under the repository's name.
+        hf_hub_download(
+            file.repo, file.name, revision=file.commit, cache_dir=constants.HF_HUB_CACHE, endpoint=constants.ENDPOINT
+        )
+    return pointer
+
+
+def _blob(file: HubFile) -> Path:
+    return folder(file.repo) / "blobs" / file.blob
+
+
+def _partial(file: HubFile) -> Path:
+    return folder(file.repo) / "blobs" / f"{file.blob}.incomplete"
+
+
+def _fetch(file: HubFile, blob: Path) -> None:
+    """Download `file` to its place in the store.
+
+    hf_hub_download would begin anew what another process broke off, since huggingface-hub 2.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, though not re-exported
+
+    if file.n_bytes > constants.MAX_HTTP_DOWNLOAD_SIZE:
+        raise DownloadError(
+            f"{file.name} of {file.repo} is larger than the hub sends in one piece; bring it by "
+            f"`hf download {file.repo} {file.name}`, then try again"
+        )
+    partial = _partial(file)
+    if partial.exists() and partial.stat().st_size > file.n_bytes:
+        partial.unlink()
+    url = hf_hub_url(file.repo, file.name, revision=file.commit, endpoint=constants.ENDPOINT)
+    headers = build_hf_headers(library_name="edge-dlf")
+    while True:
+        with partial.open("ab") as target:
+            had = target.tell()
+            try:
+                http_get(
+                    url,
+                    target,
+                    resume_size=had,
+                    headers=headers,
+                    expected_size=file.n_bytes,
+                    displayed_filename=file.name,
+                )
+                break
+            except _transport_errors():
+                if target.tell() == had:
+                    raise
+    if not _is_intact(partial, file):
+        partial.unlink()
+        raise DownloadError(
+            f"{file.name} of {file.repo} came with another content than its sha256 {file.blob[:12]}… stands for, and "
+            f"was removed; try again"
+        )
+    partial.replace(blob)
+
+
+def _is_intact(path: Path, file: HubFile) -> bool:
+    """Whether the file at `path` has the size and the hash of `file`."""
+    if path.stat().st_size != file.n_bytes:
+        return False
+    # git's own hash of a file is the SHA-1 of its length and its content.
+    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % file.n_bytes, usedforsecurity=False)
+    with path.open("rb") as content:
+        while chunk := content.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest() == file.blob
+
+
+@contextmanager
+def _explained(what: str, repo: str) -> Iterator[None]:
+    """Turn what huggingface-hub and the system raise into a DownloadError that says what to do."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if constants.HF_HUB_OFFLINE:
+        raise DownloadError(f"{what} is not on this machine, and HF_HUB_OFFLINE forbids the network")
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise DownloadError(f"{what}: HF_HUB_OFFLINE forbids the network") from error
+    except HfHubHTTPError as error:
+        raise DownloadError(f"{what} {_reason(error, repo)}") from error
+    except _transport_errors() as error:
+        why = f"the connection to {constants.ENDPOINT} failed ({_first_line(error)})"
+        raise DownloadError(f"{what}: {why}; {_GOES_ON}") from error
+    except OSError as error:
+        cause = error.__cause__
+        if isinstance(cause, HfHubHTTPError):
+            raise DownloadError(f"{what} {_reason(cause, repo)}") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            why = f"the disk of {constants.HF_HUB_CACHE} is full ({os.strerror(error.errno).lower()}); make room"
+            raise DownloadError(f"{what}: {why}, then the same command goes on where it stopped") from error
+        raise DownloadError(f"{what}: {_first_line(error)}; {_GOES_ON}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DownloadError(f"{what}: {constants.ENDPOINT} answers with nonsense ({_first_line(error)})") from error
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the HTTP library raises; which one that is differs between versions of huggingface-hub."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    bases = [base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("http")]
+    return tuple(base for base in bases if issubclass(base, Exception))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _reason(error: Exception, repo: str) -> str:
+    """What the hub refuses, as the end of a sentence that begins with what was asked for."""
+    from huggingface_hub import errors, get_token
+
+    response = getattr(error, "response", None)
+    status = response.status_code if response is not None else None
+    log_in = "`hf auth login`, or HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        asked = "this token's account has not been granted that" if get_token() else f"then log in ({log_in})"
+        return f"is gated: accept its terms at {constants.ENDPOINT}/{repo}; {asked}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "has no such revision"
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
+        if get_token():
+            return f"does not exist, or the token in use gives no access to it (HTTP {status}); another one: {log_in}"
+        return f"does not exist, or it is private and needs a token ({log_in})"
+    if status == 404:
+        return "is not there (HTTP 404)"
+    if status == 429:
+        return "is refused, there were too many requests (HTTP 429); wait some minutes, or log in"
+    if status is not None and status >= 500:
+        return f"cannot be had, the hub is out of order (HTTP {status}); {_GOES_ON}"
+    return f"is refused: {_first_line(error)}"

@@ -1,0 +1,138 @@
+"""What an output was made of: the family, the parameters and the input, in a small file beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from ..errors import InvalidParameterError
+from ..gguf.info import GGUFInfo, read_info
+from ..system.durable import file_error, replacing
+from .files import check_files
+from .spec import FamilySpec
+
+_FORMAT = 1
+_SAMPLE_BYTES = 1 << 16
+_N_SAMPLES = 64
+_MAX_HEADER_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """family: role -> its files, each with its name, size and digest. parameters: whatever else answers depend on.
+    input: its size and digest, None where it was a stream."""
+
+    family: Mapping[str, Sequence[Mapping[str, Any]]]
+    parameters: Mapping[str, Any]
+    input: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, spec: FamilySpec, parameters: Mapping[str, Any]) -> Manifest:
+        """Reads headers and samples of the family's files. Raises LoadError where they make no family."""
+        return cls(_family(spec), {name: _plain(value) for name, value in parameters.items()})
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest | None:
+        """None where there is no such file. Raises InvalidParameterError for one that cannot be read."""
+        try:
+            saved = json.loads(path.read_bytes())
+            is_ours = saved.pop("format") == _FORMAT
+            manifest = cls(**saved)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise file_error(path, error) from error
+        except (ValueError, TypeError, KeyError, AttributeError):
+            is_ours = False
+        if not is_ours:
+            raise InvalidParameterError(f"{path}: is no manifest that this version of edge-dlf can read")
+        return manifest
+
+    def save(self, path: Path) -> None:
+        """Write it, all at once. Raises EdgeDLFError."""
+        with replacing(path) as file:
+            file.write(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, ensure_ascii=False).encode() + b"\n")
+
+    def differences(self, now: Manifest) -> list[str]:
+        """What has changed in family and parameters."""
+        if list(self.family) != list(now.family):
+            found = [f"the members were {', '.join(self.family)}, now {', '.join(now.family)}"]
+        else:
+            found = [
+                f"{role} was {_names(files)}, now {_names(now.family[role])}"
+                for role, files in self.family.items()
+                if list(map(_identity, files)) != list(map(_identity, now.family[role]))
+            ]
+        for name in dict.fromkeys([*self.parameters, *now.parameters]):
+            before, after = self.parameters.get(name), now.parameters.get(name)
+            if before != after:
+                found.append(f"{name} was {_show(before)}, now {_show(after)}")
+        return found
+
+
+def _family(spec: FamilySpec) -> dict[str, list[dict[str, Any]]]:
+    files, digests = check_files(spec), {}
+
+    def entries(info: GGUFInfo) -> Iterator[dict[str, Any]]:
+        header_bytes = info.file_bytes - info.tensor_bytes
+        for path in info.shards:
+            if path not in digests:
+                digests[path] = _sampled_digest(path, header_bytes)
+            yield {"file": path.name, "bytes": path.stat().st_size, "digest": digests[path]}
+
+    family = {}
+    for role, info in files.models.items():
+        loras = files.loras.get(role)
+        family[role] = (
+            list(entries(info))
+            if loras is None
+            else [{**entry, "scale": scale} for path, scale in loras for entry in entries(read_info(path))]
+        )
+    return family
+
+
+def _sampled_digest(path: Path, header_bytes: int) -> str:
+    """Of a file's header and of blocks spread over the rest of it, the last one included: quick at any size."""
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        n_bytes = file.seek(0, 2)
+        start = min(header_bytes, n_bytes, _MAX_HEADER_BYTES)
+        file.seek(0)
+        digest.update(file.read(start))
+        room = max(n_bytes - _SAMPLE_BYTES - start, 0)
+        for sample in range(_N_SAMPLES):
+            file.seek(start + room * sample // (_N_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _identity(entry: Mapping[str, Any]) -> list[Any]:
+    """What counts of a file: not its name, for it may have been moved."""
+    return [entry.get("bytes"), entry.get("digest"), entry.get("scale")]
+
+
+def _names(files: Sequence[Mapping[str, Any]]) -> str:
+    return " + ".join(
+        f"{file.get('file')} ({file.get('bytes'):,} bytes, {str(file.get('digest'))[:8]}"
+        + (f", scale {file['scale']:g})" if "scale" in file else ")")
+        for file in files
+    )
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False) if value is not None else "not given"
+    return text if len(text) <= 80 else f"{text[:77]}…"

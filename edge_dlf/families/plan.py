@@ -1,0 +1,323 @@
+"""Memory planned before anything is loaded: what each member takes, how layers are shared out, and what would fit.
+
+Members decode the same tokens and share one machine: every model keeps its weights once, every member a context of its
+own. Where GPUs cannot hold all, small models go there first: they run as often as the large one and cost less. Of
+several GPUs a model gets one where one can hold it, the fullest such one; otherwise its layers are spread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from ..engine.backend import N_ROWS
+from ..errors import OutOfMemoryError
+from ..system.machine import Machine
+from .files import FamilyFiles
+from .footprint import Footprint, footprint, rounded
+
+KERNELS_BYTES = 150_000_000
+"""Compiled kernels and their compiler."""
+_KERNELS_ADDRESS_BYTES = 450_000_000  # the same with threads' stacks and arenas, of which little is ever touched
+_GPU_RESERVE_BYTES = 400_000_000  # the driver's own, on each GPU
+_LEAST_CELLS = 256
+_PIPELINE_COPIES = 4  # of what goes into a graph, where llama.cpp spreads one over several GPUs
+
+
+@dataclass(frozen=True)
+class MemberPlan:
+    """What one member takes, on the host and on GPUs together.
+
+    weights_bytes: 0 where it shares those of `shares_with`; LoRA adapters are its own. n_gpu_layers: of n_layers, the
+    head counted as one. split: share of these that each GPU holds. n_ubatch: tokens to evaluate at a time with plain
+    attention, if each sequence has a cache of its own; None for flash attention.
+    """
+
+    name: str
+    weights_bytes: int
+    cache_bytes: int
+    buffer_bytes: int
+    n_layers: int
+    n_gpu_layers: int
+    split: tuple[float, ...] = ()
+    shares_with: str | None = None
+    n_ubatch: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A family in memory.
+
+    layers: n_gpu_layers for each member. splits: the share of them that each GPU holds, nothing where there is no GPU.
+    host_bytes, each_gpu_bytes: what it takes there.
+    """
+
+    members: tuple[MemberPlan, ...]
+    layers: Mapping[str, int]
+    splits: Mapping[str, tuple[float, ...]]
+    host_bytes: int
+    each_gpu_bytes: tuple[int, ...]
+
+    @property
+    def gpu_bytes(self) -> int:
+        """What it takes on GPUs together."""
+        return sum(self.each_gpu_bytes)
+
+    @property
+    def n_bytes(self) -> int:
+        """All that it takes."""
+        return sum(member.weights_bytes + member.cache_bytes + member.buffer_bytes for member in self.members)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One file, and the members that are contexts over it. wanted: n_gpu_layers asked for, -1 for as many as fit.
+    split: shares of GPUs asked for."""
+
+    print: Footprint
+    members: tuple[str, ...]
+    lora_bytes: int
+    wanted: int
+    split: tuple[float, ...] | None = None
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.print.layers) + 1
+
+    def place(self, n_gpu: int, split: Sequence[float], n_cells: int, n_rows: int, n_seqs: int) -> _Place:
+        """With the head and the last n_gpu - 1 layers on GPUs, shared out by `split`."""
+        own, n_members = self.print, len(self.members)
+        n_low = len(own.layers) - max(n_gpu - 1, 0)
+        cells = rounded(n_cells)
+        caches = [int(kv * cells) + n_seqs * own.state // len(own.layers) for kv in own.kv]
+        layers = [w + n_members * cache for w, cache in zip(own.layers, caches, strict=True)]
+        host = own.input + own.vocabulary + sum(layers[:n_low])
+        if not n_gpu:
+            compute = own.compute(n_cells, n_rows)
+            host += self.lora_bytes + (0 if own.is_tied else own.output) + n_members * compute
+            return _Place(0, tuple(split), host, (0,) * len(split))
+        n_used = sum(share > 0 for share in split)
+        compute = own.compute(n_cells, n_rows, n_copies=_PIPELINE_COPIES if n_used > 1 else 1)
+        host += n_members * (compute if n_low else 4 * n_rows * own.n_vocab)
+        each = [n_members * compute + self.lora_bytes if share > 0 else 0 for share in split]
+        for number, n_bytes in enumerate([*layers[n_low:], own.output]):
+            each[_gpu_of(number, n_gpu, split)] += n_bytes
+        return _Place(n_gpu, tuple(split), host, tuple(each))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one model goes: layers on GPUs, the share of each GPU, and bytes on the host and on each GPU."""
+
+    n_gpu: int
+    split: tuple[float, ...]
+    host_bytes: int
+    each_gpu_bytes: tuple[int, ...]
+
+    def fits(self, rooms: Sequence[int]) -> bool:
+        return all(n_bytes <= room for n_bytes, room in zip(self.each_gpu_bytes, rooms, strict=True))
+
+
+def _gpu_of(number: int, n_gpu: int, split: Sequence[float]) -> int:
+    """The GPU that llama.cpp gives the layer `number` of `n_gpu` to: the first whose shares, with all before it, exceed
+    its part of the way through them."""
+    total, before = math.fsum(split), 0.0
+    for gpu, share in enumerate(split):
+        before += share
+        if before / total > number / n_gpu:
+            return gpu
+    return len(split) - 1
+
+
+@dataclass(frozen=True)
+class _Arrangement:
+    """Where models go, and what they take. left_bytes: room that is left on each GPU, below 0 if too little."""
+
+    places: tuple[_Place, ...]
+    host_bytes: int
+    each_gpu_bytes: tuple[int, ...]
+    left_bytes: tuple[int, ...]
+
+    @property
+    def n_on_gpu(self) -> int:
+        """Layers of all models on GPUs."""
+        return sum(place.n_gpu for place in self.places)
+
+    @property
+    def fits_gpus(self) -> bool:
+        return min(self.left_bytes, default=0) >= 0
+
+
+class Planner:
+    """Plans a family for one machine.
+
+    n_gpu_layers, main_gpu, tensor_split: as FusedLlama has them; -1 layers are all that fit. n_rows: rows of logits
+    that one decode may ask for. n_seqs: sequences at once. repacks: whether the CPU keeps weights twice.
+    Raises InvalidParameterError for cache types, names of members and GPUs that do not exist.
+    """
+
+    def __init__(
+        self,
+        files: FamilyFiles,
+        machine: Machine,
+        *,
+        n_gpu_layers: int | Mapping[str, int] = -1,
+        main_gpu: int | Mapping[str, int] | None = None,
+        tensor_split: Sequence[float] | None = None,
+        type_k: str | None = None,
+        type_v: str | None = None,
+        n_rows: int = N_ROWS,
+        n_seqs: int = 1,
+        repacks: bool = True,
+    ) -> None:
+        self.machine = machine
+        self._repacks = repacks
+        self._files = files
+        self._wanted = files.layers(n_gpu_layers)
+        self._splits = files.splits(main_gpu, tensor_split, len(machine.gpus))
+        self._n_rows, self._n_seqs = max(n_rows, n_seqs), n_seqs
+        paths = {info.path: info for info in files.models.values()}
+        self._models = [self._model(path, footprint(info, type_k, type_v)) for path, info in paths.items()]
+
+    def _model(self, path: Path, own: Footprint) -> _Model:
+        members = tuple(name for name, info in self._files.models.items() if info.path == path)
+        loras = {lora for name in members for lora, _ in self._files.loras.get(name, ())}
+        n_lora_bytes = sum(lora.stat().st_size for lora in loras)
+        wanted = min(self._wanted[members[0]], len(own.layers) + 1)
+        split = self._splits.get(members[0])
+        return _Model(own, members, n_lora_bytes, wanted if self.machine.gpus else 0, split)
+
+    def plan(self, n_cells: int) -> Plan:
+        """The family with `n_cells` positions in every KV cache. Raises OutOfMemoryError, which says what would fit."""
+        best = self._arranged(n_cells)
+        if not self._fits(best, n_cells):
+            raise OutOfMemoryError(self._why(best, n_cells))
+        members, layers, splits = [], {}, {}
+        for model, place in zip(self._models, best.places, strict=True):
+            whole = place.n_gpu == model.n_layers or not self.machine.gpus
+            for name in model.members:
+                shares = model.members[0] if name != model.members[0] else None
+                members.append(self._member(name, model, place, n_cells, shares))
+                layers[name] = self._wanted[name] if whole else place.n_gpu
+                splits[name] = place.split
+        order = list(self._files.models)
+        members.sort(key=lambda member: order.index(member.name))
+        return Plan(tuple(members), layers, splits, best.host_bytes, best.each_gpu_bytes)
+
+    def _member(self, name: str, model: _Model, place: _Place, n_cells: int, shares: str | None) -> MemberPlan:
+        own = model.print
+        loras = sum(path.stat().st_size for path, _ in self._files.loras.get(name, ()))
+        copy = own.output if own.is_tied and place.n_gpu else 0
+        return MemberPlan(
+            name,
+            weights_bytes=loras + (0 if shares else own.weights + copy),
+            cache_bytes=own.cache(n_cells) + self._n_seqs * own.state,
+            buffer_bytes=own.compute(n_cells, self._n_rows) + (0 if shares else own.vocabulary),
+            n_layers=model.n_layers,
+            n_gpu_layers=place.n_gpu,
+            split=place.split,
+            shares_with=shares,
+            # Of prompts that the CPU computes beside a GPU, the weights go over once for each batch.
+            n_ubatch=None if self.machine.gpus else own.n_ubatch(n_cells // self._n_seqs, self._n_seqs),
+        )
+
+    def largest_n_cells(self, at_most: int, least: int = 0) -> int:
+        """The largest context up to `at_most` that fits; 0 where not even the smallest does. least: a context beyond
+        which one counts only if it drives no layer off a GPU that this one leaves there."""
+        n_on_gpu = self._arranged(least).n_on_gpu if least else 0
+        low, high = 0, at_most // _LEAST_CELLS
+        while low < high:
+            middle = (low + high + 1) // 2
+            arranged = self._arranged(middle * _LEAST_CELLS)
+            if self._fits(arranged, middle * _LEAST_CELLS) and arranged.n_on_gpu >= n_on_gpu:
+                low = middle
+            else:
+                high = middle - 1
+        return low * _LEAST_CELLS
+
+    def _arranged(self, n_cells: int, n_wanted: int | None = None) -> _Arrangement:
+        """Give GPUs what is asked for, then whole models from the smallest on, then the layers for which there is room.
+
+        n_wanted: in place of what is asked for.
+        """
+        wanted = [model.wanted if n_wanted is None else n_wanted for model in self._models]
+        left = [max(0, gpu.free_bytes - _GPU_RESERVE_BYTES) for gpu in self.machine.gpus]
+        sizes = [sum(model.print.layers) + model.print.output for model in self._models]
+        order = sorted(range(len(wanted)), key=lambda number: (wanted[number] < 0, sizes[number]))
+        places: dict[int, _Place] = {}
+        for number in order:
+            model, n_wish = self._models[number], wanted[number]
+            ways = chain.from_iterable(
+                self._places(model, n, left, n_cells)
+                for n in ([n_wish] if n_wish >= 0 else range(model.n_layers, 0, -1))
+            )
+            fitting = next((place for place in ways if place.fits(left)), None)
+            *_, last = self._places(model, max(n_wish, 0), left, n_cells)
+            places[number] = fitting or last
+            left = [room - taken for room, taken in zip(left, places[number].each_gpu_bytes, strict=True)]
+        host = sum(place.host_bytes for place in places.values())
+        each = tuple(map(sum, zip(*(place.each_gpu_bytes for place in places.values()), strict=True)))
+        if self.machine.gpus and all(device.shares_host for device in self.machine.gpus):
+            host += sum(each)
+        return _Arrangement(tuple(places[n] for n in range(len(wanted))), host + KERNELS_BYTES, each, tuple(left))
+
+    def _places(self, model: _Model, n_gpu: int, left: Sequence[int], n_cells: int) -> Iterator[_Place]:
+        """Ways to have `n_gpu` layers of a model on GPUs, best first: as asked for; on one GPU, the fullest first, so
+        that a larger model finds one that is free; spread by the room that is left."""
+        numbers = range(len(left))
+        splits = [model.split] if model.split else [_only(n, len(left)) for n in sorted(numbers, key=left.__getitem__)]
+        if not model.split and len(left) > 1 and sum(room > 0 for room in left) > 1:
+            splits.append(tuple(float(max(0, room)) for room in left))
+        for split in splits or [()]:
+            yield model.place(n_gpu, split, n_cells, self._n_rows, self._n_seqs)
+
+    def _fits(self, best: _Arrangement, n_cells: int) -> bool:
+        address = self.machine.address_bytes
+        return (
+            best.fits_gpus
+            and best.host_bytes <= self.machine.free_bytes
+            and (address is None or self._address_bytes(best) <= address)
+        )
+
+    def _address_bytes(self, best: _Arrangement) -> int:
+        """Address space it takes: repacked weights stand there twice."""
+        on_host = [model.print for model, place in zip(self._models, best.places, strict=True) if not place.n_gpu]
+        copies = sum(own.repacked for own in on_host) if self._repacks else 0
+        return best.host_bytes + copies + _KERNELS_ADDRESS_BYTES
+
+    def _why(self, best: _Arrangement, n_cells: int) -> str:
+        """What is missing, and what would fit."""
+        members = tuple(name for model in self._models for name in model.members)
+        caches = sum(len(model.members) * model.print.cache(n_cells) for model in self._models)
+        names = f"{', '.join(members[:-1])} and {members[-1]}"
+        if not best.fits_gpus:
+            number = min(range(len(best.left_bytes)), key=best.left_bytes.__getitem__)
+            device, n_bytes = self.machine.gpus[number], best.each_gpu_bytes[number]
+            where = "the GPU" if len(self.machine.gpus) == 1 else device.name
+            need = f"{names} need {_gb(n_bytes)} on {where} with these layers, {_gb(device.free_bytes)} are free there"
+            shared = self._arranged(n_cells, -1)
+            layers = ",".join(f"{m.members[0]}={p.n_gpu}" for m, p in zip(self._models, shared.places, strict=True))
+            if self._fits(shared, n_cells):
+                return f"{need}; n_gpu_layers of {layers} would fit"
+        else:
+            free, limit, total = self.machine.free_bytes, self.machine.limit, best.host_bytes
+            if self.machine.address_bytes is not None and self._address_bytes(best) > self.machine.address_bytes:
+                total, free, limit = self._address_bytes(best), self.machine.address_bytes, "ulimit -v"
+            left = f"{_gb(free)} are free" + (f" (by {limit})" if limit else "")
+            need = f"{names} need {_gb(total)}, {_gb(caches)} of it for a context of {n_cells}; {left}"
+        fitting = self.largest_n_cells(n_cells)
+        if fitting:
+            return f"{need}; a context of {fitting} would fit"
+        return f"{need}; not even the smallest context would fit: take smaller files or a stronger quantization"
+
+
+def _only(number: int, n_gpus: int) -> tuple[float, ...]:
+    """The whole share for one GPU."""
+    return tuple(float(n == number) for n in range(n_gpus))
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"

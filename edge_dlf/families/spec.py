@@ -1,0 +1,336 @@
+"""`family.toml` → `FamilySpec`: which files make a family, by which names, with which defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ..errors import FamilyError, InvalidParameterError
+from ..params import METHODS, RESERVED_NAMES, FusionParams, SamplingParams
+from ..system.paths import CATALOGUE, expanded, models_dir, shipped_dir
+from .hub_cache import cached, check_names, shards
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Table: TypeAlias = dict[str, Any]
+
+FILE_NAME = "family.toml"
+_MAX_FILE_BYTES = 1 << 20
+NAME_RULE = "letters, digits, '.', '_' and '-', and begin with a letter or digit"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_FUSION = {field.name for field in dataclasses.fields(FusionParams)}
+_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
+_TEXTS = {"method", "search"}
+_INTEGERS = {"top_k", "repeat_last_n", "seed"}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a GGUF is: a `path` on this machine, or a `file` of a Hugging Face `repo`.
+
+    file: of a model in several files the first. sha256: of each of its files in turn, or none.
+    """
+
+    path: Path | None = None
+    repo: str | None = None
+    file: str | None = None
+    revision: str | None = None
+    sha256: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> Path | None:
+        """The file on this machine; None where it is yet to be downloaded."""
+        if self.repo and self.file:
+            return cached(self.repo, self.file, self.revision)
+        return self.path
+
+    def local_path(self) -> Path:
+        """The file on this machine. Raises FamilyError where it is yet to be downloaded."""
+        path = self.place
+        if path is None:
+            raise FamilyError(f"{self.file} of {self.repo} is not on this machine; `edge-dlf pull` downloads it")
+        return path
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """One expert: a `source`, which may turn out to be a model or a LoRA over the base, or LoRAs with their scales."""
+
+    name: str
+    source: ModelSource | None = None
+    loras: tuple[tuple[ModelSource, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """One large model, one base and at least one expert.
+
+    defaults: fields of FusionParams and SamplingParams by name. examples: prompts that show what the family can do.
+    origin: the name or path that it was loaded by.
+    """
+
+    name: str
+    large: ModelSource
+    base: ModelSource
+    experts: tuple[ExpertSpec, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    examples: tuple[str, ...] = ()
+    origin: str | None = field(default=None, compare=False)
+
+    @property
+    def sources(self) -> tuple[ModelSource, ...]:
+        """Every file: of large, of base, of each expert in turn."""
+        experts = [[expert.source] if expert.source else [lora for lora, _ in expert.loras] for expert in self.experts]
+        return (self.large, self.base, *(source for sources in experts for source in sources))
+
+    def check_is_here(self) -> None:
+        """Raise FamilyError where a file is yet to be downloaded."""
+        missing = [source for source in dict.fromkeys(self.sources) if source.place is None]
+        if missing:
+            more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+            raise FamilyError(
+                f"{self.name}: {missing[0].file}{more} not on this machine; "
+                f"`edge-dlf pull {self.origin or self.name}` downloads what is missing"
+            )
+
+    @classmethod
+    def load(cls, family: str | Path) -> FamilySpec:
+        """Read the family in a `family.toml`, in the folder that holds one, or of that name in the models folder.
+
+        Relative paths count from the file's folder. Raises FamilyError, which names the file and the reason.
+        """
+        path = find_family(family)
+        try:
+            return dataclasses.replace(cls.from_table(read_toml(path), path.parent), origin=str(family))
+        except InvalidParameterError as error:
+            raise FamilyError(f"{path}: {error}") from error
+        except OSError as error:
+            raise FamilyError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+
+    @classmethod
+    def from_table(cls, table: Table, folder: Path) -> FamilySpec:
+        """Make a family of the contents of a `family.toml` in `folder`. Raises InvalidParameterError."""
+        return _parse(table, folder)
+
+    @classmethod
+    def from_files(
+        cls,
+        large: str | Path,
+        base: str | Path,
+        experts: Mapping[str, str | Path | Sequence[tuple[str | Path, float]]],
+    ) -> FamilySpec:
+        """Make a family of files: `experts` maps a name to a GGUF (a model or a LoRA) or to [(LoRA, scale), …].
+
+        Raises InvalidParameterError.
+        """
+        folder = Path()
+        specs = []
+        for name, files in experts.items():
+            if isinstance(files, str | os.PathLike):
+                specs.append(ExpertSpec(name, source=_local(files, folder, f"expert {name!r}")))
+            else:
+                pairs = _pairs(name, files)
+                specs.append(
+                    ExpertSpec(name, loras=tuple((_local(f, folder, f"expert {name!r}"), s) for f, s in pairs))
+                )
+        _check_names([spec.name for spec in specs])
+        return cls(Path(large).stem, _local(large, folder, "large"), _local(base, folder, "base"), tuple(specs))
+
+
+def is_name(text: str) -> bool:
+    """Whether a family may be named so."""
+    return bool(_NAME.fullmatch(text))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvalidParameterError(message)
+
+
+def find_family(family: str | Path) -> Path:
+    """The `family.toml` that a path or a name stands for."""
+    path = expanded(family)
+    candidates = [path, path / FILE_NAME]
+    if isinstance(family, str) and _NAME.fullmatch(family):
+        candidates += [folder / family / FILE_NAME for folder in (models_dir(), shipped_dir())]
+    try:
+        for candidate in candidates:
+            if candidate.is_file():
+                return candidate
+        exists = path.exists() and not path.is_dir()
+    except (OSError, ValueError) as error:
+        raise FamilyError(f"{family}: {error}") from error
+    if exists:
+        raise FamilyError(f"{family}: is not a regular file")
+    if family in catalogue_names():
+        raise FamilyError(f"{family} is in the catalogue and not yet on this machine: `edge-dlf pull {family}`")
+    raise FamilyError(f"{family}: no such family; looked for {', '.join(map(str, candidates))}")
+
+
+def catalogue_names() -> list[str]:
+    """The families of the catalogue that ships with edge-dlf."""
+    path = shipped_dir() / CATALOGUE
+    return [family["name"] for family in read_toml(path)["families"]] if path.is_file() else []
+
+
+def read_toml(path: Path) -> Table:
+    """The file's table. Raises OSError, and InvalidParameterError where it is no TOML."""
+    with path.open("rb") as file:
+        content = file.read(_MAX_FILE_BYTES + 1)
+    _require(len(content) <= _MAX_FILE_BYTES, "is larger than 1 MiB, so it is no family.toml")
+    try:
+        table: Table = tomllib.loads(content.decode("utf-8"))
+        return table
+    except UnicodeDecodeError as error:
+        raise InvalidParameterError(f"is not UTF-8 text (byte {error.start})") from error
+    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
+        raise InvalidParameterError(f"is not valid TOML: {error}") from error
+
+
+def _parse(table: Table, folder: Path) -> FamilySpec:
+    _known(table, {"name", "large", "base", "experts", "defaults", "examples"}, "the file")
+    name = table.get("name")
+    _require(isinstance(name, str) and bool(_NAME.fullmatch(name)), f"name must have {NAME_RULE}, not {name!r}")
+    sources = {}
+    for role in ("large", "base"):
+        _require(isinstance(table.get(role), dict), f"needs a table [{role}]")
+        sources[role] = _source(table[role], folder, f"[{role}]")
+    experts = table.get("experts", [])
+    _require(
+        isinstance(experts, list) and all(isinstance(expert, dict) for expert in experts),
+        "experts must be tables, [[experts]]",
+    )
+    names = [expert.get("name") for expert in experts]
+    _check_names(names)
+    defaults = table.get("defaults", {})
+    _require(isinstance(defaults, dict), "defaults must be a table, [defaults]")
+    examples = table.get("examples", [])
+    _require(isinstance(examples, list), "examples must be a list of prompts")
+    return FamilySpec(
+        name=str(name),
+        large=sources["large"],
+        base=sources["base"],
+        experts=tuple(_expert(expert, folder) for expert in experts),
+        defaults=_defaults(defaults, names),
+        examples=tuple(_text(example, "an example") for example in examples),
+    )
+
+
+def _check_names(names: Sequence[Any]) -> None:
+    _require(bool(names), "has no expert; it needs at least one")
+    for name in names:
+        is_name = isinstance(name, str) and bool(_NAME.fullmatch(name))
+        _require(is_name, f"an expert's name must have {NAME_RULE}, not {name!r}")
+        _require(name not in RESERVED_NAMES, f"an expert cannot be named {name!r}: that is a role or a method")
+        _require(names.count(name) == 1, f"two experts are named {name!r}")
+
+
+def _known(table: Table, keys: set[str], where: str) -> None:
+    unknown = sorted(table.keys() - keys)
+    _require(not unknown, f"{where} has the unknown key {', '.join(map(repr, unknown))}")
+
+
+def _text(value: Any, where: str) -> str:
+    _require(isinstance(value, str) and bool(value), f"{where} must be a non-empty string, not {value!r}")
+    _require(not _CONTROL.search(value), f"{where} must not have control characters: {value!r:.80}")
+    return str(value)
+
+
+def _number(value: Any, where: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    _require(is_number and -1e38 < value < 1e38, f"{where} must be a finite number, not {value!r}")
+    return float(value)
+
+
+def _local(path: Any, folder: Path, where: str) -> ModelSource:
+    if isinstance(path, os.PathLike):
+        path = os.fspath(path)
+    return ModelSource(path=folder / expanded(_text(path, f"the path of {where}")))
+
+
+def _source(table: Table, folder: Path, where: str, also: frozenset[str] = frozenset()) -> ModelSource:
+    """A model given by `path`, or by `repo` and `file`."""
+    if "path" in table:
+        _known(table, {"path", "sha256", *also}, f"{where}, which has a path,")
+        return dataclasses.replace(_local(table["path"], folder, where), sha256=_sha256(table, where))
+    _require("repo" in table and "file" in table, f"{where} needs a path, or a repo and a file")
+    _known(table, {"repo", "file", "revision", "sha256", *also}, where)
+    texts = {key: _text(table[key], f"{key} of {where}") for key in ("repo", "file", "revision") if key in table}
+    repo, file, revision = texts["repo"], texts["file"], texts.get("revision")
+    check_names(repo, file, revision)
+    hashes = _sha256(table, where)
+    is_complete = len(hashes) in (0, len(shards(file)))
+    _require(is_complete, f"{where} has {len(hashes)} in sha256 and {len(shards(file))} files")
+    return ModelSource(None, repo, file, revision, hashes)
+
+
+def _sha256(table: Table, where: str) -> tuple[str, ...]:
+    given = table.get("sha256", [])
+    hashes = tuple(given if isinstance(given, list) else [given])
+    are_hashes = all(isinstance(sha256, str) and re.fullmatch("[0-9a-fA-F]{64}", sha256) for sha256 in hashes)
+    _require(are_hashes, f"sha256 of {where} must be 64 hexadecimal digits")
+    return tuple(sha256.lower() for sha256 in hashes)
+
+
+def _expert(table: Table, folder: Path) -> ExpertSpec:
+    name = str(table["name"])
+    where = f"expert {name!r}"
+    if "lora" not in table:
+        return ExpertSpec(name, source=_source(table, folder, where, frozenset({"name"})))
+    _known(table, {"name", "lora", "scale"}, f"{where}, which has a lora,")
+    loras = table["lora"] if isinstance(table["lora"], list) else [table["lora"]]
+    scales = table.get("scale", [1.0] * len(loras))
+    scales = scales if isinstance(scales, list) else [scales]
+    _require(len(scales) == len(loras), f"{where} has {len(loras)} in lora and {len(scales)} in scale")
+    pairs = _pairs(name, list(zip(loras, scales, strict=True)))
+    return ExpertSpec(name, loras=tuple((_local(lora, folder, where), scale) for lora, scale in pairs))
+
+
+def _pairs(name: Any, files: Any) -> list[tuple[Any, float]]:
+    """[(LoRA, scale), …], checked."""
+    where = f"expert {name!r}"
+    _require(isinstance(files, Sequence) and len(files) > 0, f"{where} needs a file, or [(LoRA, scale), …]")
+    for pair in files:
+        _require(isinstance(pair, Sequence) and len(pair) == 2, f"{where} needs pairs (LoRA, scale), not {pair!r}")
+    return [(lora, _number(scale, f"a scale of {where}")) for lora, scale in files]
+
+
+def _defaults(table: Table, experts: Sequence[str]) -> Table:
+    """The table, its values of the right types and accepted by FusionParams and SamplingParams."""
+    _known(table, _FUSION | _SAMPLING, "[defaults]")
+    defaults = {key: _default(key, value, experts) for key, value in table.items()}
+    method = defaults.get("method", METHODS[0])
+    _require(method in (*METHODS, *experts), f"method must be one of {', '.join((*METHODS, *experts))}, not {method!r}")
+    FusionParams(**{key: value for key, value in defaults.items() if key in _FUSION})
+    SamplingParams(**{key: value for key, value in defaults.items() if key in _SAMPLING})
+    return defaults
+
+
+def _default(key: str, value: Any, experts: Sequence[str]) -> Any:
+    if key in _TEXTS:
+        return _text(value, key)
+    if key in _INTEGERS:
+        _require(isinstance(value, int) and not isinstance(value, bool), f"{key} must be an integer, not {value!r}")
+        return value
+    if key == "alpha" and isinstance(value, dict):
+        _known(value, set(experts), "alpha")
+        return {expert: _number(alpha, f"alpha of {expert}") for expert, alpha in value.items()}
+    if key == "logit_bias":
+        is_table = isinstance(value, dict) and all(token.isascii() and token.isdigit() for token in value)
+        _require(is_table, f"logit_bias must be a table from token ids to numbers, not {value!r}")
+        biases = {int(token): bias for token, bias in value.items()}
+        return {
+            t: -math.inf if bias == -math.inf else _number(bias, f"logit_bias of {t}") for t, bias in biases.items()
+        }
+    return _number(value, key)

@@ -1,0 +1,1 @@
+"""Reads and judges GGUF headers, without llama.cpp."""

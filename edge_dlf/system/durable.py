@@ -1,0 +1,137 @@
+"""Files that keep what was written to them, whatever ends the process or the machine."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from ..errors import EdgeDLFError, InvalidParameterError
+
+_SYNC_S = 1.0
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_WRONG_PATH = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+def file_error(path: Path, error: OSError) -> EdgeDLFError:
+    """What to raise where a file cannot be written: a path that cannot be used is the caller's mistake."""
+    reason = (error.strerror or str(error)).lower()
+    if error.errno in _WRONG_PATH:
+        return InvalidParameterError(f"{path}: {reason}")
+    if error.errno in _FULL:
+        reason += "; every row so far is kept, and once there is room the same command continues"
+    return EdgeDLFError(f"{path}: {reason}")
+
+
+class Appender:
+    """A file that grows by whole lines. Each of them is there in full or not at all, and on disk a second later.
+
+    A context manager. Raises EdgeDLFError where the disk is full or fails.
+    """
+
+    def __init__(self, path: Path, n_bytes: int) -> None:
+        """Open the file, or make it; what lies beyond `n_bytes` is cut off."""
+        self.path = path
+        self._n_bytes = n_bytes
+        self._failure: OSError | None = None
+        self._is_dirty = threading.Event()
+        self._is_closing = threading.Event()
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            os.ftruncate(self._fd, n_bytes)
+        except OSError as error:
+            raise file_error(path, error) from error
+        sync_folder(path.parent)
+        self._syncing = threading.Thread(target=self._sync_each_second, name=f"sync {path.name}", daemon=True)
+        self._syncing.start()
+
+    def __enter__(self) -> Appender:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        with suppress(*([EdgeDLFError] if kind else [])):
+            self.close()
+
+    def append(self, line: bytes) -> None:
+        """Write `line` at the end."""
+        if self._failure:
+            raise file_error(self.path, self._failure)
+        try:
+            n_written = os.write(self._fd, line)
+            while n_written < len(line):  # a disk that is filling up; the next call says why
+                n_written += os.write(self._fd, line[n_written:])
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._fd, self._n_bytes)
+            raise file_error(self.path, error) from error
+        self._n_bytes += len(line)
+        self._is_dirty.set()
+
+    def close(self) -> None:
+        """Bring everything to disk. Calling it twice is no error."""
+        if self._is_closing.is_set():
+            return
+        self._is_closing.set()
+        self._is_dirty.set()
+        self._syncing.join()
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            self._failure = self._failure or error
+        finally:
+            os.close(self._fd)
+        if self._failure:
+            raise file_error(self.path, self._failure)
+
+    def _sync_each_second(self) -> None:
+        """In a thread, so that a slow disk holds up nobody."""
+        while self._is_dirty.wait() and not self._is_closing.is_set():
+            self._is_dirty.clear()
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                self._failure = error
+                return
+            self._is_closing.wait(_SYNC_S)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` at the end, all at once; nothing changes where an exception comes first."""
+    new = new_name(path)
+    try:
+        with new.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, new)
+        new.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise file_error(path, error) from error
+        raise
+    sync_folder(path.parent)
+
+
+def new_name(path: Path) -> Path:
+    """Where `replacing` writes; a process that was killed meanwhile leaves it behind."""
+    return path.with_name(f".{path.name}.new")
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in `folder` to disk, where the system can."""
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

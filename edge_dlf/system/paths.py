@@ -1,0 +1,34 @@
+"""Where models and families are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+from ..errors import InvalidParameterError
+
+CATALOGUE = "catalogue.toml"
+
+
+def models_dir() -> Path:
+    """Where families are looked up by name: $EDGE_DLF_MODELS, or `models` in the user's data folder."""
+    chosen = os.environ.get("EDGE_DLF_MODELS")
+    if chosen:
+        return expanded(chosen)
+    return Path(platformdirs.user_data_dir("edge-dlf", appauthor=False)) / "models"
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with a leading ~ as the home it stands for. Raises InvalidParameterError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InvalidParameterError(f"{path}: there is no such home folder") from error
+
+
+def shipped_dir() -> Path:
+    """The folder `models` that ships with edge-dlf: inside the package, or beside it in a source tree."""
+    package = Path(__file__).parents[1]
+    return next((f for f in (package / "models", package.parent / "models") if (f / CATALOGUE).is_file()), package)
