@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from edge_dlf import FusedLlama, FusionParams, SamplingParams
 from edge_dlf.fusion.fuser import Fuser
-from edge_dlf.params import Draw
+from edge_dlf.fusion.records import Draw
 from tests import naive
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .answers.token import Token
 from .errors import (
     CapacityError,
     ContextOverflowError,
@@ -23,7 +24,7 @@ from .errors import (
     RequestInterruptedError,
     VocabMismatchError,
 )
-from .params import FusionParams, SamplingParams, Token
+from .params import FusionParams, SamplingParams
 
 if TYPE_CHECKING:
     from .api import FusedLlama

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from edge_dlf import FusedLlama, SamplingParams
-from edge_dlf.params import Draw
+from edge_dlf.fusion.records import Draw
 
 from . import naive
 

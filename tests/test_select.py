@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from edge_dlf.errors import InvalidParameterError, NonFiniteLogitsError
 from edge_dlf.fusion.fuser import Fuser, fuse_logits
-from edge_dlf.params import Draw, FusionParams, Picked, SamplingParams
+from edge_dlf.fusion.records import Draw, Picked
+from edge_dlf.params import FusionParams, SamplingParams
 
 from . import naive
 

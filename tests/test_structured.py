@@ -15,8 +15,9 @@ import pytest
 
 from edge_dlf import FusedLlama, InvalidParameterError
 from edge_dlf.fusion.fuser import Fuser
+from edge_dlf.fusion.records import Draw
 from edge_dlf.llama import Grammar
-from edge_dlf.params import Draw, SamplingParams
+from edge_dlf.params import SamplingParams
 
 # Random weights end nothing by themselves: each schema is bounded, so that an answer ends.
 WORD = {"type": "string", "maxLength": 6}

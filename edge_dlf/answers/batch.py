@@ -11,10 +11,10 @@ from typing import Any
 from ..engine.generation import Generation, Outcome
 from ..engine.scheduler import Scheduler
 from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError, NonFiniteLogitsError
-from ..params import Token
 from .completion import CompletionShape, Dict
 from .requests import Request, parse_line, request_id
 from .stream import Answer
+from .token import Token
 
 LATER = object()
 """In place of a request: there is none yet, and those that are being decoded shall go on."""

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import Any, TypeAlias
 
-from ..params import Token
 from .stream import FinishReason, Report
+from .token import Token
 from .trace_entry import token_entry
 
 Dict: TypeAlias = dict[str, Any]

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from ..engine.generation import Generation, Pick
 from ..engine.scheduler import Scheduler
 from ..errors import EdgeDLFError
-from ..params import Token
 from .text import TextStream
+from .token import Token
 
 FinishReason = Literal["stop", "length"]
 

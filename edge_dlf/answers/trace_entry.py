@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..params import Token
+from .token import Token
 
 FORMAT = "edge-dlf trace 1"
 SEARCHED = ("objective", "kl_forward", "kl_reverse", "target_forward", "target_reverse")

@@ -11,8 +11,8 @@ import click
 
 if TYPE_CHECKING:
     from ..answers.stream import Report
+    from ..answers.token import Token
     from ..evidence.trace import TraceFile
-    from ..params import Token
 
 _MAX_LABEL = 200
 

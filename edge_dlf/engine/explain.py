@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import EdgeDLFError
-from ..params import N_CANDIDATES, AlphaChoice, Draw, Picked, Trace
+from ..fusion.records import N_CANDIDATES, AlphaChoice, Draw, Picked, Trace
 from .backend import Logits
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EdgeDLFError
-from ..params import MAX_DRAFT, N_CANDIDATES, Draw, FusionParams, SamplingParams, Trace
+from ..fusion.records import N_CANDIDATES, Draw, Trace
+from ..params import MAX_DRAFT, FusionParams, SamplingParams
 from .constraint import Constraint
 from .ensemble import Roles
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import EdgeDLFError
-from ..params import AlphaChoice, Draw, Picked, Trace
+from ..fusion.records import AlphaChoice, Draw, Picked, Trace
 from .ensemble import Rows
 from .explain import explain
 from .generation import Generation, Pick

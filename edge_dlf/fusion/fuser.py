@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EdgeDLFError, InvalidParameterError, NonFiniteLogitsError
-from ..params import AlphaChoice, Draw, FusionParams, Picked, SamplingParams
+from ..params import FusionParams, SamplingParams
 from . import kernels
+from .records import AlphaChoice, Draw, Picked
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]

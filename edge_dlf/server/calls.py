@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..answers.completion import CompletionShape, Dict
 from ..answers.requests import Request, parse_body
 from ..answers.stream import Answer, Report
+from ..answers.token import Token
 from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError, NonFiniteLogitsError
-from ..params import Token
 from .engine import BusyError, StoppingError
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, cast
 
 from ..answers.stream import Answer
+from ..answers.token import Token
 from ..engine.generation import Generation, Outcome
 from ..errors import EdgeDLFError, InvalidParameterError, RequestInterruptedError
-from ..params import Token
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
