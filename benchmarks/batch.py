@@ -60,8 +60,7 @@ def member_costs(llm: FusedLlama, n_parallel: int, n_prompt: int, n_answer: int)
     for name, member in ensemble.members.items():
 
         def run(runs: list[Run], name: str = name) -> None:
-            ensemble.decode(name, runs)
-            ensemble.members[name].logits()
+            ensemble.decode({name: runs})
 
         fills = []
         for seq in range(n_parallel):

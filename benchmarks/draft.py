@@ -25,9 +25,9 @@ from typing import Any
 
 from edge_dlf import FusedLlama
 from edge_dlf.answers.tokenizer import Prompt
-from edge_dlf.engine.decode import Decoder
-from edge_dlf.engine.generation import Generation, Outcome
-from edge_dlf.engine.pace import FUSION, Pace
+from edge_dlf.engine.decoder import Decoder
+from edge_dlf.engine.draft_length import OTHER, DraftLength
+from edge_dlf.engine.generation import Generation, StepResult
 from edge_dlf.params import MAX_DRAFT
 
 WORKLOADS = {
@@ -82,13 +82,13 @@ class Tally:
         return sum(drafted for drafted, _ in self.steps) / max(len(self.steps), 1)
 
 
-def predicted(pace: Pace, experts: tuple[str, ...], steps: Sequence[tuple[int, int]]) -> float:
+def predicted(length: DraftLength, experts: tuple[str, ...], steps: Sequence[tuple[int, int]]) -> float:
     """Times plain decoding, if each step had taken what the batches of its draft cost, one of the experts drafting."""
     drafter, *others = experts
 
     def seconds(n: int, n_accepted: int) -> float:
-        batched = sum(pace.cost(name, n + 1) for name in ("large", "base", *others, FUSION))
-        return batched + (n + (n_accepted == n)) * pace.cost(drafter, 1)
+        batched = sum(length.cost(name, n + 1) for name in ("large", "base", *others, OTHER))
+        return batched + (n + (n_accepted == n)) * length.cost(drafter, 1)
 
     n_tokens = sum(accepted + 1 for _, accepted in steps)
     return n_tokens * seconds(0, 0) / sum(seconds(*step) for step in steps)
@@ -101,9 +101,9 @@ def answer(
     for _ in llm.stream(prompt, max_tokens=1, draft="off"):
         pass
     stream = llm.stream(prompt, max_tokens=options.tokens, temperature=options.temperature, seed=1, **settings)
-    with counted(llm.scheduler.decoder) as steps:
+    with counted(llm.driver.decoder) as steps:
         tokens = [token.id for token in stream]
-    return tokens, stream.report.prefill_s + stream.report.decode_s, steps
+    return tokens, stream.report.counts.prefill_s + stream.report.counts.decode_s, steps
 
 
 @contextmanager
@@ -112,13 +112,13 @@ def counted(decoder: Decoder) -> Iterator[list[tuple[int, int]]]:
     steps: list[tuple[int, int]] = []
     step = decoder.step
 
-    def counting(generations: Sequence[Generation], n_prefill: int | None = None) -> list[Outcome]:
-        (generation,) = generations
-        before = generation.n_drafted, generation.n_accepted
-        outcomes = step(generations, n_prefill)
-        if outcomes[0]:
-            steps.append((generation.n_drafted - before[0], generation.n_accepted - before[1]))
-        return outcomes
+    def counting(generations: Sequence[Generation], *arguments: Any) -> list[StepResult]:
+        counts = generations[0].counts
+        before = counts.n_drafted, counts.n_accepted
+        results = step(generations, *arguments)
+        if results[0].picks:
+            steps.append((counts.n_drafted - before[0], counts.n_accepted - before[1]))
+        return results
 
     decoder.step = counting  # type: ignore[method-assign]
     try:
@@ -173,7 +173,7 @@ def main() -> None:
     )
     print("|---" * 10 + "|")
     with FusedLlama.from_family(options.family, n_ctx=512) as llm:
-        pace = llm.scheduler.decoder.speculation.pace
+        length = llm.driver.decoder.drafting.length
         for draft in (options.draft, "off"):
             answer(llm, WORKLOADS["code"][0], options, draft=draft)
         workloads: dict[str, Sequence[Prompt]] = {name: WORKLOADS[name] for name in WORKLOADS if name in wanted}
@@ -187,13 +187,13 @@ def main() -> None:
             cells = [name, *(f"{median(values):.2f}" for values in (large, plain, drafted))]
             cells.append(f"{median(a / b for a, b in zip(drafted, plain, strict=True)):.2f}")
             cells.append(f"{tally.seconds['off'] / tally.seconds['drafted']:.2f}")
-            cells.append(f"{predicted(pace, llm.experts, tally.steps):.2f}")
+            cells.append(f"{predicted(length, llm.experts, tally.steps):.2f}")
             cells += [f"{tally.chance:.0%}", f"{tally.n_mean:.1f}", f"{tally.n_same}/{len(plain)}"]
             print(f"| {' | '.join(cells)} |", flush=True)
         print(f"\n| ms, tokens | {' | '.join(str(n) for n in range(1, MAX_DRAFT + 2))} |")
         print("|---|" + "---|" * (MAX_DRAFT + 1))
         for member in llm._ensemble.members:
-            costs = (f"{1e3 * pace.cost(member, n):.1f}" for n in range(1, MAX_DRAFT + 2))
+            costs = (f"{1e3 * length.cost(member, n):.1f}" for n in range(1, MAX_DRAFT + 2))
             print(f"| {member} | {' | '.join(costs)} |")
 
 

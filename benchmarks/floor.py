@@ -15,7 +15,7 @@ from statistics import median
 
 from edge_dlf import FusedLlama, FusionParams, SamplingParams
 from edge_dlf.engine.backend import Run
-from edge_dlf.engine.generation import Generation
+from edge_dlf.engine.generation import Generation, GenerationRequest
 
 Times = dict[str, float]
 TEXT = "The quick brown fox jumps over the lazy dog. "
@@ -32,12 +32,12 @@ class Timer:
 
 def measure(llm: FusedLlama, prompt: list[int], n_steps: int) -> tuple[list[Times], list[Times]]:
     """Milliseconds of one prefill, and of each step, by what was timed: each member, and "fused"."""
-    decoder = llm._scheduler.decoder
+    decoder = llm.driver.decoder
     ensemble = decoder.ensemble
     fusion, sampling = FusionParams(), SamplingParams(temperature=0.0)
     roles = ensemble.roles(fusion)
-    generation = Generation(roles, dict.fromkeys(roles.members, prompt), fusion, sampling)
-    names = generation.roles.members
+    generation = Generation(GenerationRequest(roles, dict.fromkeys(roles.members, prompt), fusion, sampling))
+    names = roles.members
 
     def rewind(n_tokens: int) -> None:
         for name in names:
@@ -54,8 +54,7 @@ def measure(llm: FusedLlama, prompt: list[int], n_steps: int) -> tuple[list[Time
         times = {}
         for name in names:
             with Timer() as timer:
-                ensemble.decode(name, [Run(0, tokens, 1)])
-                ensemble.members[name].logits()
+                ensemble.decode({name: [Run(0, tokens, 1)]})
             times[name] = timer.ms
         return times
 

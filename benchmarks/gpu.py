@@ -18,7 +18,7 @@ import argparse
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -29,14 +29,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.draft import WORKLOADS
 from benchmarks.shapes import model
 from edge_dlf import FusedLlama, FusionParams, SamplingParams
-from edge_dlf.engine.backend import Run
-from edge_dlf.engine.decode import Decoder
-from edge_dlf.engine.ensemble import Ensemble, Rows
-from edge_dlf.engine.generation import Generation, Pick
-from edge_dlf.errors import EdgeDLFError
+from edge_dlf.engine.decoder import Decoder
+from edge_dlf.engine.ensemble import Ensemble
+from edge_dlf.engine.generation import Generation, GenerationRequest
 from edge_dlf.evidence import bench
 from edge_dlf.families.files import check_files
 from edge_dlf.families.spec import FamilySpec
+from edge_dlf.fusion.fuser import Fuser
+from edge_dlf.fusion.records import Draw, Pick
 from edge_dlf.llama import default_n_threads, fetch_s, gpus
 from edge_dlf.params import OVERLAPS
 
@@ -54,33 +54,31 @@ _GREEDY = SamplingParams(temperature=0.0)
 
 
 class Replay:
-    """Makes what a decoder picks agree with guesses as a recorded run did; everything is computed nevertheless."""
+    """Makes what a decoder picks agree with its drafts as a recorded run did; everything is computed nevertheless.
 
-    def __init__(self, decoder: Decoder, accepted: str) -> None:
-        self._accepted, self._guesses = accepted, ()
-        self._verify, self._pick = decoder.speculation.verify, decoder.picker.pick
-        decoder.speculation.verify = self.verify  # type: ignore[method-assign]
-        decoder.picker.pick = self.pick  # type: ignore[method-assign]
+    accepted: for each position, "1" where the drafted token is to be picked.
+    """
 
-    def verify(
-        self, generation: Generation, rows: Rows, guesses: Sequence[int], picks: list[Pick]
-    ) -> EdgeDLFError | None:
-        self._guesses = tuple(guesses)
-        try:
-            return self._verify(generation, rows, guesses, picks)
-        finally:
-            self._guesses = ()
+    def __init__(self, fuser: Fuser, accepted: str) -> None:
+        self._accepted, self._guesses = accepted, dict[int, int]()
+        self._fuser, self._pick = fuser, fuser.pick
+        fuser.pick = self.pick  # type: ignore[method-assign]
 
-    def pick(
-        self, generations: Sequence[Generation], rows: Rows, guesses: Sequence[Sequence[int]]
-    ) -> list[Pick | EdgeDLFError]:
-        start, picked = len(generations[0].tokens), self._pick(generations, rows, guesses)
-        replayed: list[Pick | EdgeDLFError] = []
-        for k, pick in enumerate(picked):
-            if isinstance(pick, Pick) and k < len(self._guesses):
-                is_right = self._accepted[(start + k) % len(self._accepted)] == "1"
-                token = self._guesses[k] if is_right else self._guesses[k] ^ 1
-                pick = Pick(token, pick.logprob, pick.alphas, pick.top_logprobs)
+    def close(self) -> None:
+        """Let the fuser pick as before."""
+        self._fuser.pick = self._pick  # type: ignore[method-assign]
+
+    def pick(self, rows: Any, names: Sequence[str], fusion: Any, weights: Any, draws: Sequence[Draw]) -> list[Pick]:
+        picks = self._pick(rows, names, fusion, weights, draws)
+        if len(names) == 1:  # the drafting member
+            self._guesses[draws[0].position] = picks[0].token
+            return picks
+        replayed = []
+        for pick, draw in zip(picks, draws, strict=True):
+            guess = self._guesses.get(draw.position)
+            if guess is not None:
+                is_right = self._accepted[draw.position % len(self._accepted)] == "1"
+                pick = pick._replace(token=guess if is_right else guess ^ 1)
             replayed.append(pick)
         return replayed
 
@@ -94,19 +92,20 @@ class Bench:
 
     @property
     def decoder(self) -> Decoder:
-        return self.llm._scheduler.decoder
+        return self.llm.driver.decoder
 
     @property
     def ensemble(self) -> Ensemble:
-        return self.llm._ensemble
+        return self.decoder.ensemble
 
     def begin(self, method: str = "dynamic", n_draft: int | None = 0) -> Generation:
         """A generation whose prompt has been evaluated."""
         fusion = FusionParams(method=method)
         prompt = [10 + n * 7 % 250 for n in range(N_PROMPT)]
         roles = self.ensemble.roles(fusion)
-        self.ensemble.forget(range(self.ensemble.n_seq_max))
-        generation = Generation(roles, dict.fromkeys(self.ensemble.members, prompt), fusion, _GREEDY, n_draft=n_draft)
+        self.ensemble.forget()
+        prompts = dict.fromkeys(self.ensemble.members, prompt)
+        generation = Generation(GenerationRequest(roles, prompts, fusion, _GREEDY, n_draft=n_draft))
         self.decoder.begin(generation)
         self.decoder.step([generation])
         return generation
@@ -119,7 +118,7 @@ class Bench:
     def overlapped_s(self) -> dict[str, float]:
         """Seconds of one plain step of the fusion, by the way in which members overlap, the ways taking turns."""
         chosen = self.ensemble.overlap
-        ways = OVERLAPS if len(self.ensemble.lanes) > 1 else (chosen,)
+        ways = OVERLAPS if len(self.ensemble.groups) > 1 else (chosen,)
         generation, seconds = self.begin(), {way: [] for way in ways}
         for _ in range(self.n_steps):
             for way in ways:
@@ -128,48 +127,43 @@ class Bench:
         self.ensemble.overlap = chosen
         return {way: median(timings) for way, timings in seconds.items()}
 
-    def parts_s(self, prompts: Sequence[Sequence[int]], n: int) -> tuple[float, dict[str, float]]:
+    def parts_s(self, n: int) -> tuple[float, dict[str, float]]:
         """Tokens a second of `n` sequences at once; and seconds of the parts of a step of them: the members with what
         they copy, search and choice, and the rest, which is Python."""
-        ensemble, decoder, spent = self.ensemble, self.decoder, defaultdict[str, list[float]](list)
-        decode_all, pick = ensemble.decode_all, decoder.picker.pick
+        ensemble, fuser, spent = self.ensemble, self.decoder.fuser, defaultdict[str, list[float]](list)
+        decode, pick = ensemble.decode, fuser.pick
 
-        def timed_decode(runs: Mapping[str, Sequence[Run]]) -> None:
-            started = time.perf_counter()
-            decode_all(runs)
-            for name in runs:
-                ensemble.members[name].wait()
-            spent["members"].append(time.perf_counter() - started)
+        def timed(what: str, work: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                started = time.perf_counter()
+                result = work(*arguments)
+                spent[what].append(time.perf_counter() - started)
+                return result
 
-        def timed_pick(*arguments: Any) -> list[Pick | EdgeDLFError]:
-            started = time.perf_counter()
-            picks = pick(*arguments)
-            spent["search"].append(time.perf_counter() - started)
-            return picks
+            return run
 
-        ensemble.decode_all, decoder.picker.pick = timed_decode, timed_pick  # type: ignore[method-assign]
+        ensemble.decode, fuser.pick = timed("members", decode), timed("search", pick)  # type: ignore[method-assign]
         try:
-            tps = bench.parallel_tps(decoder, prompts, n)
+            tps = bench.parallel_tps(self.llm, n)
         finally:
-            ensemble.decode_all, decoder.picker.pick = decode_all, pick  # type: ignore[method-assign]
+            ensemble.decode, fuser.pick = decode, pick  # type: ignore[method-assign]
         members, search = (median(spent[name][-bench.N_PARALLEL_STEPS :]) for name in ("members", "search"))
         return tps, {"members": members, "search and choice": search, "Python": max(0.0, n / tps - members - search)}
 
     def drafted_tps(self, accepted: str) -> float:
         """Tokens a second with drafts that are accepted as in a recorded run."""
         decoder = self.decoder
-        replay = Replay(decoder, accepted)
+        replay = Replay(decoder.fuser, accepted)
         try:
             generation = self.begin(n_draft=None)
-            generation.n_most = 10**6
-            for _ in range(self.n_steps):  # where the pace is learnt
+            for _ in range(self.n_steps):  # where costs and acceptance are learnt
                 decoder.step([generation])
             n_before, started = len(generation.tokens), time.perf_counter()
             for _ in range(2 * self.n_steps):
                 decoder.step([generation])
             return (len(generation.tokens) - n_before) / (time.perf_counter() - started)
         finally:
-            decoder.speculation.verify, decoder.picker.pick = replay._verify, replay._pick  # type: ignore[method-assign]
+            replay.close()
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -194,8 +188,7 @@ def measured(spec: FamilySpec, batches: Sequence[int], n_steps: int, bandwidth: 
         fused = run.overlapped_s()
         best = fused[run.ensemble.overlap]
         drafted = {name: run.drafted_tps(bits) for name, bits in accepted().items()}
-        prompts = [[10 + n * 11 % 250 for n in range(128)]]
-        batched = {n: run.parts_s(prompts, n) for n in batches}
+        batched = {n: run.parts_s(n) for n in batches}
     n_bytes = sum(speed.token_bytes for speed in speeds.values())
     row_bytes = 4 * max(info.n_vocab or 0 for info in files.models.values())
     rows = {f"{name} alone, tokens/s": f"{speed.decode_tps.median:.1f}" for name, speed in speeds.items()}

@@ -3,7 +3,8 @@
     python benchmarks/overlap.py --family FAMILY [--steps 24] [--tokens 1]
 
 One step evaluates --tokens tokens on every member. "in turn" gives each member all threads; the others split the
-threads between lanes that run side by side. All ways take turns, step by step, in one process; the table has medians.
+threads between groups that run at the same time. All ways take turns, step by step, in one process; the table
+has medians.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ def main() -> None:
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         prompt = llm.tokenize("The quick brown fox jumps over the lazy dog. " * 8)[:64]
         for number in range(options.steps + 2):
-            for way, (lanes, n_threads) in ways.items():
+            for way, (groups, n_threads) in ways.items():
                 for member in ensemble.members.values():
                     lib.llama_set_n_threads(member._ctx, n_threads, n_threads)
-                ensemble.lanes, ensemble.overlap = lanes, "threads"
+                ensemble.groups, ensemble.overlap = groups, "threads"
                 for name in names:
                     ensemble.shorten(name, 0, len(prompt))
                     if rest := prompt[ensemble.n_held(name, 0) :]:
-                        ensemble.decode(name, [Run(0, rest, 1)])
+                        ensemble.decode({name: [Run(0, rest, 1)]})
                 tokens = prompt[: options.tokens]
                 started = time.perf_counter()
-                ensemble.decode_all({name: [Run(0, tokens, len(tokens))] for name in names})
+                ensemble.decode({name: [Run(0, tokens, len(tokens))] for name in names})
                 if number >= 2:
                     seconds[way].append(time.perf_counter() - started)
     print(f"| {options.tokens} tokens, ms a step | median | best |\n|---|---|---|")

@@ -25,7 +25,7 @@ from edge_dlf.fusion.records import Draw
 from tests import naive
 
 GREEDY = SamplingParams(temperature=0.0)
-NOBODY = np.empty(0, np.int32)
+NO_TOKENS = np.empty(0, np.int32)
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Of large (V,), base (V,) and experts (T, V); of many rows (K, V), (K, V) and (T, K, V)."""
 
@@ -65,10 +65,8 @@ def stepper(
         large, base = (np.atleast_2d(x) for x in rows[:2])
         experts = [np.atleast_2d(x) for x in rows[2]]
         names = ("large", "base", *(f"expert {t}" for t in range(len(experts))))
-        choices = fuser.search(large, base, experts, params, names)
-        alphas = [[choice.alpha if t == choice.expert else 0.0 for t in range(len(experts))] for choice in choices]
-        draws = [Draw(sampling, 0, position, NOBODY) for position in range(len(large))]
-        fuser.pick(large, base, experts, alphas, draws, names)
+        draws = [Draw(sampling, 0, position, NO_TOKENS) for position in range(len(large))]
+        fuser.pick([large, base, *experts], names, params, [()] * len(draws), draws)
 
     return step
 

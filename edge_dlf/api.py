@@ -12,17 +12,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .answers.batch import row_seed, run_batch
-from .answers.completion import ChatCompletionShape, CompletionShape, Dict
+from .answers.completion import ChatCompletion, Completion, Dict
 from .answers.preparer import Preparer
 from .answers.requests import Request, schema_of
 from .answers.scoring import Score, run_scores
-from .answers.stream import Answer, TokenStream
+from .answers.stream import Driver, TokenStream
 from .answers.template import Message
 from .answers.tokenizer import Prompt, Tokenizer
-from .engine.decode import Decoder
+from .engine.decoder import Decoder
 from .engine.ensemble import Ensemble
-from .engine.overlap import settle
-from .engine.scheduler import Scheduler
+from .engine.overlap import choose_overlap
 from .errors import EdgeDLFError, InvalidParameterError
 from .families.files import check_files
 from .families.members import Members, place, ways_to_overlap
@@ -143,10 +142,10 @@ class FusedLlama:
             decoder = Decoder(ensemble, fuser.result())
             if overlap != "auto":
                 ensemble.overlap = overlap
-                if overlap != "off" and len(ensemble.lanes) == 1:
+                if overlap != "off" and len(ensemble.groups) == 1:
                     logger.warning("no member is wholly on a GPU: they are decoded in turn")
-            elif len(ensemble.lanes) > 1:
-                settle(ensemble, self._members.key, ways_to_overlap())
+            elif len(ensemble.groups) > 1:
+                choose_overlap(ensemble, self._members.key, ways_to_overlap())
         except BaseException:
             self._members.close()
             raise
@@ -155,7 +154,7 @@ class FusedLlama:
             spec.name, spec.defaults, ensemble, Tokenizer(large, files.n_vocab), self._members.is_eog
         )
         self._ensemble = ensemble
-        self._scheduler = Scheduler(decoder)
+        self._driver = Driver(decoder)
         if n_ctx > large.n_ctx_train:
             logger.warning(
                 "a context of %d tokens is more than the %d that the large model was trained for",
@@ -171,7 +170,7 @@ class FusedLlama:
 
     def close(self) -> None:
         """Free contexts and weights. Calling it twice is no error."""
-        self._scheduler.clear()
+        self._driver.clear()
         if self._open_preparer is not None:
             self._open_preparer.tokenizer.close()
         self._open_preparer = None
@@ -271,15 +270,15 @@ class FusedLlama:
             settings=settings,
         )
         self._begin()
-        return TokenStream(self._scheduler, answer)
+        return TokenStream(self._driver, answer)
 
     def n_picked(self) -> int:
         """Tokens picked so far for requests of a batch that are not done; may be asked from another thread."""
-        return self._scheduler.n_picked
+        return self._driver.n_picked
 
     def _begin(self) -> None:
         """End the request before."""
-        self._scheduler.clear()
+        self._driver.clear()
         self._members.interrupt.clear()
 
     def create_completion(
@@ -313,8 +312,8 @@ class FusedLlama:
             trace=trace,
             **settings,
         )
-        shape = CompletionShape(self.name, logprobs is not None, self._tokenizer.name_bytes)
-        return shape.chunks(tokens, tokens.report) if stream else shape.result(list(tokens), tokens.report)
+        completion = Completion(tokens.answer, self.name, logprobs is not None, self._tokenizer.name_bytes)
+        return completion.chunks(tokens) if stream else completion.result(list(tokens))
 
     def create_chat_completion(
         self,
@@ -348,8 +347,8 @@ class FusedLlama:
             trace=trace,
             **settings,
         )
-        shape = ChatCompletionShape(self.name, logprobs, self._tokenizer.name_bytes)
-        return shape.chunks(tokens, tokens.report) if stream else shape.result(list(tokens), tokens.report)
+        completion = ChatCompletion(tokens.answer, self.name, logprobs, self._tokenizer.name_bytes)
+        return completion.chunks(tokens) if stream else completion.result(list(tokens))
 
     def batch(
         self,
@@ -376,12 +375,12 @@ class FusedLlama:
         """
         self._preparer.params("batch", {name: value for name, value in settings.items() if name not in _FORM})
 
-        def prepare(request: Request, custom_id: str) -> tuple[Answer, CompletionShape]:
+        def prepare(request: Request, custom_id: str) -> Completion:
             own = {"seed": row_seed(seed, custom_id), **settings}
             return self.prepare(request, raw=raw, system=system, draft=draft, trace=trace, **own)
 
         self._begin()
-        return run_batch(self._scheduler, requests, prepare, self._ensemble.n_seq_max, ordered)
+        return run_batch(self._driver, requests, prepare, ordered)
 
     def score(self, pairs: Iterable[tuple[Prompt, Sequence[int]]], **settings: Any) -> Iterator[tuple[int, Score]]:
         """How likely given answers are: of each pair of a prompt and the tokens that follow it, its number, from 0, and
@@ -392,7 +391,7 @@ class FusedLlama:
         """
         scored = self._preparer.scorer(settings)
         self._begin()
-        return run_scores(self._scheduler, itertools.starmap(scored, pairs), self._ensemble.n_seq_max)
+        return run_scores(self._driver, itertools.starmap(scored, pairs))
 
     def prepare(
         self,
@@ -403,15 +402,15 @@ class FusedLlama:
         draft: int | Literal["auto", "off"] = "auto",
         trace: bool = False,
         **settings: Any,
-    ) -> tuple[Answer, CompletionShape]:
-        """The answer to one request, checked, of which nothing has been evaluated yet, and the shape of its result, for
-        who runs the scheduler. Arguments as in `batch`."""
+    ) -> Completion:
+        """Check a request and return its answer, of which nothing has been evaluated yet, for the caller to add to the
+        driver. Arguments as in `batch`."""
         return self._preparer.request(request, raw=raw, system=system, draft=draft, trace=trace, settings=settings)
 
     @property
-    def scheduler(self) -> Scheduler:
-        """Runs every request of this family. One thread at a time."""
-        return self._scheduler
+    def driver(self) -> Driver:
+        """What decodes every request of this family. One thread at a time."""
+        return self._driver
 
 
 def _ready_fuser(n_vocab: int, n_threads: int) -> Fuser:

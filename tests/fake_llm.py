@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edge_dlf import ContextOverflowError, RequestInterruptedError, Token
 from edge_dlf.answers.batch import LATER
-from edge_dlf.answers.completion import ChatCompletionShape, CompletionShape
+from edge_dlf.answers.completion import ChatCompletion, Completion
 from edge_dlf.answers.stream import Report
 from edge_dlf.cli.options import Options
 from edge_dlf.cli.screen import Screen
@@ -28,10 +28,11 @@ Step = str | tuple[str, float] | tuple[str, float, str] | BaseException
 
 
 class FakeStream(Iterator[Token]):
-    """Tokens of one scripted answer, with a `report` as TokenStream has it."""
+    """Tokens of one scripted answer, with a `report` and an `answer` as TokenStream has them."""
 
     def __init__(self, steps: Sequence[Step], report: Report, max_tokens: int) -> None:
         self.report = report
+        self.answer: Any = self
         self._steps = iter(steps)
         self._max_tokens = max_tokens
 
@@ -50,9 +51,9 @@ class FakeStream(Iterator[Token]):
         token = Token(report.n_generated, text, -0.5, alpha, name)
         report.add(token, [alpha if expert == name else 0.0 for expert in report.experts])
         if report.n_generated > 1:
-            report.n_steps += 1
-            report.n_decoded += 1
-            report.decode_s += 0.1
+            report.counts.n_steps += 1
+            report.counts.n_decoded += 1
+            report.counts.decode_s += 0.1
         if report.n_generated == self._max_tokens:
             report.finish_reason = "length"
         return token
@@ -100,16 +101,16 @@ class FakeLlama:
         self.requests.append((text, settings | ({"max_tokens": max_tokens} if max_tokens else {})))
         method = settings.get("method", METHODS[0])
         report = Report(method, self.experts if method in ("dynamic", "static") else (), n_prompt)
-        report.n_prefilled, report.prefill_s = n_prompt, 1.0
+        report.counts.n_prefilled, report.counts.prefill_s = n_prompt, 1.0
         return FakeStream(next(self._answers, ["ok"]), report, max_tokens or self.n_ctx - n_prompt)
 
     def create_completion(self, prompt: str, **settings: Any) -> dict[str, Any]:
         stream = self.stream(prompt, **settings)
-        return CompletionShape(self.name, False, lambda _: b"").result(list(stream), stream.report)
+        return Completion(stream.answer, self.name, False, lambda _: b"").result(list(stream))
 
     def create_chat_completion(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
         stream = self.stream(self.apply_chat_template(messages), **settings)
-        return ChatCompletionShape(self.name, False, lambda _: b"").result(list(stream), stream.report)
+        return ChatCompletion(stream.answer, self.name, False, lambda _: b"").result(list(stream))
 
     def n_picked(self) -> int:
         return 0
@@ -142,7 +143,7 @@ class FakeLlama:
         draw = blake2b(repr((settings, prompt, id)).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
         report = Report("dynamic", self.experts, len(prompt))
         answer = FakeStream([draw[:4], draw[4:]], report, 100)
-        body = CompletionShape(self.name, False, lambda _: b"").result(list(answer), report)
+        body = Completion(answer.answer, self.name, False, lambda _: b"").result(list(answer))
         return {**row, "response": {"status_code": 200, "request_id": f"req_{id}", "body": body}}
 
 

@@ -15,13 +15,12 @@ from edge_dlf.server import Address, Rules, make_app
 
 if TYPE_CHECKING:
     from edge_dlf import FusedLlama
-    from edge_dlf.server.engine import Engine
 
 
 class Served(httpx.Client):
-    """A client of the server. engine: the server's."""
+    """A client of the server. llm: the family that it serves."""
 
-    engine: Engine
+    llm: FusedLlama
 
 
 class _Server(uvicorn.Server):
@@ -46,9 +45,9 @@ def serving(llm: FusedLlama, rules: Rules = Rules()) -> Iterator[Served]:  # noq
         assert server.is_ready.wait(60)
         headers = {"Authorization": f"Bearer {rules.api_key}"} if rules.api_key else {}
         with Served(base_url=address.url, timeout=60, headers=headers) as client:
-            client.engine = app.state.engine
+            client.llm = llm
             yield client
     finally:
         server.should_exit = True
         thread.join()
-        app.state.engine.close()
+        app.state.thread.close()

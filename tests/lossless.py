@@ -116,7 +116,7 @@ class Recorder:
         self.llm = llm
         self.rows: dict[tuple[int, int], list[Any]] = {}
         self.choices: dict[tuple[int, int], tuple[Choice, Draw]] = {}
-        self._fuser = llm._scheduler.decoder.picker.fuser
+        self._fuser = llm.driver.decoder.fuser
         self._pick = self._fuser.pick
 
     def __enter__(self) -> Recorder:
@@ -126,13 +126,13 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         del self._fuser.pick
 
-    def _record(self, large: Any, base: Any, experts: Any, alphas: Any, draws: Sequence[Draw], names: Any) -> Any:
-        picked = self._pick(large, base, experts, alphas, draws, names)
-        if base is not None:
+    def _record(self, members: Any, names: Any, params: Any, weights: Any, draws: Sequence[Draw]) -> Any:
+        picked = self._pick(members, names, params, weights, draws)
+        if len(members) > 1:
             for k, draw in enumerate(draws):
                 key = draw.seed, draw.position
-                self.rows[key] = [member[k, : self.llm.n_vocab].copy() for member in (large, base, *experts)]
-                alpha, expert = max(zip(alphas[k], self.llm.experts, strict=True))
+                self.rows[key] = [member[k][: self.llm.n_vocab].copy() for member in members]
+                alpha, expert = max(zip(picked[k].weights, self.llm.experts, strict=True))
                 self.choices[key] = Choice(picked[k].token, alpha, expert if alpha else None), draw
         return picked
 
@@ -239,8 +239,8 @@ def work(llm: FusedLlama, options: argparse.Namespace) -> Iterator[dict[str, Any
                 {
                     "draft": draft,
                     "n_tokens": report.n_generated,
-                    "n_drafted": report.n_drafted,
-                    "n_accepted": report.n_accepted,
+                    "n_drafted": report.counts.n_drafted,
+                    "n_accepted": report.counts.n_accepted,
                     "parting": asdict(parting) if parting else None,
                 }
                 for draft, report, parting in compare(

@@ -93,7 +93,7 @@ def test_drafting_changes_no_token_but_at_near_ties(tiny_llm: FusedLlama, method
         else:
             assert stream.report.n_generated == len(plain)
         if draft != "auto" and method != "tuned":
-            assert stream.report.n_drafted > 0
+            assert stream.report.counts.n_drafted > 0
 
 
 def test_a_stop_amid_a_draft_leaves_every_member_at_the_text_shown(tiny_llm: FusedLlama) -> None:
@@ -139,7 +139,7 @@ def test_the_prefix_is_kept_between_calls_and_changes_nothing(tiny: Path, tiny_l
     tiny_llm.create_completion(PROMPT, max_tokens=30)
     stream = tiny_llm.stream(longer, max_tokens=30)
     reused = [token.id for token in stream]
-    assert stream.report.n_prefilled < len(tiny_llm.tokenize(longer))
+    assert stream.report.counts.n_prefilled < len(tiny_llm.tokenize(longer))
     with FusedLlama.from_family(tiny, n_ctx=256, n_threads=1) as llm:
         assert [token.id for token in llm.stream(longer, max_tokens=30)] == reused
 

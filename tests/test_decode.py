@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edge_dlf import EdgeDLFError, FusionParams, NonFiniteLogitsError, SamplingParams
-from edge_dlf.engine.decode import Decoder
+from edge_dlf import FusionParams, NonFiniteLogitsError, SamplingParams
+from edge_dlf.engine.constraint import Constraint
+from edge_dlf.engine.decoder import Decoder
 from edge_dlf.engine.ensemble import Ensemble
-from edge_dlf.engine.generation import Generation, Pick
+from edge_dlf.engine.generation import Generation, GenerationRequest
 from edge_dlf.fusion.fuser import Fuser
+from edge_dlf.fusion.records import Pick
 
 from . import naive
 from .fake_backend import FakeBackend
@@ -44,20 +46,38 @@ def generate(
     prompts: Mapping[str, list[int]] | None = None,
     **settings: Any,
 ) -> list[Pick]:
-    ensemble = Ensemble(members, N_VOCAB)
-    decoder = Decoder(ensemble, Fuser(N_VOCAB))
-    alphas = ensemble.static_alphas(fusion) if fusion.method == "static" else ()
+    decoder = Decoder(Ensemble(members, N_VOCAB), Fuser(N_VOCAB))
     texts = {**dict.fromkeys(members, prompt), **(prompts or {})}
-    generation = Generation(ensemble.roles(fusion), texts, fusion, sampling, alphas=alphas, **settings)
-    decoder.begin(generation)
+    generation = begin(decoder, texts, fusion, sampling, max_tokens=n_tokens, **settings)
     picks: list[Pick] = []
-    while len(picks) < n_tokens and not (picks and generation.ends(picks[-1].token)):
-        generation.n_most = n_tokens - len(picks)
-        (outcome,) = decoder.step([generation])
-        if isinstance(outcome, EdgeDLFError):
-            raise outcome
-        picks += outcome
+    while len(picks) < n_tokens and not (picks and generation.request.is_end(picks[-1].token)):
+        picks += step(decoder, generation)
     return picks
+
+
+def begin(
+    decoder: Decoder,
+    prompts: Mapping[str, list[int]],
+    fusion: FusionParams,
+    sampling: SamplingParams,
+    constraint: Constraint | None = None,
+    seq: int = 0,
+    **settings: Any,
+) -> Generation:
+    """A generation that the decoder has begun."""
+    request = GenerationRequest(decoder.ensemble.roles(fusion), prompts, fusion, sampling, **settings)
+    generation = Generation(request, constraint, seq)
+    decoder.begin(generation)
+    return generation
+
+
+def step(decoder: Decoder, generation: Generation) -> list[Pick]:
+    """The picks of one step. Raises the error that it gave instead."""
+    (result,) = decoder.step([generation])
+    assert result.generation is generation
+    if result.error:
+        raise result.error
+    return result.picks
 
 
 class EachThird:
@@ -142,8 +162,8 @@ def test_a_pick_tells_weights_and_probability() -> None:
     for pick in picks:
         rows = [member.row(text)[:N_VOCAB] for member in members.values()]
         t, alpha, _ = naive.search(rows[0], rows[1], rows[2:])
-        assert pick.alphas == tuple(alpha if i == t else 0.0 for i in range(2))
-        logprobs = np.log(naive.fused_probs(rows[0], rows[1], rows[2:], pick.alphas))
+        assert pick.weights == tuple(alpha if i == t else 0.0 for i in range(2))
+        logprobs = np.log(naive.fused_probs(rows[0], rows[1], rows[2:], pick.weights))
         best = np.argsort(-logprobs)[:3]
         assert [token for token, _ in pick.top_logprobs] == best.tolist()
         np.testing.assert_allclose([value for _, value in pick.top_logprobs], logprobs[best], atol=1e-5)
@@ -158,7 +178,7 @@ def test_an_expert_equal_to_the_base_leaves_the_large_model_as_it_is() -> None:
     fused = generate(members, [1], 20, FusionParams(), sampling)
     alone = generate(family(1), [1], 20, FusionParams(method="large"), sampling)
     assert [pick.token for pick in fused] == [pick.token for pick in alone]
-    assert all(pick.alphas == (0.0,) for pick in fused)
+    assert all(pick.weights == (0.0,) for pick in fused)
 
 
 def test_sequences_decoded_together_equal_each_alone() -> None:
@@ -166,26 +186,23 @@ def test_sequences_decoded_together_equal_each_alone() -> None:
     samplings = [SamplingParams(seed=seed, temperature=0.9) for seed in range(3)]
     starts = [[1, 2], [3], [4, 5, 6]]
     alone = [generate(family(), p, 15, fusion, s) for p, s in zip(starts, samplings, strict=True)]
-    ensemble = Ensemble(family(), N_VOCAB)
-    decoder = Decoder(ensemble, Fuser(N_VOCAB))
-    roles = ensemble.roles(fusion)
+    decoder = Decoder(Ensemble(family(), N_VOCAB), Fuser(N_VOCAB))
     together = [
-        Generation(roles, dict.fromkeys(roles.members, prompt), fusion, sampling, seq=seq)
+        begin(decoder, dict.fromkeys(decoder.ensemble.members, prompt), fusion, sampling, seq=seq)
         for seq, (prompt, sampling) in enumerate(zip(starts, samplings, strict=True))
     ]
     picks: list[list[Pick]] = [[] for _ in together]
-    for generation in together:
-        decoder.begin(generation)
     for _ in range(15):
-        for mine, new in zip(picks, decoder.step(together), strict=True):
-            mine += new
+        for mine, result in zip(picks, decoder.step(together), strict=True):
+            mine += result.picks
     assert [[pick.token for pick in mine] for mine in picks] == [[pick.token for pick in mine] for mine in alone]
 
 
 def test_a_seed_is_drawn_where_none_is_given() -> None:
-    roles, prompts = Ensemble(family(), N_VOCAB).roles(FusionParams()), {"large": [1]}
-    seeds = {Generation(roles, prompts, FusionParams(), SamplingParams()).seed for _ in range(4)}
-    assert len(seeds) == 4
+    decoder = Decoder(Ensemble(family(), N_VOCAB), Fuser(N_VOCAB))
+    prompts = {name: [1] for name in decoder.ensemble.members}
+    draws = [begin(decoder, prompts, FusionParams(), SamplingParams()).draw() for _ in range(4)]
+    assert len({draw.seed for draw in draws}) == 4
 
 
 @pytest.mark.parametrize("member", ["large", "base", "e1"])
@@ -225,7 +242,7 @@ def test_drafting_changes_no_token(n_experts: int, method: str, sampling: Sampli
             members = alike(n_experts, agreement)
             picks = generate(members, [1, 2], 30, fusion, sampling, n_draft=n_draft)
             assert [pick.token for pick in picks] == [pick.token for pick in plain_picks]
-            assert [pick.alphas for pick in picks] == [pick.alphas for pick in plain_picks]
+            assert [pick.weights for pick in picks] == [pick.weights for pick in plain_picks]
             np.testing.assert_allclose([p.logprob for p in picks], [p.logprob for p in plain_picks], atol=1e-5)
             text = [1, 2, *(pick.token for pick in picks)]
             for name in {"dynamic": members, "static": members}.get(method, [method]):
@@ -242,7 +259,7 @@ def test_nothing_is_evaluated_beyond_the_end_that_the_drafter_sees(n_draft: int,
         if expected[end] in expected[:end]:
             continue
         members = alike(1, 1.0)
-        picks = generate(members, [1, 2], 99, fusion, sampling, n_draft=n_draft, ends=expected[end].__eq__)
+        picks = generate(members, [1, 2], 99, fusion, sampling, n_draft=n_draft, is_end=expected[end].__eq__)
         assert [pick.token for pick in picks] == expected[: end + 1]
         assert members["large"].cache[0] == [1, 2, *expected[:end]]
         assert members["large"].n_evaluated == 2 + end
@@ -253,15 +270,12 @@ def test_a_step_of_several_picks_can_be_taken_back_in_part(n_taken: int) -> None
     fusion, sampling = FusionParams(), SamplingParams(temperature=0.0)
     expected = [pick.token for pick in generate(alike(2, 1.0), [1, 2], 12, fusion, sampling)]
     members = alike(2, 1.0)
-    ensemble = Ensemble(members, N_VOCAB)
-    decoder = Decoder(ensemble, Fuser(N_VOCAB))
-    generation = Generation(ensemble.roles(fusion), {name: [1, 2] for name in members}, fusion, sampling, n_draft=3)
-    decoder.begin(generation)
+    decoder = Decoder(Ensemble(members, N_VOCAB), Fuser(N_VOCAB))
+    generation = begin(decoder, {name: [1, 2] for name in members}, fusion, sampling, n_draft=3)
     decoder.step([generation])
-    (picks,) = decoder.step([generation])
-    assert not isinstance(picks, EdgeDLFError)
+    picks = step(decoder, generation)
     assert [pick.from_draft for pick in picks] == [True, True, True, False]
-    decoder.rewind(generation, 3 + n_taken)
+    decoder.rewind(generation, 4 - n_taken)
     text = [1, 2, *expected]
     assert generation.tokens == text[: 3 + n_taken]
     for member in members.values():
@@ -276,12 +290,10 @@ def test_drafting_right_after_prompts_of_their_own_that_are_cached(n_draft: int 
     fusion, sampling = FusionParams(), SamplingParams(temperature=0.0, seed=0)
     members = alike(1, 0.9)
     texts = {"large": [1, 2, 3], "base": [9, 9], "e0": [8]}
-    ensemble = Ensemble(members, N_VOCAB)
-    decoder = Decoder(ensemble, Fuser(N_VOCAB))
+    decoder = Decoder(Ensemble(members, N_VOCAB), Fuser(N_VOCAB))
     expected = plain(members, [1, 2, 3], 8, fusion, sampling, texts)
     for _ in range(2):
-        generation = Generation(ensemble.roles(fusion), texts, fusion, sampling, n_draft=n_draft)
-        decoder.begin(generation)
+        generation = begin(decoder, texts, fusion, sampling, n_draft=n_draft)
         while len(generation.tokens) < 3 + len(expected):
             decoder.step([generation])
         assert generation.tokens[3 : 3 + len(expected)] == expected
@@ -297,23 +309,19 @@ def test_an_interrupt_amid_a_draft_leaves_no_trace(
     of_plain = constraint and constraint()
     expected = [pick.token for pick in generate(alike(1, 0.9), [1, 2], 24, fusion, sampling, constraint=of_plain)]
     members = alike(1, 0.9)
-    ensemble = Ensemble(members, N_VOCAB)
-    decoder = Decoder(ensemble, Fuser(N_VOCAB))
+    decoder = Decoder(Ensemble(members, N_VOCAB), Fuser(N_VOCAB))
     texts = {name: [1, 2] for name in members}
-    own = constraint and constraint()
-    generation = Generation(ensemble.roles(fusion), texts, fusion, sampling, n_draft=2, constraint=own)
-    decoder.begin(generation)
+    generation = begin(decoder, texts, fusion, sampling, constraint and constraint(), n_draft=2)
     decoder.step([generation])
     picked = list(generation.tokens)
     while len(picked) < 2 + len(expected):
         if len(picked) == len(generation.tokens):
             members[member].fail_at = n_calls
         try:
-            (picks,) = decoder.step([generation])
+            picks = step(decoder, generation)
         except KeyboardInterrupt:
             assert generation.tokens == picked
-            (picks,) = decoder.step([generation])
-        assert not isinstance(picks, EdgeDLFError)
+            picks = step(decoder, generation)
         picked += [pick.token for pick in picks]
         members[member].fail_at = None
         assert generation.tokens == picked

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edge_dlf import FusionParams, InvalidParameterError
-from edge_dlf.engine.backend import Run
+from edge_dlf.engine.backend import Logits, Run
 from edge_dlf.engine.ensemble import Ensemble, Roles
 
 from .fake_backend import FakeBackend
@@ -26,14 +26,13 @@ def prefill(ensemble: Ensemble, seq: int, prompts: dict[str, list[int]]) -> int:
     n_evaluated = 0
     for name, tokens in prompts.items():
         rest = tokens[ensemble.begin(name, seq, tokens) :]
-        ensemble.decode(name, [Run(seq, rest, 1)])
+        ensemble.decode({name: [Run(seq, rest, 1)]})
         n_evaluated = max(n_evaluated, len(rest))
     return n_evaluated
 
 
-def decode(ensemble: Ensemble, roles: Roles, tokens: list[tuple[int, list[int]]]) -> None:
-    for name in roles.members:
-        ensemble.decode(name, [Run(seq, ids, len(ids)) for seq, ids in tokens])
+def decode(ensemble: Ensemble, roles: Roles, tokens: list[tuple[int, list[int]]]) -> dict[str, Logits]:
+    return ensemble.decode({name: [Run(seq, ids, len(ids)) for seq, ids in tokens] for name in roles.members}).logits
 
 
 @pytest.mark.parametrize(
@@ -59,20 +58,19 @@ def test_an_unknown_method_is_named_with_the_known_ones() -> None:
 
 def test_static_alphas_by_name() -> None:
     ensemble, _ = family()
-    assert ensemble.static_alphas(FusionParams(method="static", alpha={"law": 0.5})) == (0.0, 0.5)
-    assert ensemble.static_alphas(FusionParams(method="static", alpha=0.7)) == (0.7, 0.7)
+    assert ensemble.roles(FusionParams(method="static", alpha={"law": 0.5})).alphas == (0.0, 0.5)
+    assert ensemble.roles(FusionParams(method="static", alpha=0.7)).alphas == (0.7, 0.7)
     with pytest.raises(InvalidParameterError, match="poetry"):
-        ensemble.static_alphas(FusionParams(method="static", alpha={"poetry": 1.0}))
+        ensemble.roles(FusionParams(method="static", alpha={"poetry": 1.0}))
 
 
 def test_rows_are_those_of_each_member_after_the_same_text() -> None:
     ensemble, members = family()
     roles = ensemble.roles(FusionParams())
     prefill(ensemble, 0, prompts([1, 2, 3]))
-    decode(ensemble, roles, [(0, [4])])
-    rows = ensemble.rows(roles, {}, 1)
-    np.testing.assert_array_equal(rows.primary[0], members["large"].row([1, 2, 3, 4]))
-    np.testing.assert_array_equal(rows.experts[1][0], members["law"].row([1, 2, 3, 4]))
+    rows = decode(ensemble, roles, [(0, [4])])
+    np.testing.assert_array_equal(rows["large"][0], members["large"].row([1, 2, 3, 4]))
+    np.testing.assert_array_equal(rows["law"][0], members["law"].row([1, 2, 3, 4]))
 
 
 def test_the_common_prefix_is_not_evaluated_again() -> None:
@@ -132,8 +130,7 @@ def test_sequences_are_kept_apart() -> None:
     roles = ensemble.roles(FusionParams(method="large"))
     prefill(ensemble, 0, prompts([1, 2], "large"))
     prefill(ensemble, 1, prompts([5], "large"))
-    decode(ensemble, roles, [(0, [3]), (1, [6])])
-    rows = ensemble.rows(roles, {}, 2).primary
+    rows = decode(ensemble, roles, [(0, [3]), (1, [6])])["large"]
     np.testing.assert_array_equal(rows[0], members["large"].row([1, 2, 3]))
     np.testing.assert_array_equal(rows[1], members["large"].row([5, 6]))
 
@@ -155,7 +152,7 @@ def test_its_own_prefix_comes_before_one_of_the_same_length() -> None:
     ensemble, members = family()
     for seq in (0, 1):
         prefill(ensemble, seq, prompts([1, 2, 3]))
-        ensemble.decode("large", [Run(seq, [7 + seq], 1)])
+        ensemble.decode({"large": [Run(seq, [7 + seq], 1)]})
     assert ensemble.begin("large", 1, [1, 2, 3, 8, 5]) == 4
     assert ensemble.begin("large", 1, [1, 2, 3, 7, 5]) == 4
     assert members["large"].cache[1] == [1, 2, 3, 7]

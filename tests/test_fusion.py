@@ -16,7 +16,8 @@ from hypothesis.extra import numpy as hnp
 
 from edge_dlf.errors import InvalidParameterError, NonFiniteLogitsError
 from edge_dlf.fusion.fuser import Fuser, fuse_logits, search_alpha
-from edge_dlf.params import FusionParams
+from edge_dlf.fusion.records import Draw
+from edge_dlf.params import FusionParams, SamplingParams
 
 from . import naive
 
@@ -66,6 +67,13 @@ def make_rows(rng, kind, n_vocab, n_experts):
         if not np.isfinite(row).any():
             row[0] = 0.0
     return tuple(np.ascontiguousarray(x, np.float32) for x in (large, base, experts))
+
+
+def search(fuser, members, params=None):
+    """The choices that one call makes for rows (K, width) of large, base and each expert."""
+    names = ("large", "base", *(f"expert {t}" for t in range(len(members) - 2)))
+    draws = [Draw(SamplingParams(temperature=0.0), 0, 0, np.empty(0, np.int32))] * len(members[0])
+    return [pick.choice for pick in fuser.pick(members, names, params or FusionParams(), [()] * len(draws), draws)]
 
 
 def check_choice(large, base, experts):
@@ -206,21 +214,19 @@ def test_rows_are_read_in_place_and_their_padding_ignored():
     arrays = [rng.normal(0, 2, (4, n_vocab + pad)).astype(np.float32) for pad in (0, 128, 7, 64)]
     for array in arrays[1:]:
         array[:, n_vocab:] = np.nan
-    names = ("large", "base", "x", "y")
-    choices = Fuser(n_vocab).search(arrays[0], arrays[1], arrays[2:], FusionParams(), names)
-    for k, choice in enumerate(choices):
+    for k, choice in enumerate(search(Fuser(n_vocab), arrays)):
         single = search_alpha(*(array[k, :n_vocab] for array in arrays[:2]), [a[k, :n_vocab] for a in arrays[2:]])
         assert choice == single
 
 
-@pytest.mark.parametrize("search", ["grid", "exact"])
-def test_threads_change_no_bit(search):
+@pytest.mark.parametrize("search_kind", ["grid", "exact"])
+def test_threads_change_no_bit(search_kind):
     rng = np.random.default_rng(4)
-    large, base, one, two = (rng.normal(0, 3, (5, 30_000)).astype(np.float32) for _ in range(4))
-    names, params = ("large", "base", "x", "y"), FusionParams(search=search)
+    members = [rng.normal(0, 3, (5, 30_000)).astype(np.float32) for _ in range(4)]
+    params = FusionParams(search=search_kind)
     fusers = [Fuser(30_000, n_threads) for n_threads in (1, 2, 4)]
     for _ in range(20):
-        choices = [fuser.search(large, base, [one, two], params, names) for fuser in fusers]
+        choices = [search(fuser, members, params) for fuser in fusers]
         assert choices[0] == choices[1] == choices[2]
 
 
@@ -232,7 +238,7 @@ def test_fusers_work_side_by_side():
     def work():
         fuser = Fuser(40_000, 2)
         for _ in range(30):
-            found.extend(fuser.search(large[None], base[None], [expert[None]], FusionParams(), ("l", "b", "e")))
+            found.extend(search(fuser, [large[None], base[None], expert[None]]))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

@@ -1,29 +1,27 @@
-"""Members side by side: the same rows in every way, nobody at work once a call is over, and a choice by the clock."""
+"""Members that overlap: equal tokens in every mode, nothing running after a call, and a mode chosen by the clock."""
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
 import functools
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from edge_dlf import DecodeError, FusedLlama, FusionParams, InvalidParameterError, SamplingParams, api
 from edge_dlf.engine.backend import Run
-from edge_dlf.engine.decode import Decoder
-from edge_dlf.engine.ensemble import Ensemble
-from edge_dlf.engine.generation import Generation
-from edge_dlf.engine.lanes import Lanes
-from edge_dlf.engine.overlap import fastest, settle
-from edge_dlf.engine.pace import FUSION
+from edge_dlf.engine.decoder import Decoder
+from edge_dlf.engine.ensemble import Decoded, Ensemble
+from edge_dlf.engine.generation import Generation, GenerationRequest
+from edge_dlf.engine.overlap import choose_overlap, fastest
 from edge_dlf.engine.scheduler import Scheduler
+from edge_dlf.engine.threads import GroupThreads
 from edge_dlf.families import members
-from edge_dlf.families.files import check_files
-from edge_dlf.families.spec import FamilySpec
 from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.params import OVERLAPS, Overlap
 from edge_dlf.system import remembered
@@ -42,33 +40,38 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "overlap.json"
 
 
-def family(overlap: Overlap, make: Callable[..., FakeBackend] = FakeBackend, **settings: Any) -> Ensemble:
-    """A family with a lane for each member but e0 and e1, which share one."""
-    backends = {name: make(seed, N_VOCAB, **settings) for seed, name in enumerate(NAMES)}
+GROUPS = [("large",), ("base",), ("e0", "e1")]
+
+
+def family(overlap: Overlap, make: Callable[..., FakeBackend] = FakeBackend) -> Ensemble:
+    """A family with a group for each member but e0 and e1, which share one."""
+    backends = {name: make(seed, N_VOCAB) for seed, name in enumerate(NAMES)}
     for backend in backends.values():
         backend.common = 0.8
-    ensemble = Ensemble(backends, N_VOCAB, [("large",), ("base",), ("e0", "e1")])
+    ensemble = Ensemble(backends, N_VOCAB, GROUPS, clock=lambda: 0.0)
     ensemble.overlap = overlap
     return ensemble
 
 
 def answers(ensemble: Ensemble, n: int, n_draft: int | None, n_tokens: int = 8) -> list[list[int]]:
     """Greedy and sampled answers to `n` prompts at once."""
-    scheduler = Scheduler(Decoder(ensemble, Fuser(N_VOCAB), clock=lambda: 0.0))
+    scheduler = Scheduler(Decoder(ensemble, Fuser(N_VOCAB)))
     fusion = FusionParams()
     jobs = [
         Generation(
-            ensemble.roles(fusion),
-            {name: [1 + k, 2, 3, 4 + k] for name in NAMES},
-            fusion,
-            SamplingParams(temperature=0.7 * (k % 2), seed=k),
-            n_draft=n_draft,
+            GenerationRequest(
+                ensemble.roles(fusion),
+                {name: [1 + k, 2, 3, 4 + k] for name in NAMES},
+                fusion,
+                SamplingParams(temperature=0.7 * (k % 2), seed=k),
+                n_draft=n_draft,
+            )
         )
         for k in range(n)
     ]
     for job in jobs:
         scheduler.add(job)
-    while any(len(job.tokens) - job.n_prompt < n_tokens for job in jobs):
+    while any(job.n_picked < n_tokens for job in jobs):
         scheduler.step()
     ensemble.close()
     return [job.tokens[job.n_prompt :][:n_tokens] for job in jobs]
@@ -90,7 +93,7 @@ def test_tokens_do_not_depend_on_the_way(n: int, n_draft: int | None) -> None:
 
 
 class Meeting(FakeBackend):
-    """A member that goes on only once all lanes are at work; keeps the threads that it is used by."""
+    """A member that goes on only once all groups are at work; keeps the threads that it is used by."""
 
     barrier: threading.Barrier | None = None
 
@@ -110,10 +113,10 @@ class Meeting(FakeBackend):
 
 
 def step(ensemble: Ensemble, token: int = 5) -> None:
-    ensemble.decode_all({name: [Run(0, [token], 1)] for name in NAMES})
+    ensemble.decode({name: [Run(0, [token], 1)] for name in NAMES})
 
 
-def test_threads_are_one_for_each_lane_and_run_at_the_same_time() -> None:
+def test_threads_are_one_for_each_group_and_run_at_the_same_time() -> None:
     ensemble = family("threads", Meeting)
     barrier = threading.Barrier(3)
     for backend in ensemble.members.values():
@@ -128,21 +131,19 @@ def test_threads_are_one_for_each_lane_and_run_at_the_same_time() -> None:
 
 
 @pytest.mark.parametrize(("way", "n_waits"), [("off", 1), ("queue", 0)])
-def test_other_ways_keep_to_one_thread_and_off_waits_for_each(way: Overlap, n_waits: int) -> None:
+def test_other_modes_keep_to_one_thread_and_off_waits_for_each(way: Overlap, n_waits: int) -> None:
     ensemble = family(way, Meeting)
     step(ensemble)
     for backend in ensemble.members.values():
         assert isinstance(backend, Meeting)
         assert backend.threads == [threading.get_ident()]
         assert backend.n_waits == n_waits
-    assert ensemble.overlaps == (way != "off")
 
 
-def test_members_of_one_lane_do_not_overlap() -> None:
+def test_members_of_one_group_do_not_overlap() -> None:
     ensemble = Ensemble({name: Meeting(seed, N_VOCAB) for seed, name in enumerate(NAMES)}, N_VOCAB)
     ensemble.overlap = "threads"
     step(ensemble)
-    assert not ensemble.overlaps
     assert {thread for b in ensemble.members.values() for thread in b.threads} == {threading.get_ident()}  # type: ignore[attr-defined]
 
 
@@ -203,25 +204,22 @@ def test_ctrl_c_is_raised_once_nobody_is_at_work() -> None:
 
 
 def test_a_second_ctrl_c_while_others_are_waited_for() -> None:
-    lanes, n_waits = Lanes(), []
+    threads, failed, done = GroupThreads(), threading.Event(), []
 
-    class Future:
-        def result(self) -> None:
-            n_waits.append(1)
-            if len(n_waits) == 1:
-                raise KeyboardInterrupt
-
-    class Thread:
-        def submit(self, _: object) -> Future:
-            return Future()
+    def work() -> None:
+        assert failed.wait(PATIENCE_S)
+        _thread.interrupt_main()
+        threading.Event().wait(0.05)
+        done.append(1)
 
     def fail() -> None:
-        raise ValueError
+        failed.set()
+        raise ValueError("the first error")
 
-    lanes._threads.append(Thread())  # type: ignore[arg-type]
-    with pytest.raises(ValueError):  # noqa: PT011
-        lanes.run([lambda: None, fail])
-    assert len(n_waits) == 2
+    with pytest.raises(ValueError, match="the first error"):
+        threads.run([work, fail])
+    assert done == [1]
+    threads.close()
 
 
 @pytest.mark.parametrize("way", OVERLAPS)
@@ -234,27 +232,19 @@ def test_an_interrupt_amid_drafts_leaves_nothing_behind(way: Overlap, fail_at: i
     assert answers(ensemble, 1, 3) == expected(1, 3)
 
 
-class Clock:
-    """Seconds that a step of each way takes, and nothing else."""
+class TimedEnsemble(Ensemble):
+    """An ensemble whose steps take so many seconds of its own clock by how members overlap, and nothing else."""
 
     def __init__(self, **costs: float) -> None:
-        self.now, self.costs, self.n_steps = 0.0, costs, 0
+        backends = {name: FakeBackend(seed, N_VOCAB) for seed, name in enumerate(NAMES)}
+        super().__init__(backends, N_VOCAB, GROUPS, clock=lambda: self.now)
+        self.now, self.n_steps, self.costs = 0.0, 0, costs
 
-    def __call__(self) -> float:
-        return self.now
-
-
-def on_clock(**costs: float) -> tuple[Ensemble, Clock]:
-    ensemble, clock = family("queue"), Clock(**costs)
-    decode_all = ensemble.decode_all
-
-    def timed(runs: Mapping[str, Sequence[Run]]) -> None:
-        decode_all(runs)
-        clock.n_steps += 1
-        clock.now += clock.costs[ensemble.overlap]
-
-    ensemble.decode_all = timed  # type: ignore[method-assign]
-    return ensemble, clock
+    def decode(self, runs: Mapping[str, Sequence[Run]], on_decode: Callable[[], None] | None = None) -> Decoded:
+        decoded = super().decode(runs, on_decode)
+        self.n_steps += 1
+        self.now += self.costs[self.overlap]
+        return decoded
 
 
 @pytest.mark.parametrize(
@@ -269,23 +259,23 @@ def on_clock(**costs: float) -> tuple[Ensemble, Clock]:
     ],
 )
 def test_the_fastest_way_by_the_clock(costs: dict[str, float], best: str) -> None:
-    ensemble, clock = on_clock(**costs)
-    assert fastest(ensemble, clock=clock) == best
-    assert clock.now < 1.0
+    ensemble = TimedEnsemble(**costs)
+    assert fastest(ensemble) == best
+    assert ensemble.now < 1.0
     assert ensemble.n_free() == ensemble.members["large"].n_cells
     ensemble.close()
 
 
 def test_only_ways_that_are_allowed_are_tried() -> None:
-    ensemble, clock = on_clock(off=0.02, queue=0.01)
-    assert fastest(ensemble, ("off", "queue"), clock) == "queue"
+    ensemble = TimedEnsemble(off=0.02, queue=0.01)
+    assert fastest(ensemble, ("off", "queue")) == "queue"
 
 
 def test_where_a_second_does_not_suffice_nothing_is_chosen(cache: Path) -> None:
-    ensemble, clock = on_clock(off=0.3, queue=0.3, threads=0.1)
-    settle(ensemble, "key", clock=clock)
+    ensemble = TimedEnsemble(off=0.3, queue=0.3, threads=0.1)
+    choose_overlap(ensemble, "key")
     assert ensemble.overlap == "queue"
-    assert clock.n_steps == 3
+    assert ensemble.n_steps == 3
     assert not cache.exists()
     ensemble.close()
 
@@ -293,60 +283,43 @@ def test_where_a_second_does_not_suffice_nothing_is_chosen(cache: Path) -> None:
 def test_it_is_measured_once(cache: Path) -> None:
     costs = {"off": 0.01, "queue": 0.02, "threads": 0.02}
     for key, n_steps in (("a", 27), ("a", 0), ("b", 27)):
-        ensemble, clock = on_clock(**costs)
-        settle(ensemble, key, clock=clock)
-        assert (ensemble.overlap, clock.n_steps) == ("off", n_steps)
+        ensemble = TimedEnsemble(**costs)
+        choose_overlap(ensemble, key)
+        assert (ensemble.overlap, ensemble.n_steps) == ("off", n_steps)
         ensemble.close()
     assert json.loads(cache.read_bytes()) == {"a": "off", "b": "off"}
     cache.write_text('{"a": "sideways"}')
-    ensemble, clock = on_clock(**costs)
-    settle(ensemble, "a", clock=clock)
-    assert clock.n_steps == 27
-    settle(ensemble, "a", ("queue", "threads"), clock=clock)  # what was remembered is not allowed now
+    ensemble = TimedEnsemble(**costs)
+    choose_overlap(ensemble, "a")
+    assert ensemble.n_steps == 27
+    choose_overlap(ensemble, "a", ("queue", "threads"))  # what was remembered is not allowed now
     assert ensemble.overlap == "queue"
     ensemble.close()
 
 
-def test_what_members_that_overlap_cost_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    ensemble = family("queue")
-    clock = Clock(queue=0.0)
+class Clocked(FakeBackend):
+    """A member that takes 10 ms of its own clock for each token."""
+
+    clock: ClassVar = [0.0]
+
+    def decode(self, runs: Sequence[Run]) -> None:
+        super().decode(runs)
+        self.clock[0] += 0.01 * sum(len(run.tokens) for run in runs)
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize("groups", [(), GROUPS])
+def test_the_times_of_members_add_up_to_that_of_the_batch(overlap: Overlap, groups: list[tuple[str, ...]]) -> None:
+    backends = {name: Clocked(seed, N_VOCAB) for seed, name in enumerate(NAMES)}
     for name, n_bytes in zip(NAMES, (6000, 2000, 1000, 1000), strict=True):
-        ensemble.members[name].n_bytes = n_bytes
-    decoder = Decoder(ensemble, Fuser(N_VOCAB), clock)
-    fusion = FusionParams()
-    prompts = {name: [1, 2, 3] for name in NAMES}
-    generation = Generation(ensemble.roles(fusion), prompts, fusion, SamplingParams(temperature=0.0), n_draft=2)
-    decoder.begin(generation)
-    decoder.step([generation])
-    decode_all, noted = ensemble.decode_all, {}
-
-    def timed(runs: Mapping[str, Sequence[Run]]) -> None:
-        decode_all(runs)
-        clock.now += 0.09
-
-    ensemble.decode_all = timed  # type: ignore[method-assign]
-    monkeypatch.setattr(decoder.speculation.pace, "timed", lambda name, n, seconds: noted.update({(name, n): seconds}))
-    decoder.step([generation])
-    assert noted.pop((FUSION, 3)) == pytest.approx(0.0)
-    shares = {name: seconds for (name, n), seconds in noted.items() if n == 3}
-    assert sum(shares.values()) == pytest.approx(0.09)
-    assert shares["large"] == pytest.approx(3 * shares["base"]) == pytest.approx(0.06)
-
-
-def test_what_the_choice_depends_on(tiny: Path) -> None:
-    files = check_files(FamilySpec.load(tiny))
-    placement = members.Placement(1, 512, dict.fromkeys(files.models, -1), dict.fromkeys(files.models, ()))
-    key = members._key(files, placement, 2, None, None)
-    others = [
-        members._key(files, dataclasses.replace(placement, n_seq_max=2), 2, None, None),
-        members._key(files, dataclasses.replace(placement, layers=dict.fromkeys(files.models, 1)), 2, None, None),
-        members._key(files, placement, 1, None, None),
-        members._key(files, placement, 2, "q8_0", None),
-    ]
-    (tiny / "large.gguf").touch()
-    others.append(members._key(files, placement, 2, None, None))
-    assert len({key, *others}) == 6
-    assert str(tiny / "lora.gguf") in key
+        backends[name].n_bytes = n_bytes
+    ensemble = Ensemble(backends, N_VOCAB, groups, clock=lambda: Clocked.clock[0])
+    ensemble.overlap = overlap
+    seconds = ensemble.decode({name: [Run(0, [1, 2, 3], 1)] for name in NAMES}).seconds
+    ensemble.close()
+    assert sum(seconds.values()) == pytest.approx(0.12)
+    if groups and overlap != "off":  # it cannot be told which member took how long
+        assert seconds["large"] == pytest.approx(3 * seconds["base"]) == pytest.approx(0.072)
 
 
 @pytest.fixture
@@ -366,7 +339,7 @@ def test_llama_cpp_gives_the_same_tokens_in_every_way(tiny: Path, draft: Any) ->
     found = []
     for overlap in OVERLAPS:
         with FusedLlama.from_family(tiny, n_ctx=256, n_threads=1, n_parallel=4, overlap=overlap) as llm:
-            assert llm._ensemble.lanes == (("large",), ("base",), ("lora",), ("tuned",))
+            assert llm._ensemble.groups == (("large",), ("base",), ("lora",), ("tuned",))
             single = [token.id for token in llm.stream("Once upon a time", max_tokens=24, draft=draft)]
             rows = [{"id": n, "prompt": f"Row {n}: once", "max_tokens": 8} for n in range(6)]
             batch = {r["custom_id"]: r["response"]["body"]["choices"][0]["text"] for r in llm.batch(rows, raw=True)}
@@ -387,6 +360,20 @@ def test_auto_is_chosen_at_load_and_remembered(tiny: Path, cache: Path, monkeypa
 
 
 @pytest.mark.usefixtures("as_on_gpus")
+def test_what_the_choice_depends_on(tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_dlf.engine.overlap.fastest", lambda *_: "queue")
+    common = {"n_ctx": 64, "n_threads": 1}
+    kinds = ({}, {}, {"n_parallel": 2}, {"n_gpu_layers": 1}, {"n_threads": 2}, {"type_k": "f32"})
+    for own in kinds:
+        FusedLlama.from_family(tiny, **{**common, **own}).close()
+    (tiny / "large.gguf").touch()
+    FusedLlama.from_family(tiny, **common).close()
+    keys = json.loads(cache.read_bytes())
+    assert len(keys) == 6
+    assert all(str(tiny / "lora.gguf") in key for key in keys)
+
+
+@pytest.mark.usefixtures("as_on_gpus")
 def test_a_family_measures_itself(tiny: Path, cache: Path) -> None:
     with FusedLlama.from_family(tiny, n_ctx=64, n_threads=1, n_parallel=3) as llm:
         assert llm._ensemble.overlap in OVERLAPS
@@ -397,9 +384,9 @@ def test_a_family_measures_itself(tiny: Path, cache: Path) -> None:
 
 def test_on_the_cpu_nothing_is_measured(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "gpus", lambda: [])
-    monkeypatch.setattr(api, "settle", pytest.fail)
+    monkeypatch.setattr(api, "choose_overlap", pytest.fail)
     with FusedLlama.from_family(tiny, n_ctx=64, n_threads=1) as llm:
-        assert llm._ensemble.lanes == (("large", "base", "lora", "tuned"),)
+        assert llm._ensemble.groups == (("large", "base", "lora", "tuned"),)
 
 
 @pytest.mark.parametrize(("overlap", "n_notices"), [("threads", 1), ("off", 0)])
@@ -412,11 +399,11 @@ def test_on_the_cpu_members_do_not_overlap(
     assert len([record for record in caplog.records if "decoded in turn" in record.message]) == n_notices
 
 
-def test_members_that_have_a_lane_of_their_own(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_that_have_a_group_of_their_own(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = (GPU("CUDA0", "a GPU", 10**10, 10**10),)
     monkeypatch.setattr(members, "this_machine", lambda _: Machine(10**10, gpus=gpus))
     with FusedLlama.from_family(tiny, n_ctx=64, n_threads=1, n_gpu_layers={"base": 1}, overlap="off") as llm:
-        assert llm._ensemble.lanes == (("large",), ("tuned",), ("base", "lora"))
+        assert llm._ensemble.groups == (("large",), ("tuned",), ("base", "lora"))
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_a_cached_prefix_is_not_evaluated_again(llm: FusedLlama) -> None:
     first = "".join(token.text for token in llm.stream(prompt, temperature=0.0, max_tokens=24))
     again = llm.stream(prompt + first, temperature=0.0, max_tokens=4)
     next(again, None)
-    assert again.report.n_prefilled <= 3
+    assert again.report.counts.n_prefilled <= 3
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.8}], ids=["greedy", "seeded"])
@@ -132,7 +132,7 @@ def test_drafting_changes_no_token_but_where_rounding_turns_a_tie(llm: FusedLlam
             ):
                 n_answers += 1
                 n_same += parting is None
-                n_drafted += report.n_drafted
+                n_drafted += report.counts.n_drafted
                 if parting:
                     print(f"{workload}, draft {draft}: {parting}")
                     assert parting.is_tie, (prompt, draft, parting)

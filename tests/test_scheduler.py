@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from edge_dlf import EdgeDLFError, FusionParams, NonFiniteLogitsError, SamplingParams
-from edge_dlf.engine.decode import Decoder
+from edge_dlf.engine.decoder import Decoder
 from edge_dlf.engine.ensemble import Ensemble
-from edge_dlf.engine.generation import Generation, Pick
+from edge_dlf.engine.generation import Generation, GenerationRequest
 from edge_dlf.engine.scheduler import Scheduler
 from edge_dlf.fusion.fuser import Fuser
+from edge_dlf.fusion.records import Pick
 
 from .fake_backend import FakeBackend
 from .test_decode import N_VOCAB, family, generate
@@ -34,30 +35,30 @@ SAMPLINGS = [
 ]
 
 
-def scheduler_of(members: dict[str, FakeBackend], n_prefill: int | None = None) -> Scheduler:
-    return Scheduler(Decoder(Ensemble(members, N_VOCAB), Fuser(N_VOCAB)), n_prefill)
+def scheduler_of(members: dict[str, FakeBackend]) -> Scheduler:
+    return Scheduler(Decoder(Ensemble(members, N_VOCAB), Fuser(N_VOCAB)))
 
 
 def make(scheduler: Scheduler, prompt: Sequence[int], fusion: FusionParams, sampling: SamplingParams) -> Generation:
     ensemble = scheduler.decoder.ensemble
-    alphas = ensemble.static_alphas(fusion) if fusion.method == "static" else ()
-    return Generation(ensemble.roles(fusion), dict.fromkeys(ensemble.members, prompt), fusion, sampling, alphas=alphas)
+    prompts = dict.fromkeys(ensemble.members, prompt)
+    return Generation(GenerationRequest(ensemble.roles(fusion), prompts, fusion, sampling))
 
 
-def run(scheduler: Scheduler, lengths: dict[Generation, int]) -> dict[Generation, list[Pick] | EdgeDLFError]:
+def run(
+    scheduler: Scheduler, lengths: dict[Generation, int], n_prefill: int | None = None
+) -> dict[Generation, list[Pick] | EdgeDLFError]:
     """Run generations until each has its number of picks, or failed."""
-    results: dict[Generation, list[Pick] | EdgeDLFError] = {generation: [] for generation in lengths}
+    results: dict[Generation, list[Pick] | EdgeDLFError] = {}
+    picks: dict[Generation, list[Pick]] = {generation: [] for generation in lengths}
     for generation in lengths:
         scheduler.add(generation)
     while scheduler.n_active or scheduler.n_waiting:
-        for generation, outcome in scheduler.step():
-            so_far = results[generation]
-            assert isinstance(so_far, list)
-            if isinstance(outcome, EdgeDLFError):
-                results[generation] = outcome
-            else:
-                so_far += outcome
-            if isinstance(outcome, EdgeDLFError) or len(so_far) >= lengths[generation]:
+        for result in scheduler.step(n_prefill):
+            generation = result.generation
+            picks[generation] += result.picks
+            results[generation] = result.error or picks[generation]
+            if result.error or len(picks[generation]) >= lengths[generation]:
                 scheduler.remove(generation)
     return results
 
@@ -88,18 +89,18 @@ def prompts(n: int, seed: int = 0) -> list[list[int]]:
 )
 @pytest.mark.parametrize("n_prefill", [None, 5])
 def test_each_generation_equals_itself_alone(settings: dict[str, int], n_prefill: int | None) -> None:
-    scheduler = scheduler_of(family(**settings), n_prefill)
+    scheduler = scheduler_of(family(**settings))
     kinds = itertools.cycle(itertools.product(FUSIONS, SAMPLINGS))
     cases = {}
     for n, prompt in enumerate(prompts(30)):
         fusion, sampling = next(kinds)
         cases[make(scheduler, prompt, fusion, sampling)] = (prompt, 1 + 7 * n % 30, fusion, sampling)
-    results = run(scheduler, {generation: case[1] for generation, case in cases.items()})
+    results = run(scheduler, {generation: case[1] for generation, case in cases.items()}, n_prefill)
     for generation, case in cases.items():
         alone = generate(family(), *case)
         picks = results[generation]
         assert isinstance(picks, list)
-        assert [(pick.token, pick.alphas) for pick in picks] == [(pick.token, pick.alphas) for pick in alone]
+        assert [(pick.token, pick.weights) for pick in picks] == [(pick.token, pick.weights) for pick in alone]
 
 
 def test_a_common_prefix_is_evaluated_once() -> None:
@@ -151,15 +152,15 @@ def test_an_interrupt_amid_a_move_or_a_copy_costs_evaluations_only(fails: str, n
     n_interrupts = 0
     while scheduler.n_active or scheduler.n_waiting:
         try:
-            outcomes = scheduler.step()
+            results = scheduler.step()
         except KeyboardInterrupt:
             n_interrupts += 1
             continue
-        for generation, outcome in outcomes:
-            assert isinstance(outcome, list)
-            picks[generation] += outcome
-            if len(picks[generation]) >= cases[generation]:
-                scheduler.remove(generation)
+        for result in results:
+            assert not result.error
+            picks[result.generation] += result.picks
+            if len(picks[result.generation]) >= cases[result.generation]:
+                scheduler.remove(result.generation)
     assert n_interrupts == 1
     for n, (generation, n_picks) in enumerate(cases.items()):
         alone = generate(family(), texts[n], n_picks, FUSIONS[n % 2], SAMPLINGS[1])
@@ -167,17 +168,17 @@ def test_an_interrupt_amid_a_move_or_a_copy_costs_evaluations_only(fails: str, n
 
 
 def test_prompts_that_came_first_are_evaluated_first() -> None:
-    scheduler = scheduler_of(family(n_seq_max=4, n_ctx=256), n_prefill=8)
-    first, *later = (make(scheduler, [n] * 60, FUSIONS[2], SAMPLINGS[0]) for n in range(3))
-    for seq in (3, 2):
-        scheduler._idle.remove(seq)
-        scheduler._idle.insert(0, seq)
+    scheduler = scheduler_of(family(n_seq_max=4, n_ctx=256))
+    texts = [[n, *range(20)] for n in (41, 42, 43)]
+    run(scheduler, {make(scheduler, text, FUSIONS[2], SAMPLINGS[0]): 1 for text in texts})
+    # The first goes on with the text of the last sequence, so that the others get sequences of lower numbers.
+    first, *later = (make(scheduler, [*texts[n], *[n] * 60], FUSIONS[2], SAMPLINGS[0]) for n in (2, 0, 1))
     scheduler.add(first)
-    scheduler.step()
+    scheduler.step(n_prefill=8)
     for generation in later:
         scheduler.add(generation)
     for _ in range(6):
-        scheduler.step()
+        scheduler.step(n_prefill=8)
     assert first.seq > later[-1].seq
     assert scheduler.decoder.n_due(first) < 10 < scheduler.decoder.n_due(later[0])
 
@@ -197,7 +198,7 @@ def test_long_prompts_do_not_keep_others_from_decoding() -> None:
     for n in range(3):
         scheduler.add(make(scheduler, [n] * 200, FUSIONS[0], SAMPLINGS[0]))
     for _ in range(30):
-        assert len(dict(scheduler.step())[quick]) == 1
+        assert [len(r.picks) for r in scheduler.step() if r.generation is quick] == [1]
     assert scheduler.n_active == 4
 
 
@@ -276,7 +277,8 @@ def test_what_is_taken_out_makes_room_and_leaves_the_rest_alone() -> None:
             scheduler.step()
         alone = generate(family(), [n], 11, FUSIONS[0], SAMPLINGS[1])
         assert generation.tokens[1:12] == [pick.token for pick in alone]
-    scheduler.clear()
+    for generation in (second, third):
+        scheduler.remove(generation)
     assert scheduler.n_active == scheduler.n_waiting == 0
     assert scheduler.step() == []
 

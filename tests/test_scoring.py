@@ -9,11 +9,11 @@ import pytest
 
 from edge_dlf import ContextOverflowError, FusedLlama, FusionParams, InvalidParameterError, NonFiniteLogitsError
 from edge_dlf.answers.scoring import Score, run_scores
+from edge_dlf.answers.stream import Answer, Driver
 from edge_dlf.engine.backend import N_ROWS
-from edge_dlf.engine.decode import Decoder
+from edge_dlf.engine.decoder import Decoder
 from edge_dlf.engine.ensemble import Ensemble
-from edge_dlf.engine.generation import Generation
-from edge_dlf.engine.scheduler import Scheduler
+from edge_dlf.engine.generation import Generation, GenerationRequest
 from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.params import SamplingParams
 
@@ -45,20 +45,20 @@ def scores(
     members: dict[str, FakeBackend], pairs: list[tuple[list[int], list[int]]], fusion: FusionParams
 ) -> dict[int, Score]:
     ensemble = Ensemble(members, N_VOCAB)
-    alphas = ensemble.static_alphas(fusion) if fusion.method == "static" else ()
-    generations = [
-        Generation(
+    requests = [
+        GenerationRequest(
             ensemble.roles(fusion),
             dict.fromkeys(members, prompt),
             fusion,
             SamplingParams(temperature=0.0, seed=0),
-            alphas=alphas,
+            max_tokens=len(answer),
             n_top=1,
-            scored=tuple(answer),
+            forced=tuple(answer),
         )
         for prompt, answer in pairs
     ]
-    return dict(run_scores(Scheduler(Decoder(ensemble, Fuser(N_VOCAB))), generations, ensemble.n_seq_max))
+    answers = [Answer(Generation(request), lambda _: b"") for request in requests]
+    return dict(run_scores(Driver(Decoder(ensemble, Fuser(N_VOCAB))), answers))
 
 
 RNG = np.random.default_rng(4)

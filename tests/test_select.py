@@ -12,21 +12,27 @@ from hypothesis import strategies as st
 
 from edge_dlf.errors import InvalidParameterError, NonFiniteLogitsError
 from edge_dlf.fusion.fuser import Fuser, fuse_logits
-from edge_dlf.fusion.records import Draw, Picked
+from edge_dlf.fusion.records import Draw, Pick
 from edge_dlf.params import FusionParams, SamplingParams
 
 from . import naive
 
-NOBODY = np.empty(0, np.int32)
+NO_TOKENS = np.empty(0, np.int32)
+STATIC = FusionParams(method="static")
 GREEDY = SamplingParams(temperature=0.0)
 PLAIN = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
-def pick(row, sampling, seed=0, position=0, recent=NOBODY, n_top=0):
-    """The choice from one row, or its error."""
+def alone(fuser, rows, draws):
+    """The large model's own picks."""
+    return fuser.pick([rows], ["large"], FusionParams(method="large"), [()] * len(draws), draws)
+
+
+def pick(row, sampling, seed=0, position=0, recent=NO_TOKENS, n_top=0):
+    """The choice from one row."""
     row = np.asarray(row, np.float32)
     draw = Draw(sampling, seed, position, recent, n_top)
-    return Fuser(row.size).pick(row[None], None, (), [()], [draw], ("large",))[0]
+    return alone(Fuser(row.size), row[None], [draw])[0]
 
 
 sampling_params = st.builds(
@@ -127,15 +133,16 @@ def test_bias_adds_to_what_penalties_left_small():
 def test_banning_every_token_is_an_error_of_its_row_small():
     banned = SamplingParams(logit_bias={i: -float("inf") for i in range(20)})
     rows = np.zeros((3, 20), np.float32)
-    draws = [Draw(sampling, 0, 0, NOBODY) for sampling in (GREEDY, banned, GREEDY)]
-    first, error, last = Fuser(20).pick(rows, None, (), [()] * 3, draws, ("large",))
-    assert isinstance(error, InvalidParameterError)
-    assert str(error) == "logit_bias bans every token"
-    assert first == last == Picked(0, pytest.approx(-np.log(20)))
+    draws = [Draw(sampling, 0, 0, NO_TOKENS) for sampling in (GREEDY, banned, GREEDY)]
+    first, banned_all, last = alone(Fuser(20), rows, draws)
+    assert banned_all.token == -1
+    assert isinstance(banned_all.error, InvalidParameterError)
+    assert str(banned_all.error) == "logit_bias bans every token"
+    assert first == last == Pick(0, pytest.approx(-np.log(20)), (), (), None)
 
 
 def test_one_token_vocabulary_small():
-    assert pick([3.0], SamplingParams(), 9, 9, n_top=5) == Picked(0, 0.0, ((0, 0.0),))
+    assert pick([3.0], SamplingParams(), 9, 9, n_top=5) == Pick(0, 0.0, ((0, 0.0),), (), None)
 
 
 def test_top_logprobs_are_those_before_penalties_small():
@@ -176,11 +183,11 @@ def batch(rng, n_rows, n_vocab, n_experts):
 def test_a_batch_is_its_rows_whatever_the_threads(n_rows, n_vocab):
     rng = np.random.default_rng([n_rows, n_vocab])
     names = ("large", "base", "one", "two")
-    (large, base, *experts), alphas, draws = batch(rng, n_rows, n_vocab, 2)
-    alone = Fuser(n_vocab)
+    members, alphas, draws = batch(rng, n_rows, n_vocab, 2)
+    large, base, *experts = members
+    single = Fuser(n_vocab)
     expected = [
-        alone.pick(large[[k]], base[[k]], [x[[k]] for x in experts], [alphas[k]], [draws[k]], names)[0]
-        for k in range(n_rows)
+        single.pick([x[[k]] for x in members], names, STATIC, [alphas[k]], [draws[k]])[0] for k in range(n_rows)
     ]
     for k, picked in enumerate(expected):
         fused = large[k, :n_vocab].copy()
@@ -191,10 +198,11 @@ def test_a_batch_is_its_rows_whatever_the_threads(n_rows, n_vocab):
         truth = np.log(naive.softmax(fused.astype(np.float64)))
         assert picked.logprob == pytest.approx(truth[picked.token], abs=2e-6)
         assert [token for token, _ in picked.top_logprobs] == np.argsort(-fused, kind="stable")[: draw.n_top].tolist()
+    scattered = [large, [row.copy() for row in base], [experts[0][k : k + 1] for k in range(n_rows)], experts[1]]
     for n_threads in (1, 2, 5):
         fuser = Fuser(n_vocab, n_threads)
-        for _ in range(3):
-            assert fuser.pick(large, base, experts, alphas, draws, names) == expected
+        for rows in (members, members, scattered):
+            assert fuser.pick(rows, names, STATIC, alphas, draws) == expected
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 5])
@@ -202,52 +210,55 @@ def test_a_batch_is_its_rows_whatever_the_threads(n_rows, n_vocab):
 def test_a_bad_row_leaves_the_others_alone(n_threads, value, what):
     rng = np.random.default_rng(5)
     names, n_vocab = ("large", "base", "one", "two"), 5000
-    (large, base, *experts), _, draws = batch(rng, 6, n_vocab, 2)
+    members, _, draws = batch(rng, 6, n_vocab, 2)
     alphas = [[1.0, 0.5]] * 5 + [[0.0, 0.5]]
-    fuser, params = Fuser(n_vocab, n_threads), FusionParams()
-    chosen, picked = (
-        fuser.search(large, base, experts, params, names),
-        fuser.pick(large, base, experts, alphas, draws, names),
-    )
-    for k, rows in enumerate((large, base, *experts)):
+    fuser = Fuser(n_vocab, n_threads)
+    dynamic, static = (fuser.pick(members, names, params, alphas, draws) for params in (FusionParams(), STATIC))
+    for k, rows in enumerate(members):
         rows[k, 4999 if value else slice(None)] = value or -np.inf
-    experts[0][5] = np.nan  # takes no part in the fused row, for its α is 0
-    bad_choices, bad_picks = (
-        fuser.search(large, base, experts, params, names),
-        fuser.pick(large, base, experts, alphas, draws, names),
-    )
-    for results, before, faulty in (
-        (bad_choices, chosen, {0: "large", 1: "base", 2: "one", 3: "two", 5: "one"}),
-        (bad_picks, picked, {0: "large", 1: "base", 2: "one", 3: "two"}),
+    members[2][5] = np.nan  # takes no part in the static row, for its α is 0
+    for params, before, faulty in (
+        (FusionParams(), dynamic, {0: "large", 1: "base", 2: "one", 3: "two", 5: "one"}),
+        (STATIC, static, {0: "large", 1: "base", 2: "one", 3: "two"}),
     ):
+        after = fuser.pick(members, names, params, alphas, draws)
         for k in range(6):
             if k in faulty:
-                assert isinstance(results[k], NonFiniteLogitsError)
-                assert results[k].member == faulty[k]
-                assert k == 5 or re.search(what, str(results[k]))
+                assert after[k].token == -1
+                assert isinstance(after[k].error, NonFiniteLogitsError)
+                assert after[k].error.member == faulty[k]
+                assert k == 5 or re.search(what, str(after[k].error))
             else:
-                assert results[k] == before[k]
+                assert after[k] == before[k]
 
 
 def test_no_rows_are_no_results():
     rows = np.empty((0, 20), np.float32)
-    assert Fuser(20, 2).search(rows, rows, [rows], FusionParams(), ("large", "base", "expert")) == []
-    assert Fuser(20, 2).pick(rows, rows, [rows], [], [], ("large", "base", "expert")) == []
+    for params in (FusionParams(), STATIC):
+        assert Fuser(20, 2).pick([rows] * 3, ("large", "base", "expert"), params, [], []) == []
 
 
 def test_rows_of_another_kind_are_refused():
     row = np.zeros((1, 20), np.float32)
-    draw = Draw(GREEDY, 0, 0, NOBODY)
-    for wrong in (row[:, :19], row.astype(np.float64), np.zeros((1, 40), np.float32)[:, ::2], np.zeros((2, 20), "f4")):
+    draw = Draw(GREEDY, 0, 0, NO_TOKENS)
+    wide, two = np.zeros((1, 40), np.float32), np.zeros((2, 20), np.float32)
+    for wrong in (row[:, :19], row.astype(np.float64), wide[:, ::2], two, row[0], [], [two], [row[0], row[0]]):
         with pytest.raises(ValueError, match="rows must be"):
-            Fuser(20).pick(row, wrong, [row], [[1.0]], [draw], ("large", "base", "expert"))
+            Fuser(20).pick([row, wrong, row], ("large", "base", "expert"), STATIC, [[1.0]], [draw])
+
+
+@pytest.mark.parametrize("weights", [[[]], [[1.0, 2.0]], [[np.nan]], [[1.0], [1.0]]])
+def test_weights_must_fit_the_members(weights):
+    row = np.zeros((1, 20), np.float32)
+    with pytest.raises(ValueError, match="weights must be K = 1 times 1 finite numbers"):
+        Fuser(20).pick([row] * 3, ("large", "base", "expert"), STATIC, weights, [Draw(GREEDY, 0, 0, NO_TOKENS)])
 
 
 def test_draw_depends_on_seed_position_and_token_alone():
     row = np.random.default_rng(2).normal(0, 1, 5000).astype(np.float32)
     tokens = [pick(row, PLAIN, 1, position).token for position in range(60)]
-    draws = [Draw(PLAIN, 1, position, NOBODY) for position in range(60)]
-    together = Fuser(5000, 2).pick(np.repeat(row[None], 60, axis=0), None, (), [()] * 60, draws, ("large",))
+    draws = [Draw(PLAIN, 1, position, NO_TOKENS) for position in range(60)]
+    together = alone(Fuser(5000, 2), np.repeat(row[None], 60, axis=0), draws)
     assert tokens == [picked.token for picked in together]
     assert tokens != [pick(row, PLAIN, 2, position).token for position in range(60)]
     assert len(set(tokens)) > 40
@@ -256,7 +267,7 @@ def test_draw_depends_on_seed_position_and_token_alone():
 @pytest.mark.parametrize("keyed_by", ["seed", "position"])
 def test_a_million_draws_follow_the_softmax(keyed_by):
     """Chi-square with 19 degrees of freedom, which exceeds 50 once in 7,000 times; the draws are fixed by the keys."""
-    from edge_dlf.fusion import kernels
+    from edge_dlf.fusion.kernels.pick import draw_token
 
     logits = np.random.default_rng(3).normal(0, 1, 120).astype(np.float32)
     ids = np.arange(100, 120)
@@ -264,7 +275,7 @@ def test_a_million_draws_follow_the_softmax(keyed_by):
     fixed = np.uint64(12345)
     for i in np.arange(1_000_000, dtype=np.uint64):
         key = (i, fixed) if keyed_by == "seed" else (fixed, i)
-        counts[kernels.draw_token(logits, ids, 2.0, 0.8, *key) - 100] += 1
+        counts[draw_token(logits, ids, 2.0, 0.8, *key) - 100] += 1
     expected = 1e6 * naive.softmax(logits[100:].astype(np.float64) / 0.8)
     assert ((counts - expected) ** 2 / expected).sum() < 50
 
@@ -280,29 +291,27 @@ def test_a_restricted_choice_equals_naive(seed, plausibility, masked, sampling):
         experts[0][rng.random(n_vocab) < 0.3] = -np.inf
         large[-1] = experts[0][-1] = 0.5
     alphas = [float(alpha) for alpha in rng.choice([0.0, 0.7, -0.4], 2)]
-    draw = Draw(sampling, seed, 3, NOBODY, n_top=3, plausibility=plausibility)
+    draw = Draw(sampling, seed, 3, NO_TOKENS, n_top=3, plausibility=plausibility)
     fuser = Fuser(n_vocab)
-    rows = large[None], base[None], [row[None] for row in experts]
-    (picked,) = fuser.pick(*rows, [alphas], [draw], ("large", "base", "a", "b"))
-    (plain,) = fuser.pick(*rows, [alphas], [Draw(sampling, seed, 3, NOBODY, n_top=3)], ("large", "base", "a", "b"))
+    members, names = [row[None] for row in (large, base, *experts)], ("large", "base", "a", "b")
+    (picked,) = fuser.pick(members, names, STATIC, [alphas], [draw])
+    (plain,) = fuser.pick(members, names, STATIC, [alphas], [Draw(sampling, seed, 3, NO_TOKENS, n_top=3)])
     fused = fuse_logits(large, base, experts, alphas).copy()
     restricted = naive.restricted(fused, experts, alphas, plausibility)
     if not np.isfinite(naive.penalised(restricted, sampling, ())).any():
-        assert isinstance(picked, InvalidParameterError)
+        assert isinstance(picked.error, InvalidParameterError)
         return
-    assert isinstance(picked, Picked)
     assert picked.token == naive.select(restricted, sampling, seed, 3)
     assert picked.logprob == pytest.approx(np.log(naive.softmax(fused.astype(np.float64))[picked.token]), abs=2e-6)
-    assert isinstance(plain, Picked)
     assert picked.top_logprobs == plain.top_logprobs
 
 
 def test_where_nothing_plausible_is_left_the_fusion_chooses_small():
     large = np.array([-np.inf, 1.0, 0.0], np.float32)
     expert = np.array([9.0, 0.0, 0.0], np.float32)
-    draw = Draw(GREEDY, 0, 0, NOBODY, plausibility=0.5)
-    rows = large[None], np.zeros((1, 3), np.float32), [expert[None]]
-    assert Fuser(3).pick(*rows, [[1.0]], [draw], ("large", "base", "e"))[0].token == 1
+    draw = Draw(GREEDY, 0, 0, NO_TOKENS, plausibility=0.5)
+    members = [large[None], np.zeros((1, 3), np.float32), expert[None]]
+    assert Fuser(3).pick(members, ("large", "base", "e"), STATIC, [[1.0]], [draw])[0].token == 1
 
 
 def test_plausibility_must_be_a_share_small():

@@ -60,7 +60,7 @@ def deltas(sent: list[Any], index: int = 0) -> str:
 def until_idle(server: Served) -> None:
     """Ask until nothing is decoded any more."""
     for _ in range(5000):
-        if not server.engine.n_running and not server.engine.n_waiting:
+        if not server.llm.driver.n_active and not server.llm.driver.n_waiting:
             return
         server.get("/health")
     raise AssertionError("answers of clients that left are still decoded")
@@ -165,7 +165,7 @@ def test_a_client_that_leaves_while_it_waits_takes_its_answer_along(server: Serv
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection((server.base_url.host, server.base_url.port)) as client:
         client.sendall(head.encode() + body)
-        while not server.engine.n_running:
+        while not server.llm.driver.n_active:
             server.get("/health")
     until_idle(server)
 
@@ -338,7 +338,7 @@ def test_a_step_that_fails_is_told_to_those_it_concerns_and_to_nobody_else(
     with serving(llm) as server:
         for error in (RuntimeError("/secret/path"), NonFiniteLogitsError("base", "NaN")):
             with monkeypatch.context() as patch:
-                patch.setattr(llm.scheduler.decoder, "step", lambda *_, error=error: (_ for _ in ()).throw(error))
+                patch.setattr(llm.driver.decoder, "step", lambda *_, error=error: (_ for _ in ()).throw(error))
                 response = server.post(CHAT, json={"messages": HELLO, "max_tokens": 4})
                 assert response.status_code == 500
                 assert "/secret/path" not in response.text
@@ -352,6 +352,5 @@ def test_memory_of_the_caches_is_free_once_all_have_left(server: Served, llm: Fu
         bodies = [{"prompt": f"{n} " * (5 + n), "max_tokens": 3 + n % 7} for n in range(20)]
         list(clients.map(lambda body: server.post(COMPLETIONS, json=body), bodies))
     until_idle(server)
-    ensemble = llm.scheduler.decoder.ensemble
-    ensemble.forget(range(ensemble.n_seq_max))
-    assert [ensemble.n_used(name) for name in ensemble.members] == [0] * 4
+    llm.driver.forget()
+    assert [n_used for n_used, _ in llm.driver.cache_usage().values()] == [0] * 4

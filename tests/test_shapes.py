@@ -132,13 +132,12 @@ def test_guesses_are_right_where_the_record_says_so(tiny: Path) -> None:
     record = "1101" * 40
     with FusedLlama.from_family(tiny, n_ctx=256, n_threads=1) as llm:
         run = gpu.Bench(llm, 1)
-        gpu.Replay(run.decoder, record)
+        gpu.Replay(run.decoder.fuser, record)
         generation = run.begin(n_draft=4)
-        generation.n_most = 100
         assert len(generation.tokens) == gpu.N_PROMPT + 1
         for _ in range(12):
             start = len(generation.tokens)
-            (picks,) = run.decoder.step([generation])
-            right = [pick.from_draft for pick in picks]  # type: ignore[union-attr]
+            (result,) = run.decoder.step([generation])
+            right = [pick.from_draft for pick in result.picks]
             n_right = record[start : start + 4].find("0") if "0" in record[start : start + 4] else 4
             assert right == [True] * n_right + [False]

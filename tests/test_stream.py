@@ -5,59 +5,59 @@ from __future__ import annotations
 import pytest
 
 from edge_dlf import EdgeDLFError, FusionParams, SamplingParams
-from edge_dlf.answers.completion import ChatCompletionShape, CompletionShape
-from edge_dlf.answers.stream import Answer, TokenStream
+from edge_dlf.answers.completion import ChatCompletion, Completion
+from edge_dlf.answers.stream import Answer, Driver, TokenStream
 from edge_dlf.engine.ensemble import Roles
-from edge_dlf.engine.generation import Generation, Pick
+from edge_dlf.engine.generation import Generation, GenerationRequest, StepResult
+from edge_dlf.fusion.records import Pick
 
 EOG = 99
 
 
-class ScriptedScheduler:
+class ScriptedDecoder:
     """Picks the given tokens for one generation, one after the other, each with α = 0.5 of the one expert."""
 
     def __init__(self, script: list[int]) -> None:
-        self.decoder = self
-        self.generations: list[Generation] = []
+        self.ensemble = self
+        self.n_seq_max, self.has_streams = 1, False
         self._script = iter(script)
 
-    def __contains__(self, generation: Generation) -> bool:
-        return generation in self.generations
+    def clock(self) -> float:
+        return 0.0
 
-    def add(self, generation: Generation) -> None:
-        self.generations.append(generation)
+    def begin(self, generation: Generation) -> None:
+        pass
 
-    def remove(self, generation: Generation) -> None:
-        self.generations.remove(generation)
+    def n_due(self, generation: Generation) -> int:
+        return 1
 
-    def step(self) -> list[tuple[Generation, list[Pick]]]:
-        (generation,) = self.generations
-        pick = Pick(next(self._script), -0.5, (0.5,), ((1, -0.5), (2, -1.5)))
-        generation.add(pick)
-        return [(generation, [pick])]
+    def n_common(self, *_: object) -> int:
+        return 0
 
-    def rewind(self, generation: Generation, n_tokens: int) -> None:
-        assert len(generation.tokens) == n_tokens
+    def n_held(self, *_: object) -> int:
+        return 0
+
+    def n_free(self) -> int:
+        return 1000
+
+    def step(self, generations: list[Generation], *_: object) -> list[StepResult]:
+        (generation,) = generations
+        pick = Pick(next(self._script), -0.5, ((1, -0.5), (2, -1.5)), (0.5,), None)
+        generation.append(pick)
+        return [StepResult(generation, [pick])]
 
 
 PIECES = {0: b"a", 1: b"b", 2: "é".encode()[:1], 3: "é".encode()[1:], 4: b"STO", 5: b"P", 6: b" "}
 
 
-def run(
-    script: list[int],
-    *,
-    max_tokens: int = 50,
-    stop: tuple[str, ...] = (),
-    scheduler: ScriptedScheduler | None = None,
-) -> TokenStream:
+def run(script: list[int], *, max_tokens: int = 50, stop: tuple[str, ...] = ()) -> TokenStream:
+    roles = Roles(("large", "base", "maths"), ("maths",), None)
     prompts = {"large": [7, 8, 9], "base": [7], "maths": [7]}
-    answer = Answer(
-        Generation(Roles("large", "base", ("maths",)), prompts, FusionParams(), SamplingParams(), ends=EOG.__eq__),
-        max_tokens=max_tokens,
-        stop=stop,
-        piece=PIECES.__getitem__,
+    request = GenerationRequest(
+        roles, prompts, FusionParams(), SamplingParams(), max_tokens=max_tokens, is_end=EOG.__eq__
     )
-    return TokenStream(scheduler or ScriptedScheduler([*script, EOG]), answer)  # type: ignore[arg-type]
+    answer = Answer(Generation(request), PIECES.__getitem__, stop)
+    return TokenStream(Driver(ScriptedDecoder([*script, EOG])), answer)  # type: ignore[arg-type]
 
 
 def test_tokens_carry_the_text_they_add() -> None:
@@ -98,10 +98,9 @@ def test_nothing_but_the_end() -> None:
 
 
 def test_a_newer_request_ends_an_older_one() -> None:
-    scheduler = ScriptedScheduler([0, 1, 0])
-    stream = run([], scheduler=scheduler)
+    stream = run([0, 1, 0])
     assert [next(stream).text, next(stream).text] == ["a", "b"]
-    scheduler.generations.clear()
+    stream.close()
     with pytest.raises(EdgeDLFError, match="newer request"):
         next(stream)
 
@@ -113,13 +112,13 @@ def test_the_report() -> None:
     assert report.usage() == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
     assert report.alpha_mean == pytest.approx(0.5)
     assert report.expert_share == {"maths": 1.0}
-    assert report.n_steps == 4
+    assert report.counts.n_steps == 4
     assert report.summary()["method"] == "dynamic"
 
 
 def test_completion_dictionary() -> None:
     stream = run([0, 2, 3])
-    result = CompletionShape("family", True, PIECES.__getitem__).result(list(stream), stream.report)
+    result = Completion(stream.answer, "family", True, PIECES.__getitem__).result(list(stream))
     (choice,) = result["choices"]
     assert result["object"] == "text_completion"
     assert choice["text"] == "aé"
@@ -133,7 +132,7 @@ def test_completion_dictionary() -> None:
 
 def test_completion_chunks_join_to_the_result() -> None:
     stream = run([0, 2, 3, 1])
-    chunks = list(CompletionShape("family", True, PIECES.__getitem__).chunks(stream, stream.report))
+    chunks = list(Completion(stream.answer, "family", True, PIECES.__getitem__).chunks(stream))
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "aéb"
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 4 + ["stop"]
     assert [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks[:-1]] == [[0], [1], [1], [2]]
@@ -143,7 +142,7 @@ def test_completion_chunks_join_to_the_result() -> None:
 
 def test_chat_completion_dictionary() -> None:
     stream = run([0, 2])
-    result = ChatCompletionShape("family", True, PIECES.__getitem__).result(list(stream), stream.report)
+    result = ChatCompletion(stream.answer, "family", True, PIECES.__getitem__).result(list(stream))
     (choice,) = result["choices"]
     assert result["object"] == "chat.completion"
     assert choice["message"] == {"role": "assistant", "content": "a\ufffd"}
@@ -152,7 +151,7 @@ def test_chat_completion_dictionary() -> None:
 
 def test_chat_completion_chunks() -> None:
     stream = run([0, 1])
-    chunks = list(ChatCompletionShape("family", False, PIECES.__getitem__).chunks(stream, stream.report))
+    chunks = list(ChatCompletion(stream.answer, "family", False, PIECES.__getitem__).chunks(stream))
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
         {"role": "assistant"},
         {"content": "a"},

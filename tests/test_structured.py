@@ -17,7 +17,7 @@ from edge_dlf import FusedLlama, InvalidParameterError
 from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.fusion.records import Draw
 from edge_dlf.llama import Grammar
-from edge_dlf.params import SamplingParams
+from edge_dlf.params import FusionParams, SamplingParams
 
 # Random weights end nothing by themselves: each schema is bounded, so that an answer ends.
 WORD = {"type": "string", "maxLength": 6}
@@ -186,11 +186,11 @@ def test_banned_tokens_are_never_chosen() -> None:
     draw = Draw(SamplingParams(temperature=0.0, logit_bias={1: 3.5, 9: 100.0}), 0, 0, np.empty(0, np.int32), 2)
     fuser = Fuser(10)
     for banned, expected in (([9], 8), ([2, 3, 4, 5, 6, 7, 8, 9], 1), ([*range(9)], 9)):
-        (picked,) = fuser.pick(row, None, (), [()], [replace(draw, banned=np.array(banned))], ["large"])
+        (picked,) = fuser.pick([row], ("large",), FusionParams(), [()], [replace(draw, banned=np.array(banned))])
         assert picked.token == expected
         assert [token for token, _ in picked.top_logprobs] == [9, 8]
-    (nothing,) = fuser.pick(row, None, (), [()], [replace(draw, banned=np.arange(10))], ["large"])
-    assert isinstance(nothing, InvalidParameterError)
+    (nothing,) = fuser.pick([row], ("large",), FusionParams(), [()], [replace(draw, banned=np.arange(10))])
+    assert isinstance(nothing.error, InvalidParameterError)
 
 
 @pytest.mark.exhaustive

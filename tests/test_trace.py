@@ -79,8 +79,8 @@ class TestSteps:
             assert trace.choice is not None
             assert (trace.choice.expert, trace.choice.alpha) == (t, pytest.approx(alpha))
             assert trace.choice.objective == pytest.approx(objective, rel=1e-4, abs=1e-9)
-            assert list(trace.alphas.values()) == list(pick.alphas)
-            fused = naive.fused_probs(rows["large"], rows["base"], [rows["e0"], rows["e1"]], pick.alphas)
+            assert list(trace.alphas.values()) == list(pick.weights)
+            fused = naive.fused_probs(rows["large"], rows["base"], [rows["e0"], rows["e1"]], pick.weights)
             assert [id for id, _ in trace.fused] == np.argsort(-fused, kind="stable")[:5].tolist()
             assert [lp for _, lp in trace.fused] == pytest.approx(np.log(np.sort(fused)[:-6:-1]), abs=1e-4)
             for name, row in rows.items():
@@ -94,8 +94,8 @@ class TestSteps:
         fusion, sampling = FusionParams(), SamplingParams(seed=3)
         plain = generate(family(), [4], 20, fusion, sampling, n_top=2)
         traced = generate(family(), [4], 20, fusion, sampling, n_top=2, traced=True)
-        assert [(p.token, p.logprob, p.alphas, p.top_logprobs) for p in plain] == [
-            (p.token, p.logprob, p.alphas, p.top_logprobs) for p in traced
+        assert [(p.token, p.logprob, p.weights, p.top_logprobs) for p in plain] == [
+            (p.token, p.logprob, p.weights, p.top_logprobs) for p in traced
         ]
         assert not any(pick.trace for pick in plain)
 
@@ -118,14 +118,14 @@ class TestSteps:
 
 class TestApi:
     def test_tokens_and_results_carry_it(self, tiny_llm: FusedLlama) -> None:
-        tokens = list(tiny_llm.stream("the", max_tokens=6, trace=True))
+        tokens = list(tiny_llm.stream("the", max_tokens=6, draft="off", trace=True))
         assert all(token.trace and set(token.trace.members) == {"large", "base", "lora", "tuned"} for token in tokens)
-        result: Any = tiny_llm.create_completion("the", max_tokens=6, trace=True)
+        result: Any = tiny_llm.create_completion("the", max_tokens=6, draft="off", trace=True)
         entries = [token_entry(token, lambda id: tiny_llm.detokenize([id])) for token in tokens]
         assert result["edge_dlf"]["trace"] == {"alpha_max": 2.0, "tokens": entries}
         for token, entry in zip(tokens, entries, strict=True):
             assert entry["changed"] == (token.trace is not None and token.trace.members["large"].token != token.id)
-        plain: Any = tiny_llm.create_completion("the", max_tokens=6)
+        plain: Any = tiny_llm.create_completion("the", max_tokens=6, draft="off")
         assert "trace" not in plain["edge_dlf"]
         assert plain["choices"] == result["choices"]
 

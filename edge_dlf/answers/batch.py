@@ -1,23 +1,20 @@
-"""Many requests through one scheduler: pulled as there is room for them, given back as they are done."""
+"""Batches in memory: many requests at once, pulled as there is room for them and reported as they are done."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from ..engine.generation import Generation, Outcome
-from ..engine.scheduler import Scheduler
 from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError, NonFiniteLogitsError
-from .completion import CompletionShape, Dict
+from .completion import Completion, Dict
 from .requests import Request, parse_line, request_id
-from .stream import Answer
-from .token import Token
+from .stream import Answer, Driver
 
 LATER = object()
-"""In place of a request: there is none yet, and those that are being decoded shall go on."""
+"""Sentinel in place of a request: none is waiting yet, so keep decoding."""
 _AHEAD = 8
 """Requests pulled beyond the oldest one that is not done, relative to those decoded at once, while order is kept."""
 _CODES = (
@@ -28,111 +25,96 @@ _CODES = (
 
 
 @dataclass(eq=False)
-class _Job:
-    """One request on its way. result: what is given back, once there is something."""
+class _Row:
+    """One request on its way, and its result once there is one."""
 
     custom_id: str
-    answer: Answer | None = None
-    shape: CompletionShape | None = None
-    tokens: list[Token] = field(default_factory=list)
+    completion: Completion | None = None
     result: Dict | None = None
 
 
 def run_batch(
-    scheduler: Scheduler,
-    requests: Iterable[Any],
-    prepare: Callable[[Request, str], tuple[Answer, CompletionShape]],
-    n_parallel: int,
-    ordered: bool,
+    driver: Driver, requests: Iterable[Any], prepare: Callable[[Request, str], Completion], ordered: bool
 ) -> Iterator[Dict]:
-    """Results of `requests` as they are done, or in their order; see `FusedLlama.batch`.
+    """Yield results of `requests` as they are done, or in their order; see `FusedLlama.batch`.
 
-    requests: may give LATER, and is asked again after a step. prepare: request and its id -> its answer, not begun, and
-    the shape of its result; an EdgeDLFError that it raises is that request's result. n_parallel: requests decoded at
-    once; one more is pulled, to be at hand.
+    requests: pulled as there is room for them, one more than are decoded at once. It may give LATER and is asked again
+        after a step then.
+    prepare: request and its id -> its answer, not begun. An EdgeDLFError that it raises is that request's result.
     """
     numbered = enumerate(requests, 1)
-    jobs: dict[Generation, _Job] = {}
-    unreported: deque[_Job] = deque()
+    running: dict[Answer, _Row] = {}
+    unreported: deque[_Row] = deque()
     is_exhausted = False
     try:
         while True:
-            while not is_exhausted and len(jobs) <= n_parallel and len(unreported) < _AHEAD * (n_parallel + 1):
+            while not is_exhausted and len(running) <= driver.n_parallel and len(unreported) < _n_ahead(driver):
                 number, line = next(numbered, (0, None))
-                if not number:
-                    is_exhausted = True
+                is_exhausted = not number
+                if is_exhausted or line is LATER:
                     break
-                if line is LATER:
-                    break
-                job = _begin(line, number, prepare)
-                unreported.append(job)
-                if not job.answer:
-                    break  # to be given back at once
-                jobs[job.answer.generation] = job
-                scheduler.add(job.answer.generation)
+                row = _begin(line, number, prepare)
+                unreported.append(row)
+                if not row.completion:
+                    break  # its error is reported at once
+                running[row.completion.answer] = row
+                driver.add(row.completion.answer)
             yield from _done(unreported, ordered)
-            if jobs:
-                if next(iter(jobs)) not in scheduler:
+            if running:
+                if next(iter(running)) not in driver:
                     raise EdgeDLFError("this batch was ended by a newer request, or by close()")
-                for generation, outcome in scheduler.step():
-                    if _advance(jobs[generation], outcome):
-                        scheduler.remove(generation)
-                        del jobs[generation]
+                for answer in driver.step():
+                    if answer.has_ended:
+                        _end(running.pop(answer))
             elif is_exhausted and not unreported:
                 return
     finally:
-        for generation in jobs:
-            scheduler.remove(generation)
+        for answer in running:
+            driver.remove(answer)
 
 
-def _begin(line: Any, number: int, prepare: Callable[[Request, str], tuple[Answer, CompletionShape]]) -> _Job:
-    job = _Job(request_id(line, number))
+def _n_ahead(driver: Driver) -> int:
+    return _AHEAD * (driver.n_parallel + 1)
+
+
+def _begin(line: Any, number: int, prepare: Callable[[Request, str], Completion]) -> _Row:
+    row = _Row(request_id(line, number))
     try:
-        job.answer, job.shape = prepare(parse_line(line), job.custom_id)
+        row.completion = prepare(parse_line(line), row.custom_id)
     except EdgeDLFError as error:
-        job.result = failure(job.custom_id, error)
-    return job
+        row.result = failure(row.custom_id, error)
+    return row
 
 
-def _advance(job: _Job, outcome: Outcome) -> bool:
-    """Take in what a step gave; whether that ends the job."""
-    assert job.answer is not None
-    assert job.shape is not None
-    if isinstance(outcome, EdgeDLFError):
-        job.result = failure(job.custom_id, outcome)
-        return True
-    for pick in outcome:
-        job.tokens += job.answer.push(pick)
-        if job.answer.report.finish_reason:
-            job.result = _success(job.custom_id, job.shape.result(job.tokens, job.answer.report))
-            return True
-    return False
+def _end(row: _Row) -> None:
+    """Set the result of a row whose answer has ended."""
+    assert row.completion is not None
+    answer = row.completion.answer
+    if answer.error:
+        row.result = failure(row.custom_id, answer.error)
+    else:
+        body = row.completion.result(answer.tokens)
+        row.result = _result(row.custom_id, {"status_code": 200, "request_id": body["id"], "body": body}, None)
 
 
-def _done(unreported: deque[_Job], ordered: bool) -> Iterator[Dict]:
-    """Take results that can be given back out of `unreported`."""
+def _done(unreported: deque[_Row], ordered: bool) -> Iterator[Dict]:
+    """Take results that can be reported out of `unreported`."""
     if ordered:
         while unreported and unreported[0].result:
             yield unreported.popleft().result or {}
         return
-    for job in [job for job in unreported if job.result]:
-        unreported.remove(job)
-        yield job.result or {}
+    for row in [row for row in unreported if row.result]:
+        unreported.remove(row)
+        yield row.result or {}
 
 
 def row_seed(seed: int, custom_id: str) -> int:
-    """The seed of a sampled row that has none of its own."""
+    """Return the seed of a sampled row that has none of its own."""
     return int.from_bytes(_digest(f"{seed}:{custom_id}", 8), "big")
 
 
-def _success(custom_id: str, body: Dict) -> Dict:
-    # Rows share each step's time, so that tokens a second of one of them mean nothing.
-    body["edge_dlf"] = {name: value for name, value in body["edge_dlf"].items() if not name.endswith("_tps")}
-    return _result(custom_id, {"status_code": 200, "request_id": body["id"], "body": body}, None)
-
-
 def failure(custom_id: str, error: EdgeDLFError) -> Dict:
-    """The result of a request that gave none."""
+    """Return the result of a request that failed."""
     code = next((code for kind, code in _CODES if isinstance(error, kind)), "failed")
     return _result(custom_id, None, {"code": code, "message": str(error)})
 

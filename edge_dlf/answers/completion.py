@@ -1,43 +1,45 @@
-"""OpenAI-shaped dictionaries from generated tokens, with llama-cpp-python's names."""
+"""OpenAI-shaped dictionaries of an answer, with llama-cpp-python's names."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
 from typing import Any, TypeAlias
 
-from .stream import FinishReason, Report
+from .stream import Answer, FinishReason
 from .token import Token
 from .trace_entry import token_entry
 
 Dict: TypeAlias = dict[str, Any]
 
 
-class CompletionShape:
-    """Dictionaries of `create_completion`. piece: token id -> its bytes, control tokens by name. index: of the choice,
-    where there are several."""
+class Completion:
+    """One answer as dictionaries of `create_completion`.
+
+    model: the name that the dictionaries carry.
+    logprobs: whether they list log-probabilities.
+    piece: token id -> its bytes, those of a control token being its name.
+    """
 
     object = "text_completion"
     chunk_object = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, model: str, logprobs: bool, piece: Callable[[int], bytes], index: int = 0) -> None:
+    def __init__(self, answer: Answer, model: str, logprobs: bool, piece: Callable[[int], bytes]) -> None:
+        self.answer = answer
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._logprobs = logprobs
         self._piece = piece
-        self._index = index
-        self._n_chars = 0
+        self._n_chars = self._index = 0
 
-    def another(self, index: int) -> CompletionShape:
-        """The shape of another choice of the same answer."""
-        other = copy(self)
-        other._index = index
-        return other
+    def join(self, other: Completion, index: int) -> None:
+        """Become the choice number `index` of the result that `other` belongs to."""
+        self._head, self._index = other._head, index
 
-    def result(self, tokens: Sequence[Token], report: Report) -> Dict:
-        """The dictionary of a whole answer."""
+    def result(self, tokens: Sequence[Token]) -> Dict:
+        """Return the dictionary of a whole answer."""
+        report = self.answer.report
         text = "".join(token.text for token in tokens)
         choice = self._choice(text, self._logprobs_of(tokens), report.finish_reason)
         summary = report.summary()
@@ -45,28 +47,29 @@ class CompletionShape:
             summary["trace"] = {"alpha_max": report.alpha_max, "tokens": traced}
         return {**self._envelope(self.object, choice), "usage": report.usage(), "edge_dlf": summary}
 
-    def chunks(self, tokens: Iterator[Token], report: Report) -> Iterator[Dict]:
-        """A dictionary for each token, then one with the finish reason, usage and the `edge_dlf` field."""
+    def chunks(self, tokens: Iterator[Token]) -> Iterator[Dict]:
+        """Yield a dictionary for each token, then one with the finish reason, usage and the `edge_dlf` field."""
         yield from self.opening()
         yield from map(self.chunk, tokens)
-        yield {**self.closing(report), "usage": report.usage(), "edge_dlf": report.summary()}
+        report = self.answer.report
+        yield {**self.closing(), "usage": report.usage(), "edge_dlf": report.summary()}
 
     def opening(self) -> Iterator[Dict]:
-        """Chunks before the first token."""
+        """Yield the chunks before the first token."""
         return iter(())
 
     def chunk(self, token: Token) -> Dict:
-        """The chunk of the next token."""
+        """Return the chunk of the next token."""
         delta = self._delta(token.text, self._logprobs_of([token], self._n_chars), None)
         self._n_chars += len(token.text)
         return self._envelope(self.chunk_object, delta)
 
-    def closing(self, report: Report) -> Dict:
-        """The chunk that tells why the answer ended."""
-        return self._envelope(self.chunk_object, self._end(report.finish_reason))
+    def closing(self) -> Dict:
+        """Return the chunk that tells why the answer ended."""
+        return self._envelope(self.chunk_object, self._end(self.answer.report.finish_reason))
 
     def no_choice(self) -> Dict:
-        """A chunk of no choice, for what concerns all of them."""
+        """Return a chunk of no choice, for what concerns all of them."""
         return {**self._head, "object": self.chunk_object, "choices": []}
 
     def _envelope(self, kind: str, choice: Dict) -> Dict:
@@ -100,8 +103,8 @@ class CompletionShape:
         }
 
 
-class ChatCompletionShape(CompletionShape):
-    """Dictionaries of `create_chat_completion`."""
+class ChatCompletion(Completion):
+    """One answer as dictionaries of `create_chat_completion`."""
 
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"

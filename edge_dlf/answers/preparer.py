@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..engine.ensemble import Ensemble
-from ..engine.generation import Generation
+from ..engine.generation import Generation, GenerationRequest
 from ..errors import ContextOverflowError, InvalidParameterError
 from ..params import FusionParams, SamplingParams, check_draft
-from .completion import ChatCompletionShape, CompletionShape
+from .completion import ChatCompletion, Completion
 from .requests import Request
 from .stream import Answer
 from .tokenizer import Prompt, Tokenizer
@@ -70,55 +70,47 @@ class Preparer:
             )
         shared = self.tokenizer.prompt(prompt)
         tokens = {name: self.tokenizer.prompt(own[name]) if name in own else shared for name in self._ensemble.members}
-        generation = Generation(
-            roles=self._ensemble.roles(fusion),
-            prompts=tokens,
-            fusion=fusion,
-            sampling=sampling,
-            alphas=self._ensemble.static_alphas(fusion) if fusion.method == "static" else (),
-            n_top=min(top_logprobs, self._ensemble.n_vocab),
-            n_draft=self._n_draft(draft),
-            ends=self._ends,
-            constraint=self.tokenizer.constraint(grammar, json_schema, self._ends),
-            traced=trace,
-        )
-        longest = max(len(tokens[name]) for name in generation.roles.members)
-        if longest + (max_tokens or 1) > self._ensemble.n_ctx:
+        roles, n_ctx = self._ensemble.roles(fusion), self._ensemble.n_ctx
+        longest = max(len(tokens[name]) for name in roles.members)
+        if longest + (max_tokens or 1) > n_ctx:
             raise ContextOverflowError(
                 f"the prompt has {longest} tokens and the answer may have {max_tokens or 1}: together "
-                f"{longest + (max_tokens or 1)}, more than the context of {self._ensemble.n_ctx}"
+                f"{longest + (max_tokens or 1)}, more than the context of {n_ctx}"
             )
-        return Answer(
-            generation,
-            max_tokens=max_tokens or self._ensemble.n_ctx - longest,
-            stop=_stop_strings(stop),
-            piece=self.tokenizer.piece,
+        request = GenerationRequest(
+            roles,
+            tokens,
+            fusion,
+            sampling,
+            max_tokens=max_tokens or n_ctx - longest,
+            n_top=min(top_logprobs, self._ensemble.n_vocab),
+            traced=trace,
+            n_draft=self._n_draft(draft),
+            is_end=self._ends,
         )
+        constraint = self.tokenizer.constraint(grammar, json_schema, self._ends)
+        return Answer(Generation(request, constraint), self.tokenizer.piece, _stop_strings(stop))
 
-    def scorer(self, settings: Mapping[str, Any]) -> Callable[[Prompt, Sequence[int]], Generation]:
-        """What makes a prompt and the tokens of its answer ready to be scored."""
+    def scorer(self, settings: Mapping[str, Any]) -> Callable[[Prompt, Sequence[int]], Answer]:
+        """Return what makes a prompt and the tokens of its answer ready to be scored."""
         if unknown := sorted(set(settings) - _FUSION):
             raise TypeError(f"score() got an unexpected keyword argument {unknown[0]!r}")
         _, fusion = self.params("score", settings)
-        n_ctx = self._ensemble.n_ctx
+        roles, n_ctx = self._ensemble.roles(fusion), self._ensemble.n_ctx
+        greedy = SamplingParams(temperature=0.0, seed=0)
 
-        def scored(prompt: Prompt, answer: Sequence[int]) -> Generation:
-            given, tokens = tuple(map(self.tokenizer.known, answer)), self.tokenizer.prompt(prompt)
-            if not given:
+        def scored(prompt: Prompt, answer: Sequence[int]) -> Answer:
+            forced, tokens = tuple(map(self.tokenizer.known, answer)), self.tokenizer.prompt(prompt)
+            if not forced:
                 raise InvalidParameterError("the answer to be scored has no tokens")
-            if len(tokens) + len(given) - 1 > n_ctx:
+            if len(tokens) + len(forced) - 1 > n_ctx:
                 raise ContextOverflowError(
-                    f"the prompt has {len(tokens)} tokens and the answer {len(given)}: more than the context of {n_ctx}"
+                    f"the prompt has {len(tokens)} tokens and the answer {len(forced)}: "
+                    f"more than the context of {n_ctx}"
                 )
-            return Generation(
-                roles=self._ensemble.roles(fusion),
-                prompts=dict.fromkeys(self._ensemble.members, tokens),
-                fusion=fusion,
-                sampling=SamplingParams(temperature=0.0, seed=0),
-                alphas=self._ensemble.static_alphas(fusion) if fusion.method == "static" else (),
-                n_top=1,
-                scored=given,
-            )
+            prompts = dict.fromkeys(roles.members, tokens)
+            request = GenerationRequest(roles, prompts, fusion, greedy, max_tokens=len(forced), n_top=1, forced=forced)
+            return Answer(Generation(request), self.tokenizer.piece)
 
         return scored
 
@@ -131,8 +123,8 @@ class Preparer:
         draft: int | str,
         trace: bool,
         settings: Mapping[str, Any],
-    ) -> tuple[Answer, CompletionShape]:
-        """The answer to a line of a batch or to a call of the server, and the shape of its result."""
+    ) -> Completion:
+        """Return the answer to a line of a batch or to a call of the server."""
         arguments = {"max_tokens": None, "stop": None, **settings, **request.settings}
         logprobs, n_top = arguments.pop("logprobs", None), arguments.pop("top_logprobs", 0)
         answer = self.answer(
@@ -149,8 +141,8 @@ class Preparer:
             settings=arguments,
         )
         if request.is_chat:
-            return answer, ChatCompletionShape(self._name, bool(logprobs), self.tokenizer.name_bytes)
-        return answer, CompletionShape(self._name, logprobs is not None, self.tokenizer.name_bytes)
+            return ChatCompletion(answer, self._name, bool(logprobs), self.tokenizer.name_bytes)
+        return Completion(answer, self._name, logprobs is not None, self.tokenizer.name_bytes)
 
     def _content(self, request: Request, *, raw: bool, system: str | None) -> Prompt:
         """The prompt of a batched request."""

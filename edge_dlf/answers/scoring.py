@@ -1,20 +1,24 @@
-"""Given texts rather than chosen ones: how likely each of their tokens is in the fused distribution."""
+"""Scores: how likely the tokens of a given text are in the fused distribution."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..engine.generation import Generation, Pick
-from ..engine.scheduler import Scheduler
 from ..errors import EdgeDLFError
+from .stream import Answer, Driver
+from .token import Token
 
 
 @dataclass(frozen=True)
 class Score:
-    """logprobs: natural log of each given token's probability in the fused distribution, before any filter.
-    alphas: the largest α at each. is_greedy: whether each was the most likely one."""
+    """How likely a given text is.
+
+    logprobs: the natural log of each token's probability in the fused distribution, before any filter.
+    alphas: the largest α at each token.
+    is_greedy: whether each token was the most likely one.
+    """
 
     logprobs: tuple[float, ...]
     alphas: tuple[float, ...]
@@ -22,48 +26,43 @@ class Score:
 
     @property
     def logprob(self) -> float:
-        """Of all tokens together."""
+        """The log-probability of all tokens together."""
         return math.fsum(self.logprobs)
 
 
-def run_scores(scheduler: Scheduler, generations: Iterable[Generation], n_parallel: int) -> Iterator[tuple[int, Score]]:
-    """The number and the score of each generation, as they are done; `n_parallel` are evaluated at once.
+def run_scores(driver: Driver, answers: Iterable[Answer]) -> Iterator[tuple[int, Score]]:
+    """Yield the number and the score of each answer, as they are done.
 
-    generations: with tokens given, and `n_top` of 1. Raises what any of them meets.
+    answers: with `forced` tokens and an `n_top` of 1, not begun. They are pulled as there is room for them.
+    Raises the error of any of them.
     """
-    numbered = enumerate(generations)
-    running: dict[Generation, tuple[int, list[Pick]]] = {}
-    is_exhausted = False
+    numbers: dict[Answer, int] = {}
     try:
-        while True:
-            while not is_exhausted and len(running) <= n_parallel:
-                number, generation = next(numbered, (-1, None))
-                if generation is None:
-                    is_exhausted = True
-                    break
-                running[generation] = number, []
-                scheduler.add(generation)
-            if not running:
-                return
-            if next(iter(running)) not in scheduler:
-                raise EdgeDLFError("this scoring was ended by a newer request, or by close()")
-            for generation, outcome in scheduler.step():
-                if isinstance(outcome, EdgeDLFError):
-                    raise outcome
-                number, picks = running[generation]
-                picks += outcome
-                if not generation.unscored():
-                    scheduler.remove(generation)
-                    del running[generation]
-                    yield number, _score(picks)
+        for number, answer in enumerate(answers):
+            numbers[answer] = number
+            driver.add(answer)
+            while len(numbers) > driver.n_parallel:
+                yield from _step(driver, numbers)
+        while numbers:
+            yield from _step(driver, numbers)
     finally:
-        for generation in running:
-            scheduler.remove(generation)
+        for answer in numbers:
+            driver.remove(answer)
 
 
-def _score(picks: list[Pick]) -> Score:
+def _step(driver: Driver, numbers: dict[Answer, int]) -> Iterator[tuple[int, Score]]:
+    if next(iter(numbers)) not in driver:
+        raise EdgeDLFError("this scoring was ended by a newer request, or by close()")
+    for answer in driver.step():
+        if answer.error:
+            raise answer.error
+        if answer.has_ended:
+            yield numbers.pop(answer), _score(answer.tokens)
+
+
+def _score(tokens: Sequence[Token]) -> Score:
     return Score(
-        tuple(pick.logprob for pick in picks),
-        tuple(max(pick.alphas, default=0.0) for pick in picks),
-        all(pick.top_logprobs[0][0] == pick.token for pick in picks),
+        tuple(token.logprob for token in tokens),
+        tuple(token.alpha for token in tokens),
+        all(token.top_logprobs[0][0] == token.id for token in tokens),
     )

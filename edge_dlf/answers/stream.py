@@ -1,17 +1,17 @@
-"""One request: picks become `Token`s with text, until a stop string, a token that ends generation, or the limit."""
+"""From picks to tokens with text: every answer, streamed or not, alone or beside others, goes through `Driver`."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..engine.generation import Generation, Pick
+from ..engine.decoder import Decoder
+from ..engine.generation import Counts, Generation, StepResult
 from ..engine.scheduler import Scheduler
 from ..errors import EdgeDLFError
+from ..fusion.records import Pick
 from .text import TextStream
 from .token import Token
 
@@ -20,30 +20,23 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass
 class Report:
-    """What one request did, filled in while its tokens are consumed.
+    """What one request did, filled in while its tokens come.
 
-    n_prompt: tokens of the prompt. n_prefilled: those that were not in the KV cache yet, evaluated in prefill_s.
-    n_steps: decoding steps after it, which gave n_decoded tokens in decode_s. n_drafted, n_accepted: tokens that were
-    drafted, and those that were kept: as many steps were saved. finish_reason: None until the request has ended.
-    prompt_tps, generation_tps: tokens a second of both parts; 0 where there were none.
-    alpha_max: upper bound of α.
+    n_prompt: tokens of the prompt.
+    alpha_max: the upper bound of α.
+    finish_reason: None until the answer has ended.
+    counts: tokens, steps and seconds of the engine.
     """
 
     method: str
     experts: tuple[str, ...]
     n_prompt: int
+    alpha_max: float = 0.0
     finish_reason: FinishReason | None = None
     n_generated: int = 0
-    n_steps: int = 0
-    n_decoded: int = 0
-    n_drafted: int = 0
-    n_accepted: int = 0
-    n_prefilled: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
     alpha_sum: float = 0.0
     n_weighted: dict[str, int] = field(default_factory=dict)
-    alpha_max: float = 0.0
+    counts: Counts = field(default_factory=Counts)
 
     def add(self, token: Token, weights: Sequence[float]) -> None:
         """Count one token and the weight of each expert behind it."""
@@ -63,15 +56,15 @@ class Report:
     @property
     def n_cached(self) -> int:
         """Tokens of the prompt that were in the KV cache."""
-        return max(0, self.n_prompt - self.n_prefilled)
+        return max(0, self.n_prompt - self.counts.n_prefilled)
 
     @property
     def prompt_tps(self) -> float:
-        return self.n_prefilled / self.prefill_s if self.prefill_s else 0.0
+        return self.counts.n_prefilled / self.counts.prefill_s if self.counts.prefill_s else 0.0
 
     @property
     def generation_tps(self) -> float:
-        return self.n_decoded / self.decode_s if self.decode_s else 0.0
+        return self.counts.n_decoded / self.counts.decode_s if self.counts.decode_s else 0.0
 
     def usage(self) -> dict[str, Any]:
         return {
@@ -81,121 +74,193 @@ class Report:
         }
 
     def summary(self) -> dict[str, Any]:
-        """The `edge_dlf` field of a result."""
+        """Return the `edge_dlf` field of a result."""
         return {
             "method": self.method,
             "alpha_mean": self.alpha_mean,
             "expert_share": self.expert_share,
             "prompt_tps": self.prompt_tps,
             "generation_tps": self.generation_tps,
-            "n_drafted": self.n_drafted,
-            "n_accepted": self.n_accepted,
+            "n_drafted": self.counts.n_drafted,
+            "n_accepted": self.counts.n_accepted,
         }
 
 
 class Answer:
-    """Picks of one generation in, tokens out. `report` tells what was done, and whether the answer has ended.
+    """One request on its way: picks in, tokens out.
 
-    max_tokens: most tokens of the answer. stop: strings that end it, as do tokens that `generation.ends` tells. piece:
-    token -> bytes.
+    tokens: those that have come and were not taken yet.
+    report: what was done, and whether the answer has ended.
+    error: why the answer cannot go on.
     """
 
-    def __init__(
-        self,
-        generation: Generation,
-        *,
-        max_tokens: int,
-        stop: Sequence[str],
-        piece: Callable[[int], bytes],
-    ) -> None:
+    def __init__(self, generation: Generation, piece: Callable[[int], bytes], stop: Sequence[str] = ()) -> None:
+        """piece: token -> bytes. stop: strings that end the answer."""
+        request = generation.request
         self.generation = generation
-        self.report = Report(generation.fusion.method, generation.roles.experts, generation.n_prompt)
-        fusion = generation.fusion
-        self.report.alpha_max = fusion.alpha_max if fusion.method == "dynamic" else max(generation.alphas, default=0.0)
-        generation.n_most = max_tokens
-        self._max_tokens = max_tokens
+        self.tokens: list[Token] = []
+        self.error: EdgeDLFError | None = None
+        alpha_max = request.fusion.alpha_max if request.roles.alphas is None else max(request.roles.alphas, default=0.0)
+        self.report = Report(
+            request.fusion.method, request.roles.experts, generation.n_prompt, alpha_max, counts=generation.counts
+        )
         self._text = TextStream(stop)
         self._piece = piece
-        self._waiting: Token | None = None
+        self._held: Token | None = None
 
-    def push(self, pick: Pick) -> list[Token]:
-        """Tokens that are complete after this pick: none while a stop string may have begun."""
-        report, text = self.report, self._text
-        if self.generation.ends(pick.token):
-            return self._finish("stop")
+    @property
+    def has_ended(self) -> bool:
+        return self.error is not None or self.report.finish_reason is not None
+
+    def take(self) -> list[Token]:
+        """Return the tokens that have come since the last call."""
+        tokens, self.tokens = self.tokens, []
+        return tokens
+
+    def add(self, result: StepResult) -> int:
+        """Take in what a step gave. Returns how many of its picks belong to the answer: none follow its end."""
+        self.error = result.error
+        for n, pick in enumerate(result.picks, 1):
+            self._push(pick)
+            if self.has_ended:
+                return n
+        return len(result.picks)
+
+    def _push(self, pick: Pick) -> None:
+        """Make a pick a token. It is held back while its text may be the beginning of a stop string."""
+        request, text = self.generation.request, self._text
+        if request.is_end(pick.token):
+            self._finish("stop")
+            return
         token = self._token(pick, text.push(self._piece(pick.token)))
-        report.add(token, pick.alphas)
-        self.generation.n_most = self._max_tokens - report.n_generated
-        ready = [self._waiting] if self._waiting else []
-        self._waiting = token
-        if text.stopped or report.n_generated == self._max_tokens:
-            return [*ready, *self._finish("stop" if text.stopped else "length")]
-        if not text.holding:
-            ready.append(token)
-            self._waiting = None
-        return ready
+        self.report.add(token, pick.weights)
+        self.tokens += [self._held] if self._held else []
+        self._held = token
+        if text.stopped or self.report.n_generated == request.max_tokens:
+            self._finish("stop" if text.stopped else "length")
+        elif not text.holding:
+            self.tokens.append(token)
+            self._held = None
 
-    def _finish(self, reason: FinishReason) -> list[Token]:
+    def _finish(self, reason: FinishReason) -> None:
         self.report.finish_reason = reason
-        self.report.n_drafted, self.report.n_accepted = self.generation.n_drafted, self.generation.n_accepted
-        last, rest = self._waiting, self._text.finish()
-        return [dataclasses.replace(last, text=last.text + rest)] if last else []
+        last, rest = self._held, self._text.finish()
+        if last:
+            self.tokens.append(dataclasses.replace(last, text=last.text + rest))
 
     def _token(self, pick: Pick, text: str) -> Token:
-        """The pick with its text; of several weighted experts it names the first of the most weighted."""
-        experts = self.generation.roles.experts
-        t = max(range(len(pick.alphas)), key=pick.alphas.__getitem__, default=None)
-        alpha = 0.0 if t is None else pick.alphas[t]
+        """Return the pick with its text. Of several weighted experts it names the first of the most weighted."""
+        experts = self.generation.request.roles.experts
+        t = max(range(len(pick.weights)), key=pick.weights.__getitem__, default=None)
+        alpha = 0.0 if t is None else pick.weights[t]
         expert = experts[t] if t is not None and alpha > 0 else None
         return Token(pick.token, text, pick.logprob, alpha, expert, pick.from_draft, pick.top_logprobs, pick.trace)
+
+
+class Driver:
+    """Steps the engine for every answer: of a stream, a batch, a score, or the server. One thread at a time.
+
+    n_parallel: answers that are decoded at once. Further ones wait.
+    decoder: for measurements.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.n_parallel = decoder.ensemble.n_seq_max
+        self._scheduler = Scheduler(decoder)
+        self._answers: dict[Generation, Answer] = {}
+
+    def __contains__(self, answer: Answer) -> bool:
+        return answer.generation in self._answers
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def add(self, answer: Answer) -> None:
+        """Let an answer join the line."""
+        self._answers[answer.generation] = answer
+        self._scheduler.add(answer.generation)
+
+    def remove(self, answer: Answer) -> None:
+        """Take an answer out, whether it has ended or not. What it leaves in the KV caches serves later ones."""
+        if self._answers.pop(answer.generation, None):
+            self._scheduler.remove(answer.generation)
+
+    def clear(self) -> list[Answer]:
+        """Take every answer out, and return them."""
+        answers = list(self._answers.values())
+        for answer in answers:
+            self.remove(answer)
+        return answers
+
+    def forget(self) -> None:
+        """Empty the KV caches, as after a step that failed."""
+        self.decoder.ensemble.forget()
+
+    @property
+    def n_active(self) -> int:
+        """Answers that are being decoded."""
+        return self._scheduler.n_active
+
+    @property
+    def n_waiting(self) -> int:
+        """Answers that wait for a sequence."""
+        return self._scheduler.n_waiting
+
+    @property
+    def n_picked(self) -> int:
+        """Tokens picked so far for answers that have not ended; may be read from another thread."""
+        return self._scheduler.n_picked
+
+    def cache_usage(self) -> dict[str, tuple[int, int]]:
+        """Return the positions in use of each member's KV cache, and all it has; may be called from another thread."""
+        ensemble = self.decoder.ensemble
+        return {name: (ensemble.n_used(name), member.n_cells) for name, member in ensemble.members.items()}
+
+    def step(self, n_prefill: int | None = None, on_decode: Callable[[], None] | None = None) -> list[Answer]:
+        """Run one step of all answers that have their turn, and return those. An answer that has ended is taken out.
+
+        n_prefill: prompt tokens that the step evaluates beside what it decodes; None for as many as fit into a batch.
+        on_decode: called just before the members compute.
+        """
+        advanced = []
+        for result in self._scheduler.step(n_prefill, on_decode):
+            answer = self._answers[result.generation]
+            n_used = answer.add(result)
+            advanced.append(answer)
+            if answer.has_ended:
+                self._scheduler.rewind(answer.generation, len(result.picks) - n_used)
+                self.remove(answer)
+        return advanced
+
+    def run(self, answer: Answer) -> None:
+        """Step until the answer has tokens or has ended. Raises its error."""
+        while not answer.tokens and not answer.has_ended:
+            if answer not in self:
+                raise EdgeDLFError("this answer was ended by a newer request, or by close()")
+            self.step()
+        if answer.error and not answer.tokens:
+            raise answer.error
 
 
 class TokenStream(Iterator[Token]):
     """The tokens of one request, decoded as they are asked for. `.report` is complete once the last has come."""
 
-    def __init__(self, scheduler: Scheduler, answer: Answer) -> None:
+    def __init__(self, driver: Driver, answer: Answer) -> None:
+        self.answer = answer
         self.report = answer.report
-        self._scheduler = scheduler
-        self._answer = answer
-        self._picks: deque[Pick] = deque()
-        self._tokens: deque[Token] = deque()
-        scheduler.add(answer.generation)
+        self._driver = driver
+        self._ready: list[Token] = []
+        driver.add(answer)
 
     def __next__(self) -> Token:
-        while not self._tokens:
-            if self.report.finish_reason:
-                raise StopIteration
-            if self._answer.generation not in self._scheduler:
-                raise EdgeDLFError("this answer was ended by a newer request, or by close()")
-            if not self._picks:
-                self._step()
-                continue
-            self._tokens.extend(self._answer.push(self._picks.popleft()))
-            if self.report.finish_reason:
-                self.close()
-        return self._tokens.popleft()
+        if not self._ready:
+            self._driver.run(self.answer)
+            self._ready = self.answer.take()[::-1]
+        if not self._ready:
+            raise StopIteration
+        return self._ready.pop()
 
     def close(self) -> None:
-        """End the request. What a draft gave beyond the tokens that came leaves no trace."""
-        generation = self._answer.generation
-        if generation in self._scheduler:
-            self._scheduler.decoder.rewind(generation, len(generation.tokens) - len(self._picks))
-            self._scheduler.remove(generation)
-        self._picks.clear()
-
-    def _step(self) -> None:
-        """Decode a step, and time it."""
-        report, generation = self.report, self._answer.generation
-        started = time.perf_counter()
-        for _, outcome in self._scheduler.step():
-            if isinstance(outcome, EdgeDLFError):
-                raise outcome
-            self._picks.extend(outcome)
-        elapsed = time.perf_counter() - started
-        if len(generation.tokens) - len(self._picks) == report.n_prompt:
-            report.n_prefilled = generation.n_prefilled
-            report.prefill_s += elapsed
-        else:
-            report.n_steps += 1
-            report.n_decoded += len(self._picks)
-            report.decode_s += elapsed
+        """End the request."""
+        self._driver.remove(self.answer)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..engine.constraint import Constraint, Schemas
+from ..engine.constraint import Constraint
 from ..errors import InvalidParameterError
+from .json_schema import Schemas
 from .template import ChatTemplate, Message
 from .text import to_bytes
 

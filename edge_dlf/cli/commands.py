@@ -147,14 +147,14 @@ def _stats(session: Session, _: str) -> None:
     if last:
         used = last.n_prompt + last.n_generated
         say(
-            f"last answer: prompt {last.n_prompt} tokens, {last.n_prefilled} of them evaluated at "
+            f"last answer: prompt {last.n_prompt} tokens, {last.counts.n_prefilled} of them evaluated at "
             f"{last.prompt_tps:.1f} tokens/s · {last.n_generated} tokens at {last.generation_tps:.1f} tokens/s · "
             f"context {used / session.llm.n_ctx:.0%} used"
         )
-        if last.n_drafted:
+        if (counts := last.counts).n_drafted:
             say(
-                f"drafted {last.n_drafted} tokens, {last.n_accepted} accepted: {last.n_steps} steps in place of "
-                f"{last.n_steps + last.n_accepted}"
+                f"drafted {counts.n_drafted} tokens, {counts.n_accepted} accepted: {counts.n_steps} steps in place of "
+                f"{counts.n_steps + counts.n_accepted}"
             )
 
 

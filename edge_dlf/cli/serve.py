@@ -52,7 +52,7 @@ def serve(
         settings = {**options.settings, "system": options.system}
         rules = Rules(settings, n_waiting=queue, timeout_s=timeout, api_key=api_key, hosts=hosts)
         with open_family(options, screen) as llm:
-            n_parallel = llm.scheduler.decoder.ensemble.n_seq_max
+            n_parallel = llm.driver.n_parallel
             ready = f"{llm.name} at {address.url} · {n_parallel} answers at once · Ctrl-C ends"
             run(llm, address, rules, lambda: screen.say(ready))
 

@@ -1,58 +1,59 @@
-"""Large, base and experts in lock-step: what each KV cache holds and so need not evaluate again, and their rows."""
+"""The members of a family in lock-step: what each KV cache holds, and batches for all of them."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import compress, count
 from operator import ne
+from typing import NamedTuple
 
 from ..errors import InvalidParameterError
 from ..params import METHODS, FusionParams, Overlap
 from .backend import Backend, Logits, Run
-from .lanes import Lanes
+from .threads import GroupThreads
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Members that a method decodes: `primary` gives the row to fuse into, `base` and `experts` the differences."""
+    """Members that a method decodes.
 
-    primary: str
-    base: str | None = None
+    members: their names. Penalties and noise go by the text of the first one.
+    experts: those of them whose weights α are reported.
+    alphas: the fixed weight of each expert; None where α is searched for at each step.
+    """
+
+    members: tuple[str, ...]
     experts: tuple[str, ...] = ()
-
-    @cached_property
-    def members(self) -> tuple[str, ...]:
-        return (self.primary, *([self.base] if self.base else []), *self.experts)
+    alphas: tuple[float, ...] | None = ()
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Logits of one step, read in place, (K, width) each, valid until the next call. base: None if nothing is fused."""
+class Decoded(NamedTuple):
+    """What a batch gave.
 
-    primary: Logits
-    base: Logits | None
-    experts: tuple[Logits, ...]
+    logits: rows of each member that was asked for any, (K, width), valid until the member's next call.
+    seconds: the time of each member. Members that overlap get shares by the size of their weights.
+    """
 
-    @property
-    def members(self) -> tuple[Logits, ...]:
-        """In the order of the members of the roles."""
-        return (self.primary, *([] if self.base is None else [self.base]), *self.experts)
+    logits: dict[str, Logits]
+    seconds: dict[str, float]
 
 
-class _Account:
-    """What one member's cache holds: the tokens of each sequence, and the cells they take.
+class _CacheIndex:
+    """The content of one member's KV cache: the tokens of each sequence, and the cells they occupy.
 
-    Sequences that share a prefix share its cells: each position of a sequence names its cell. n_used: cells in use.
-    unsettled: sequences that an interrupt left with more than is accounted for.
+    Sequences that share a prefix share its cells, so each position of a sequence names its cell.
+    n_used: cells in use.
+    unsure: sequences that an interrupted call may have left longer than recorded here.
     """
 
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}
         self.n_used = 0
-        self.unsettled: set[int] = set()
+        self.unsure: set[int] = set()
         self._cells: dict[int, list[int]] = {}
         self._sharers: Counter[int] = Counter()
         self._n_made = 0
@@ -86,46 +87,94 @@ class _Account:
 class Ensemble:
     """The members of a family by role name: "large", "base" and the experts' own names.
 
-    n_vocab: tokens that all members share; what lies beyond in longer rows is padding. n_ctx: positions that every
-    member has for one sequence. n_batch: tokens that every member can evaluate at once. lanes: members by what computes
-    them; those of one lane, as all on the CPU are, are decoded in turn, the lanes as `overlap` says. Lanes that return
-    before they are done, as a GPU's do, come first. before_decode: called before members compute, which is when other
-    threads may run Python.
+    n_vocab: tokens that all members share. What lies beyond in longer rows is padding.
+    n_ctx: positions that every member has for one sequence.
+    n_batch: tokens that every member can evaluate in one batch.
+    groups: names of members that share a device, a tuple for each device. Members of one group run one after the
+        other; groups overlap as `overlap` says. Groups whose calls return early, as a GPU's do, come first.
     """
 
-    def __init__(self, members: Mapping[str, Backend], n_vocab: int, lanes: Sequence[Sequence[str]] = ()) -> None:
+    def __init__(
+        self,
+        members: Mapping[str, Backend],
+        n_vocab: int,
+        groups: Sequence[Sequence[str]] = (),
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.members = dict(members)
-        self.lanes = tuple(lanes) or (tuple(members),)
+        self.clock = clock
+        self.groups = tuple(groups) or (tuple(members),)
         self.overlap: Overlap = "queue"
-        self.before_decode: Callable[[], None] = lambda: None
-        self._threads = Lanes()
         self.experts = tuple(name for name in members if name not in ("large", "base"))
         self.n_vocab = n_vocab
         self.n_ctx = min(member.n_ctx for member in members.values())
         self.n_batch = min(member.n_batch for member in members.values())
         self.n_seq_max = min(member.n_seq_max for member in members.values())
-        self._accounts = {name: _Account() for name in members}
+        self.has_streams = all(member.has_streams for member in members.values())
+        self._threads = GroupThreads()
+        self._caches = {name: _CacheIndex() for name in members}
 
     def roles(self, params: FusionParams) -> Roles:
-        """Who takes part in `params.method`. Raises InvalidParameterError for a name that no member has."""
-        if params.method in ("dynamic", "static"):
-            return Roles("large", "base", self.experts)
+        """Return who takes part in `params.method`. Raises InvalidParameterError for a name that no member has."""
+        if params.method == "dynamic":
+            return Roles(("large", "base", *self.experts), self.experts, None)
+        if params.method == "static":
+            return Roles(("large", "base", *self.experts), self.experts, self._alphas(params))
         if params.method not in self.members:
             raise InvalidParameterError(f"method {params.method!r} is none of {', '.join((*METHODS, *self.experts))}")
-        return Roles(params.method)
+        return Roles((params.method,))
 
-    def static_alphas(self, params: FusionParams) -> tuple[float, ...]:
-        """α of each expert for method "static". Raises InvalidParameterError for a name that no expert has."""
+    def _alphas(self, params: FusionParams) -> tuple[float, ...]:
+        """Return the fixed α of each expert."""
         if not isinstance(params.alpha, Mapping):
             return (float(params.alpha),) * len(self.experts)
         if unknown := sorted(set(params.alpha) - set(self.experts)):
             raise InvalidParameterError(f"alpha names {unknown[0]!r}; the experts are {', '.join(self.experts)}")
         return tuple(float(params.alpha.get(name, 0.0)) for name in self.experts)
 
+    def decode(self, runs: Mapping[str, Sequence[Run]], on_decode: Callable[[], None] | None = None) -> Decoded:
+        """Append to each member what `runs` has for it, in one batch per member.
+
+        on_decode: called just before members compute, which is when other threads may run Python.
+        Raises what a member raises. Then others may have been decoded or not, and none is still computing.
+        """
+        if on_decode:
+            on_decode()
+        groups = [[name for name in group if runs.get(name)] for group in self.groups]
+        seconds: dict[str, float] = {}
+        started = self.clock()
+        jobs = [partial(self._decode_group, group, runs, seconds) for group in groups if group]
+        if self.overlap == "threads" and len(jobs) > 1:
+            self._threads.run(jobs)
+        else:
+            for job in jobs:
+                job()
+        logits = {name: self.members[name].logits() for name in seconds if any(run.n_rows for run in runs[name])}
+        if len(jobs) > 1 and self.overlap != "off":
+            elapsed, n_bytes = self.clock() - started, sum(self.members[name].n_bytes for name in seconds)
+            seconds = {name: elapsed * self.members[name].n_bytes / n_bytes for name in seconds}
+        return Decoded(logits, seconds)
+
+    def _decode_group(self, names: Sequence[str], runs: Mapping[str, Sequence[Run]], seconds: dict[str, float]) -> None:
+        """Decode the members of one group in turn. A group alone waits for each, so that `seconds` tells them apart."""
+        waits = self.overlap == "off" or len(self.groups) == 1
+        for name in names:
+            started = self.clock()
+            self._repair(name)
+            cache = self._caches[name]
+            cache.unsure.update(run.seq for run in runs[name])
+            self.members[name].decode(runs[name])
+            for run in runs[name]:
+                cache.append(run.seq, run.tokens)
+            cache.unsure.clear()
+            if waits:
+                self.members[name].wait()
+            seconds[name] = self.clock() - started
+
     def begin(self, name: str, seq: int, tokens: Sequence[int]) -> int:
-        """Make `seq` of the member `name` hold the longest known prefix of `tokens`, at most all but the last: its own,
-        or one shared with another sequence. Returns the prefix's length."""
-        self._settle(name)
+        """Make `seq` of the member `name` hold the longest known prefix of `tokens`, at most all but the last token:
+        its own, or one shared with another sequence. Returns the length of that prefix."""
+        self._repair(name)
         own = min(self.n_common(name, seq, tokens), len(tokens) - 1)
         if not self.members[name].can_trim:
             kept = own if own == self.n_held(name, seq) else 0
@@ -137,93 +186,51 @@ class Ensemble:
             self.shorten(name, seq, own)
             return own
         self.shorten(name, seq, 0)
-        self._accounts[name].unsettled.add(seq)
+        self._caches[name].unsure.add(seq)
         self.members[name].copy(best, seq, shared)
-        self._accounts[name].copy(best, seq, shared)
-        self._accounts[name].unsettled.discard(seq)
+        self._caches[name].copy(best, seq, shared)
+        self._caches[name].unsure.discard(seq)
         return shared
-
-    @property
-    def has_streams(self) -> bool:
-        """Whether every member evaluates a batch sooner if its sequences follow each other."""
-        return all(member.has_streams for member in self.members.values())
 
     def swap(self, a: int, b: int) -> None:
         """Exchange what two sequences hold, in every member. An exception leaves both empty. Needs `has_streams`."""
         try:
             for name, member in self.members.items():
-                self._settle(name)
+                self._repair(name)
                 member.swap(a, b)
-                self._accounts[name].swap(a, b)
+                self._caches[name].swap(a, b)
         except BaseException:
-            for account in self._accounts.values():
-                account.shorten(a, 0)
-                account.shorten(b, 0)
-                account.unsettled.update((a, b))
+            for cache in self._caches.values():
+                cache.shorten(a, 0)
+                cache.shorten(b, 0)
+                cache.unsure.update((a, b))
             raise
 
-    def decode(self, name: str, runs: Sequence[Run]) -> None:
-        """Append `runs` to the member `name`, in one batch."""
-        self.before_decode()
-        self._decode(name, runs)
-
-    def _decode(self, name: str, runs: Sequence[Run]) -> None:
-        self._settle(name)
-        account = self._accounts[name]
-        account.unsettled.update(run.seq for run in runs)
-        self.members[name].decode(runs)
-        for run in runs:
-            account.append(run.seq, run.tokens)
-        account.unsettled.clear()
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether members are decoded at the same time."""
-        return len(self.lanes) > 1 and self.overlap != "off"
-
-    def decode_all(self, runs: Mapping[str, Sequence[Run]]) -> None:
-        """Append to each member what `runs` has for it, in one batch a member. Raises what one of them raises; then
-        others may have been decoded or not, and none is still at it."""
-        self.before_decode()
-        lanes = [[name for name in lane if name in runs] for lane in self.lanes]
-        jobs = [partial(self._decode_in_turn, lane, runs) for lane in lanes if lane]
-        if self.overlap == "threads" and len(jobs) > 1:
-            self._threads.run(jobs)
-        else:
-            for job in jobs:
-                job()
-
-    def _decode_in_turn(self, names: Sequence[str], runs: Mapping[str, Sequence[Run]]) -> None:
-        for name in names:
-            self._decode(name, runs[name])
-            if self.overlap == "off":
-                self.members[name].wait()
-
-    def _settle(self, name: str) -> None:
-        """After an interrupt, make the cache what the account says of it; what cannot be trimmed is emptied."""
-        account, member = self._accounts[name], self.members[name]
-        for seq in sorted(account.unsettled):
+    def _repair(self, name: str) -> None:
+        """Make the cache match its record after an interrupt. A model that cannot roll back starts over."""
+        cache, member = self._caches[name], self.members[name]
+        for seq in sorted(cache.unsure):
             if not member.can_trim:
-                account.shorten(seq, 0)
+                cache.shorten(seq, 0)
             member.trim(seq, self.n_held(name, seq))
-            account.unsettled.discard(seq)
+            cache.unsure.discard(seq)
 
     def n_held(self, name: str, seq: int) -> int:
-        """Tokens of `seq` that the member `name` has evaluated."""
-        return len(self._accounts[name].tokens.get(seq, ()))
+        """Count the tokens of `seq` that the member `name` has evaluated."""
+        return len(self._caches[name].tokens.get(seq, ()))
 
     def n_common(self, name: str, seq: int, tokens: Sequence[int]) -> int:
-        """Length of the longest common prefix of `tokens` and what `seq` of the member `name` holds."""
-        return common_prefix(self._accounts[name].tokens.get(seq, ()), tokens)
+        """Return the length of the longest common prefix of `tokens` and what `seq` of the member `name` holds."""
+        return common_prefix(self._caches[name].tokens.get(seq, ()), tokens)
 
     def n_known(self, name: str, tokens: Sequence[int]) -> int:
-        """Length of the longest prefix of `tokens` that any sequence of the member `name` holds."""
+        """Return the length of the longest prefix of `tokens` that any sequence of the member `name` holds."""
         return self._best_known(name, tokens)[1]
 
     def _best_known(self, name: str, tokens: Sequence[int]) -> tuple[int, int]:
-        """The sequence of the member `name` that holds the longest prefix of `tokens`, and the prefix's length."""
+        """Return the sequence of the member `name` that holds the longest prefix of `tokens`, and its length."""
         best, n_best = 0, 0
-        for seq, held in self._accounts[name].tokens.items():
+        for seq, held in self._caches[name].tokens.items():
             if n_best < min(len(held), len(tokens)) and held[n_best] == tokens[n_best]:
                 n_common = common_prefix(held, tokens)
                 if n_common > n_best:
@@ -231,34 +238,25 @@ class Ensemble:
         return best, n_best
 
     def n_used(self, name: str) -> int:
-        """Positions that the member `name` holds, those that sequences share counted once."""
-        return self._accounts[name].n_used
+        """Count the positions that the member `name` holds. Those that sequences share count once."""
+        return self._caches[name].n_used
 
     def n_free(self) -> int:
-        """Positions that every member still has room for."""
-        return min(member.n_cells - self._accounts[name].n_used for name, member in self.members.items())
+        """Count the positions that every member still has room for."""
+        return min(member.n_cells - self._caches[name].n_used for name, member in self.members.items())
 
     def shorten(self, name: str, seq: int, n_tokens: int) -> None:
         """Let the member `name` forget all of `seq` from position `n_tokens` on."""
         if n_tokens < self.n_held(name, seq):
             self.members[name].trim(seq, n_tokens)
-            self._accounts[name].shorten(seq, n_tokens)
+            self._caches[name].shorten(seq, n_tokens)
 
-    def forget(self, seqs: Iterable[int]) -> None:
-        """Let every member forget these sequences."""
-        for seq in seqs:
+    def forget(self, seqs: Iterable[int] | None = None) -> None:
+        """Let every member forget these sequences, or all."""
+        for seq in range(self.n_seq_max) if seqs is None else seqs:
             for name in self.members:
-                self._settle(name)
+                self._repair(name)
                 self.shorten(name, seq, 0)
-
-    def rows(self, roles: Roles, first: Mapping[str, int], n_rows: int) -> Rows:
-        """`n_rows` rows of the last `decode` of each member, from row `first` of the member on."""
-
-        def of(name: str) -> Logits:
-            start, logits = first.get(name, 0), self.members[name].logits()
-            return logits if start == 0 and n_rows == len(logits) else logits[start : start + n_rows]
-
-        return Rows(of(roles.primary), of(roles.base) if roles.base else None, tuple(map(of, roles.experts)))
 
     def close(self) -> None:
         """Close every member."""
@@ -268,5 +266,5 @@ class Ensemble:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     return next(compress(count(), map(ne, a, b)), min(len(a), len(b)))

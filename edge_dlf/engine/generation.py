@@ -1,145 +1,176 @@
-"""One sequence while it is decoded: its text, what decides its picks, and what a step gives it."""
+"""One sequence that is being decoded: what was asked, how far it is, and what it took."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import EdgeDLFError
-from ..fusion.records import N_CANDIDATES, Draw, Trace
-from ..params import MAX_DRAFT, FusionParams, SamplingParams
+from ..fusion.records import N_CANDIDATES, Draw, Pick
+from ..params import FusionParams, SamplingParams
 from .constraint import Constraint
 from .ensemble import Roles
 
 _NO_TOKENS = np.empty(0, np.int32)
+_STRENGTH_DECAY = 0.8
 
 
-def _never(token: int) -> bool:
+def never_ends(token: int) -> bool:
+    """Tell that no token ends the answer."""
     return False
 
 
-class Pick(NamedTuple):
-    """One selected token.
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What is asked of one sequence.
 
-    logprob: natural log of its probability in the fused distribution, before penalties and filters.
-    alphas: the weight of each expert of the generation's roles. top_logprobs: (id, logprob), best first.
-    from_draft: whether it had been drafted. trace: why it was chosen, if that was asked for.
-    """
-
-    token: int
-    logprob: float
-    alphas: tuple[float, ...]
-    top_logprobs: tuple[tuple[int, float], ...]
-    from_draft: bool = False
-    trace: Trace | None = None
-
-
-@dataclass(eq=False)
-class Generation:
-    """One sequence while it is decoded.
-
-    prompts: tokens for each of `members`. n_prompt: those of the primary member. tokens: its prompt and all picks so
-    far; penalties look back over them, and their number is the position that keys the draw. seq: its number in every
-    member's cache. n_top: how many `top_logprobs` each pick carries. traced: whether it carries a `trace` too. n_draft:
-    tokens to draft at each step, None for what gives the most tokens a second. n_most: picks that may still come. ends:
-    whether a token ends the answer, so that nothing is drafted after it.
-    strength: each expert's weight of late. n_prefilled: tokens that had to be evaluated before picks could go on.
-    n_drafted, n_accepted: drafted tokens, and those that were kept. constraint: what the picks must make up;
-    n_settled: those that it has taken in. scored: the tokens that picks are to be, which are given rather than chosen.
+    prompts: the tokens of each member's prompt.
+    max_tokens: the longest answer.
+    n_top: how many `top_logprobs` each pick carries.
+    traced: whether each pick carries a `trace`.
+    n_draft: tokens to draft at each step; None for the number that gives the most tokens per second.
+    is_end: tells whether a token ends the answer. Nothing is drafted after such a token.
+    forced: the tokens that the picks have to be, where a given text is scored.
     """
 
     roles: Roles
     prompts: Mapping[str, Sequence[int]]
     fusion: FusionParams
     sampling: SamplingParams
-    seq: int = 0
-    alphas: tuple[float, ...] = ()
+    max_tokens: int = 2**31
     n_top: int = 0
     traced: bool = False
-    scored: tuple[int, ...] = ()
     n_draft: int | None = 0
-    n_most: int = MAX_DRAFT + 1
-    ends: Callable[[int], bool] = _never
-    constraint: Constraint | None = None
-    n_prompt: int = field(init=False)
-    tokens: list[int] = field(init=False)
-    strength: dict[str, float] = field(default_factory=dict)
+    is_end: Callable[[int], bool] = never_ends
+    forced: tuple[int, ...] = ()
+
+
+@dataclass
+class Counts:
+    """What a generation took.
+
+    n_prefilled: prompt tokens that were not in the KV cache and had to be evaluated.
+    prefill_s: seconds of the steps up to the first token, that one included.
+    n_steps, n_decoded, decode_s: steps after the first token, the tokens they gave, and their seconds.
+    n_drafted, n_accepted: tokens that were drafted, and those of them that were kept.
+    """
+
     n_prefilled: int = 0
+    prefill_s: float = 0.0
+    n_steps: int = 0
+    n_decoded: int = 0
+    decode_s: float = 0.0
     n_drafted: int = 0
     n_accepted: int = 0
-    n_settled: int = 0
-    seed: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        seed = self.sampling.seed
-        self.seed = secrets.randbits(64) if seed is None else seed
-        self.tokens = list(self.prompts[self.roles.primary])
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave one generation: picks, or the error that makes a pick impossible, or nothing yet."""
+
+    generation: Generation
+    picks: list[Pick] = field(default_factory=list)
+    error: EdgeDLFError | None = None
+
+
+class Generation:
+    """The state of one sequence. The engine alone changes it.
+
+    seq: the number of the sequence in every member's KV cache.
+    tokens: the first member's prompt and all picks so far. Their number keys the noise of the next pick.
+    strength: a moving average of each expert's α.
+    counts: what it took so far.
+    """
+
+    def __init__(self, request: GenerationRequest, constraint: Constraint | None = None, seq: int = 0) -> None:
+        self.request = request
+        self.seq = seq
+        self.tokens = list(request.prompts[request.roles.members[0]])
         self.n_prompt = len(self.tokens)
+        self.strength: dict[str, float] = {}
+        self.counts = Counts()
+        self._constraint = constraint
+        self._n_constrained = 0
+        self._seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed
 
-    def n_text(self, name: str) -> int:
-        """Tokens of the prompt of the member `name` and of all picks."""
-        return len(self.prompts[name]) + len(self.tokens) - self.n_prompt
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of the members that take part."""
+        return self.request.roles.members
 
-    def whole_text(self, name: str) -> list[int]:
-        """The prompt of the member `name`, and all picks."""
-        return self.text(name, 0, self.n_text(name))
+    @property
+    def n_picked(self) -> int:
+        """Tokens picked so far."""
+        return len(self.tokens) - self.n_prompt
 
-    def text(self, name: str, start: int, stop: int) -> list[int]:
-        """Tokens `start` to `stop` of the prompt of the member `name` and all picks."""
-        prompt = self.prompts[name]
+    @property
+    def n_left(self) -> int:
+        """Tokens that the answer may still have."""
+        return self.request.max_tokens - self.n_picked
+
+    def n_text(self, member: str) -> int:
+        """Count the tokens of the member's prompt and all picks."""
+        return len(self.request.prompts[member]) + self.n_picked
+
+    def text(self, member: str, start: int = 0, stop: int | None = None) -> list[int]:
+        """Return tokens `start` to `stop` of the member's prompt and all picks."""
+        prompt = self.request.prompts[member]
         shift = self.n_prompt - len(prompt)
+        stop = self.n_text(member) if stop is None else stop
         return [*prompt[start:stop], *self.tokens[max(start + shift, self.n_prompt) : max(stop + shift, self.n_prompt)]]
 
-    def last(self, name: str) -> list[int]:
-        """The last token of the prompt of the member `name` and all picks."""
-        return self.text(name, self.n_text(name) - 1, self.n_text(name))
-
-    def draw(self, guesses: Sequence[int] = ()) -> Draw:
-        """What choosing the next token needs, were the text followed by `guesses`."""
-        recent = self._recent(guesses) if self.sampling.penalises else _NO_TOKENS
-        n_top = max(self.n_top, N_CANDIDATES) if self.traced else self.n_top
-        position = len(self.tokens) + len(guesses)
-        scored = self.scored[position - self.n_prompt] if self.scored else None
-        return Draw(self.sampling, self.seed, position, recent, n_top, scored, self.fusion.plausibility)
-
-    def _recent(self, guesses: Sequence[int]) -> npt.NDArray[np.int32]:
-        """The tokens that penalties look back over, were the text followed by `guesses`."""
-        window = self.sampling.repeat_last_n
-        start = 0 if window < 0 else max(0, len(self.tokens) + len(guesses) - window)
-        return np.array([*self.tokens[start:], *guesses[max(0, start - len(self.tokens)) :]], np.int32)
-
     def unscored(self) -> tuple[int, ...]:
-        """What is left of `scored`."""
-        return self.scored[len(self.tokens) - self.n_prompt :]
+        """Return the forced tokens that have not been picked yet."""
+        return self.request.forced[self.n_picked :]
 
-    def settle(self) -> None:
-        """Let the constraint take in the picks of the steps before: those of a step that runs may be taken back."""
-        if self.constraint:
-            for token in self.unsettled():
-                self.constraint.accept(token)
-                self.n_settled += 1
+    def draw(self, ahead: Sequence[int] = ()) -> Draw:
+        """Describe the choice of the token that follows the text and `ahead`."""
+        request = self.request
+        n_top = max(request.n_top, N_CANDIDATES) if request.traced else request.n_top
+        position = len(self.tokens) + len(ahead)
+        forced = request.forced[position - self.n_prompt] if request.forced else None
+        recent = self._recent(ahead) if request.sampling.penalises else _NO_TOKENS
+        return Draw(request.sampling, self._seed, position, recent, n_top, forced, request.fusion.plausibility)
 
-    def unsettled(self) -> list[int]:
-        """Picks that the constraint has not taken in yet."""
-        return self.tokens[self.n_prompt + self.n_settled :]
+    def _recent(self, ahead: Sequence[int]) -> npt.NDArray[np.int32]:
+        """Return the tokens that penalties look back over, where the text is followed by `ahead`."""
+        window = self.request.sampling.repeat_last_n
+        start = 0 if window < 0 else max(0, len(self.tokens) + len(ahead) - window)
+        return np.array([*self.tokens[start:], *ahead[max(0, start - len(self.tokens)) :]], np.int32)
 
-    def drafting_member(self) -> str | None:
-        """The member that drafts: of the experts the one with the most weight of late; for the large model the base."""
-        if self.roles.experts:
-            return max(self.roles.experts, key=lambda name: self.strength.get(name, 0.0))
-        return "base" if self.roles.primary == "large" else None
+    def advance_constraint(self) -> None:
+        """Advance the constraint over the picks of earlier steps. Picks of the current step may be rolled back."""
+        if self._constraint:
+            for token in self._unconstrained():
+                self._constraint.accept(token)
+                self._n_constrained += 1
 
-    def add(self, pick: Pick) -> None:
-        """Append a pick."""
+    def banned(self, ahead: Sequence[int], token: int) -> npt.NDArray[np.int64] | None:
+        """Return None if `token` may follow the text and `ahead`, otherwise all tokens that may not."""
+        if self._constraint is None:
+            return None
+        before = [*self._unconstrained(), *ahead]
+        return None if self._constraint.allows(before, token) else self._constraint.banned(before)
+
+    def _unconstrained(self) -> list[int]:
+        return self.tokens[self.n_prompt + self._n_constrained :]
+
+    def append(self, pick: Pick) -> None:
+        """Append a pick to the text."""
         self.tokens.append(pick.token)
-        for name, alpha in zip(self.roles.experts, pick.alphas, strict=False):
-            self.strength[name] = 0.8 * self.strength.get(name, 0.0) + 0.2 * alpha
+        for name, alpha in zip(self.request.roles.experts, pick.weights, strict=False):
+            self.strength[name] = _STRENGTH_DECAY * self.strength.get(name, 0.0) + (1 - _STRENGTH_DECAY) * alpha
 
-
-Outcome: TypeAlias = "list[Pick] | EdgeDLFError"
-"""What a step gave a generation: picks, or why there is none."""
+    def count_step(self, n_picks: int, seconds: float) -> None:
+        """Count a step that took part of the time and gave `n_picks` tokens."""
+        counts = self.counts
+        if self.n_picked == n_picks:
+            counts.prefill_s += seconds
+        else:
+            counts.n_steps += 1
+            counts.n_decoded += n_picks
+            counts.decode_s += seconds

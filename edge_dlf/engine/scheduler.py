@@ -9,10 +9,11 @@ had happened once there is room.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from ..params import MAX_DRAFT
-from .decode import Decoder
-from .generation import Generation, Outcome
+from .decoder import Decoder
+from .generation import Generation, StepResult
 
 WORTH_WAITING = 16
 """Tokens of a common prefix for which a generation waits until another has evaluated it."""
@@ -24,15 +25,11 @@ FEW = 8
 
 
 class Scheduler:
-    """Runs generations over one decoder, up to as many at once as its members have sequences.
+    """Runs generations over one decoder, up to as many at once as its members have sequences."""
 
-    n_prefill: tokens of prompts that one step evaluates beside what it decodes; None for as many as fit into a batch.
-    """
-
-    def __init__(self, decoder: Decoder, n_prefill: int | None = None) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self._ensemble = decoder.ensemble
-        self.n_prefill = n_prefill
         self._waiting: deque[Generation] = deque()
         self._active: list[Generation] = []
         self._idle = list(range(decoder.ensemble.n_seq_max))
@@ -53,7 +50,7 @@ class Scheduler:
     @property
     def n_picked(self) -> int:
         """Tokens picked so far for generations that are still here; may be asked from another thread."""
-        return sum(len(generation.tokens) - generation.n_prompt for generation in [*self._active, *self._waiting])
+        return sum(generation.n_picked for generation in [*self._active, *self._waiting])
 
     def add(self, generation: Generation) -> None:
         """Let a generation join the line."""
@@ -67,21 +64,28 @@ class Scheduler:
         elif generation in self._waiting:
             self._waiting.remove(generation)
 
-    def clear(self) -> None:
-        """Take every generation out."""
-        for generation in [*self._active, *self._waiting]:
-            self.remove(generation)
+    def rewind(self, generation: Generation, n_tokens: int) -> None:
+        """Take back the last `n_tokens` picks of an active generation."""
+        if n_tokens:
+            self.decoder.rewind(generation, n_tokens)
 
-    def step(self) -> list[tuple[Generation, Outcome]]:
-        """One step of all that have a place, and what it gave each. A generation stays until it is removed."""
+    def step(self, n_prefill: int | None = None, on_decode: Callable[[], None] | None = None) -> list[StepResult]:
+        """Run one step of all generations that have a sequence. A generation stays until it is removed.
+
+        n_prefill: prompt tokens that the step evaluates beside what it decodes; None for as many as fit into a batch.
+        on_decode: called just before the members compute.
+        """
+        started = self._ensemble.clock()
         self._admit()
-        n_prefill = self._make_room()
-        if self.n_prefill is not None:
-            n_prefill = min(n_prefill, self.n_prefill)
+        n_room = self._make_room()
         if self._ensemble.has_streams:
             self._pack()
-        active = list(self._active)
-        return list(zip(active, self.decoder.step(active, n_prefill), strict=True)) if active else []
+        n_most = n_room if n_prefill is None else min(n_room, n_prefill)
+        results = self.decoder.step(self._active, n_most, on_decode) if self._active else []
+        elapsed = self._ensemble.clock() - started
+        for result in results:
+            result.generation.count_step(len(result.picks), elapsed)
+        return results
 
     def _admit(self) -> None:
         """Give sequences to those who wait, in order."""
@@ -97,12 +101,12 @@ class Scheduler:
 
     def _should_wait(self, generation: Generation) -> bool:
         """Whether another generation is about to evaluate a prefix that this one can share then."""
-        name = generation.roles.primary
-        text = generation.whole_text(name)
+        name = generation.members[0]
+        text = generation.text(name)
         n_shared = self._ensemble.n_known(name, text) + WORTH_WAITING
         begun = text[:n_shared]
         return len(begun) == n_shared and any(
-            [*active.prompts.get(name, ())[:n_shared]] == begun and self.decoder.n_due(active) > 1
+            [*active.request.prompts.get(name, ())[:n_shared]] == begun and self.decoder.n_due(active) > 1
             for active in self._active
         )
 
@@ -121,16 +125,16 @@ class Scheduler:
     def _sequence_for(self, generation: Generation) -> int:
         """The idle sequence whose text this one goes on with, else the one idle for longest: a prefix that it has in
         common with another can be shared, and the other's text may be gone on with later."""
-        name, seq = generation.roles.primary, self._begun_in(generation)
-        n_common = self._ensemble.n_common(name, seq, generation.whole_text(name))
+        name, seq = generation.members[0], self._begun_in(generation)
+        n_common = self._ensemble.n_common(name, seq, generation.text(name))
         if self._ensemble.n_held(name, seq) - n_common > FEW:
             return self._idle[0]
         return seq
 
     def _begun_in(self, generation: Generation) -> int:
         """The idle sequence that holds the longest prefix of the text; of several the one idle for longest."""
-        name = generation.roles.primary
-        text = generation.whole_text(name)
+        name = generation.members[0]
+        text = generation.text(name)
         return max(self._idle, key=lambda seq: self._ensemble.n_common(name, seq, text))
 
     def _pack(self) -> None:

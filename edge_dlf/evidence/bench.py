@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..answers.requests import Request
 from ..engine.backend import Run
-from ..engine.decode import Decoder
 from ..engine.ensemble import Ensemble
-from ..engine.generation import Generation
+from ..engine.generation import Generation, GenerationRequest
 from ..errors import OutOfMemoryError
 from ..families.files import FamilyFiles
 from ..families.footprint import footprint
-from ..fusion import kernels
+from ..fusion.kernels.memory import read
 from ..llama import copy_bytes_s, gpus
 from ..params import FusionParams, SamplingParams
 from ..system.machine import GPU
@@ -112,18 +112,18 @@ def measure(
 ) -> Speeds:
     """Measure a family of `files` that was loaded with n_ctx = N_CTX, as many sequences as PARALLEL has at most, and
     these threads and types of KV cache; `tell` hears what is being measured."""
-    decoder = llm._scheduler.decoder
+    ensemble = llm.driver.decoder.ensemble
     tell("reading memory")
     gpu = next(iter(gpus()), None)
     memory = gpu_bytes_s(gpu) if gpu else memory_bytes_s(n_threads)
     members = {}
-    for name in decoder.ensemble.members:
+    for name in ensemble.members:
         tell(f"{name} alone")
-        members[name] = member_speed(decoder.ensemble, name, files, cache_types)
+        members[name] = member_speed(ensemble, name, files, cache_types)
     parallel = {}
     for n in PARALLEL:
         tell("one sequence" if n == 1 else f"{n} sequences at once")
-        parallel[n] = parallel_tps(decoder, [llm.tokenize(prompt) for prompt in _PROMPTS], n)
+        parallel[n] = parallel_tps(llm, n)
     step_s = sum(1 / speed.decode_tps.median for speed in members.values())
     runs: dict[str, list[Report]] = {"plain": [], "drafted": [], "large": []}
     for n, n_answers, kind, report in _answers(llm, 2 * step_s + 1 / members["large"].decode_tps.median):
@@ -135,9 +135,9 @@ def measure(
         plain=plain,
         drafted=drafted,
         large=large,
-        n_drafted=sum(report.n_drafted for report in runs["drafted"]),
-        n_accepted=sum(report.n_accepted for report in runs["drafted"]),
-        n_steps=sum(report.n_steps for report in runs["drafted"]),
+        n_drafted=sum(report.counts.n_drafted for report in runs["drafted"]),
+        n_accepted=sum(report.counts.n_accepted for report in runs["drafted"]),
+        n_steps=sum(report.counts.n_steps for report in runs["drafted"]),
         search_share=search_s(llm) * plain.median,
         parallel=parallel,
         memory_bytes_s=memory,
@@ -158,12 +158,12 @@ def memory_bytes_s(n_threads: int) -> float:
     """Bytes that so many threads read a second from arrays that no cache holds: the best of a few passes."""
     values = np.ones(_READ_BYTES // 8, np.int64)
     parts = np.array_split(values, n_threads)
-    kernels.read(values[:1])  # compiles it
+    read(values[:1])  # compiles it
     passes = []
     with ThreadPoolExecutor(n_threads) as pool:
         for _ in range(5):
             started = time.perf_counter()
-            assert sum(pool.map(kernels.read, parts)) == len(values)
+            assert sum(pool.map(read, parts)) == len(values)
             passes.append(time.perf_counter() - started)
     return values.nbytes / min(passes)
 
@@ -193,29 +193,29 @@ def member_speed(
 def _timed(ensemble: Ensemble, name: str, tokens: Sequence[int]) -> float:
     """Seconds in which a member evaluates `tokens`."""
     started = time.perf_counter()
-    ensemble.decode(name, [Run(0, tokens, 1)])
-    ensemble.members[name].logits()  # on a GPU, waits for the result
+    ensemble.decode({name: [Run(0, tokens, 1)]})
     return time.perf_counter() - started
 
 
-def parallel_tps(decoder: Decoder, prompts: Sequence[Sequence[int]], n: int) -> float:
-    """Tokens a second of plain fusion, all sequences together."""
-    ensemble, fusion, sampling = decoder.ensemble, FusionParams(), SamplingParams(temperature=0.0)
-    roles = ensemble.roles(fusion)
-    ensemble.forget(range(ensemble.n_seq_max))
-    generations = []
-    for seq in range(n):
-        prompt = [*prompts[seq % len(prompts)][: 8 + seq]]
-        generations.append(Generation(roles, dict.fromkeys(ensemble.members, prompt), fusion, sampling, seq=seq))
-        decoder.begin(generations[-1])
-    while any(decoder.n_due(generation) > 1 for generation in generations):
-        decoder.step(generations)
-    started = time.perf_counter()
+def parallel_tps(llm: FusedLlama, n: int) -> float:
+    """Return the tokens per second of plain fusion, all of `n` sequences together."""
+    driver, answers = llm.driver, []
+    for k in range(n):
+        prompt = llm.tokenize(_PROMPTS[k % len(_PROMPTS)])[: 8 + k]
+        settings = {"max_tokens": 2 * N_PARALLEL_STEPS, "temperature": 0.0, "method": "dynamic"}
+        answers.append(llm.prepare(Request(False, prompt, settings), draft="off").answer)
+    driver.forget()
+    for answer in answers:
+        driver.add(answer)
+    while not all(answer.generation.n_picked for answer in answers):
+        driver.step()
+    started, n_before = time.perf_counter(), sum(answer.generation.n_picked for answer in answers)
     for _ in range(N_PARALLEL_STEPS):
-        decoder.step(generations)
-    elapsed = time.perf_counter() - started
-    ensemble.forget(range(n))
-    return n * N_PARALLEL_STEPS / elapsed
+        driver.step()
+    elapsed, n_after = time.perf_counter() - started, sum(answer.generation.n_picked for answer in answers)
+    driver.clear()
+    driver.forget()
+    return (n_after - n_before) / elapsed
 
 
 def _answers(llm: FusedLlama, token_s: float) -> Iterator[tuple[int, int, str, Report]]:
@@ -237,7 +237,7 @@ def _answers(llm: FusedLlama, token_s: float) -> Iterator[tuple[int, int, str, R
         stream = llm.stream(prompt, **settings)
         for _ in stream:
             pass
-        if n and stream.report.n_steps:  # the first one is where the pace is learnt
+        if n and stream.report.counts.n_steps:  # the first one is where the pace is learnt
             yield n, len(jobs), way, stream.report
 
 
@@ -246,19 +246,15 @@ def _rotated(values: list[str], n: int) -> list[str]:
 
 
 def search_s(llm: FusedLlama) -> float:
-    """Seconds that the search for α, the fusion and the greedy choice take for one row."""
-    decoder = llm._scheduler.decoder
-    ensemble, fusion = decoder.ensemble, FusionParams()
-    roles = ensemble.roles(fusion)
-    generation = Generation(
-        roles, dict.fromkeys(ensemble.members, llm.tokenize(_PROMPTS[0])), fusion, SamplingParams(temperature=0.0)
-    )
-    decoder.begin(generation)
-    decoder.step([generation])
-    rows = ensemble.rows(roles, {}, 1)
-    times = []
+    """Return the seconds that the search for α, the fusion and the greedy choice take for one row."""
+    decoder, fusion = llm.driver.decoder, FusionParams()
+    roles, prompt = decoder.ensemble.roles(fusion), llm.tokenize(_PROMPTS[0])
+    request = GenerationRequest(roles, dict.fromkeys(roles.members, prompt), fusion, SamplingParams(temperature=0.0))
+    rows = decoder.ensemble.decode({name: [Run(0, prompt, 1)] for name in roles.members}).logits
+    draw, times = Generation(request).draw(), []
     for _ in range(9):
         started = time.perf_counter()
-        decoder.picker.pick([generation], rows, [()])
+        decoder.fuser.pick([rows[name] for name in roles.members], roles.members, fusion, [()], [draw])
         times.append(time.perf_counter() - started)
+    decoder.ensemble.forget()
     return median(times)

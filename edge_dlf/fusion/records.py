@@ -1,27 +1,33 @@
-"""What the fusion is asked for one row, and what it answers."""
+"""What the fusion is asked about one row, and what it answers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import EdgeDLFError
 from ..params import SamplingParams
 
 N_CANDIDATES = 5
-"""Most likely tokens that a trace lists of each member and of the fusion."""
+"""Number of likely tokens that a trace lists for the fusion and for each member."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What choosing a token from one fused row needs.
+    """How a token is chosen from one fused row.
 
-    position: number of tokens before it, which with `seed` keys the noise. recent: the tokens that penalties look back
-    over, (N,) int32; none are needed where there are no penalties. n_top: how many likely tokens to list. scored: a
-    token that is given rather than to be chosen. plausibility: as in FusionParams. banned: tokens that cannot be
-    chosen, ascending; None for none.
+    sampling: penalties, filters and temperature
+    seed: keys the noise, together with `position`
+    position: number of tokens before this one
+    recent: token ids that penalties look back over, (N,) int32; may be empty where there are no penalties
+    n_top: number of likely tokens to list
+    scored: a token that is given rather than chosen
+    plausibility: as in FusionParams
+    banned: token ids that cannot be chosen, ascending
     """
 
     sampling: SamplingParams
@@ -35,23 +41,14 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Picked:
-    """A token chosen from one fused row: its log-probability there before penalties and filters, and the most likely
-    tokens, (id, logprob), best first."""
-
-    token: int
-    logprob: float
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
 class AlphaChoice:
-    """Result of one α search: the pair (expert, α) and the quantities that it was chosen by.
+    """Result of one α search: the pair (expert, α) and the quantities by which it was chosen.
 
-    expert: index into the experts. alpha: its weight; all other experts have 0.
-    objective: J(α) = Σ_t [(KL(P̃‖P) − a_t)² + (KL(P‖P̃) − b_t)²], in nats².
-    kl_forward, kl_reverse: KL(P̃‖P), KL(P‖P̃) of the fused row, in nats.
-    target_forward, target_reverse: the means over t of a_t = KL(Q_t‖Q) and b_t = KL(Q‖Q_t), in nats.
+    expert: index into the experts
+    alpha: its weight; all other experts have 0
+    objective: J(α) = Σ_t [(KL(P̃‖P) − a_t)² + (KL(P‖P̃) − b_t)²], in nats²
+    kl_forward, kl_reverse: KL(P̃‖P), KL(P‖P̃) of the fused row, in nats
+    target_forward, target_reverse: the means over t of a_t = KL(Q_t‖Q) and b_t = KL(Q‖Q_t), in nats
     """
 
     expert: int
@@ -62,17 +59,44 @@ class AlphaChoice:
     target_forward: float
     target_reverse: float
 
+    def weights(self, n_experts: int) -> tuple[float, ...]:
+        """α of each expert, in their order."""
+        return tuple(self.alpha if t == self.expert else 0.0 for t in range(n_experts))
+
+
+class Pick(NamedTuple):
+    """A token chosen from one fused row.
+
+    token: its id; −1 where `error` says why none could be chosen
+    logprob: natural log of its probability in the fused distribution, before penalties and filters
+    top_logprobs: the likeliest tokens of the fused distribution, (id, logprob), best first
+    weights: α of each expert, in their order; of each member with method="weighted"; () where one member answers alone
+    choice: result of the α search, if there was one
+    from_draft: True if the token had been drafted
+    trace: why the token was chosen, if that was asked for
+    """
+
+    token: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+    weights: tuple[float, ...]
+    choice: AlphaChoice | None
+    error: EdgeDLFError | None = None
+    from_draft: bool = False
+    trace: Trace | None = None
+
 
 @dataclass(frozen=True)
 class Trace:
     """Why a step chose its token.
 
-    choice: of α; None where it was not searched. alphas: the weight of each expert, by name. fused: the fused
-    distribution's most likely tokens, (id, logprob), best first. members: name -> what that member alone would have
-    chosen, under the same penalties, filters and noise, and its own most likely tokens.
+    choice: result of the α search; None where α was not searched
+    alphas: weight of each expert, by name
+    fused: the likeliest tokens of the fused distribution, (id, logprob), best first
+    members: by name, what each member alone would have chosen under the same penalties, filters and noise
     """
 
     choice: AlphaChoice | None
     alphas: Mapping[str, float]
     fused: tuple[tuple[int, float], ...]
-    members: Mapping[str, Picked]
+    members: Mapping[str, Pick]

@@ -20,11 +20,12 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..answers.completion import Dict
+from ..answers.completion import Completion, Dict
 from ..answers.requests import CHAT, COMPLETIONS
+from ..answers.token import Token
 from . import openapi
-from .calls import Call, Choice, HTTPError, chunks, closing, encode, opening, total, whole
-from .engine import Engine, Ticket
+from .calls import Call, HTTPError, chunks, closing, encode, opening, total, whole
+from .decoding import DecodingThread, Ticket
 from .metrics import Metrics
 from .page import page
 
@@ -58,14 +59,14 @@ class Rules:
 
 
 def make_app(llm: FusedLlama, rules: Rules) -> Starlette:
-    """The server as an ASGI application. `app.state.engine` is its engine, which runs with the application."""
+    """The server as an ASGI application. `app.state.thread` is its engine, which runs with the application."""
     service = _Service(llm, rules)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        service.engine.open()
+        service.thread.open()
         yield
-        await asyncio.to_thread(service.engine.close)
+        await asyncio.to_thread(service.thread.close)
         service.preparing.shutdown()
 
     routes = [
@@ -85,7 +86,7 @@ def make_app(llm: FusedLlama, rules: Rules) -> Starlette:
     )
     app.add_middleware(_Door, rules=rules, metrics=service.metrics)
     app.router.redirect_slashes = False
-    app.state.engine = service.engine
+    app.state.thread = service.thread
     return app
 
 
@@ -119,11 +120,10 @@ class _Events(StreamingResponse):
 class _Service:
     def __init__(self, llm: FusedLlama, rules: Rules) -> None:
         self.llm, self.rules, self.metrics = llm, rules, Metrics()
-        n_parallel = llm.scheduler.decoder.ensemble.n_seq_max
-        self.engine = Engine(llm, n_parallel + rules.n_waiting, self.metrics)
-        self.metrics.watch(self.engine)
+        self.thread = DecodingThread(llm, llm.driver.n_parallel + rules.n_waiting, self.metrics)
+        self.metrics.watch(llm.driver)
         self.models = models_of(llm)
-        # One after the other: texts become tokens beside the engine, and the template's process serves one at a time.
+        # One after the other: texts become tokens beside the decoding, and the template's process serves one at a time.
         self.preparing = ThreadPoolExecutor(1, "edge-dlf prepare")
 
     async def show_page(self, request: Request) -> Response:
@@ -164,22 +164,23 @@ class _Service:
 
     async def _answered(self, request: Request, *, is_chat: bool) -> Response:
         call = Call.parse(await _read(request), self.models, is_chat=is_chat)
-        ticket = self.engine.ticket(len(call.requests), is_streamed=call.stream)
+        ticket = self.thread.ticket(len(call.requests), is_streamed=call.stream)
         try:
             loop = asyncio.get_running_loop()
             choices = await loop.run_in_executor(self.preparing, call.prepare, self.llm, self.rules.settings)
             ticket.start([choice.answer for choice in choices], self.rules.timeout_s)
             if call.stream:
                 return _Events(self._stream(call, choices, ticket), ticket)
-            await self._gather(request, choices, ticket)
+            tokens = await self._gather(request, ticket)
         except BaseException:
             ticket.close()
             raise
         ticket.close()
-        return _JSON(whole(call, choices))
+        return _JSON(whole(call, choices, tokens))
 
-    async def _gather(self, request: Request, choices: list[Choice], ticket: Ticket) -> None:
-        """Take in all tokens. Raises ClientDisconnect where nobody waits for them any more."""
+    async def _gather(self, request: Request, ticket: Ticket) -> list[list[Token]]:
+        """Return the tokens of every choice. Raises ClientDisconnect where nobody waits for them any more."""
+        tokens: list[list[Token]] = [[] for _ in ticket.answers]
 
         async def end_with_the_client() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -192,13 +193,14 @@ class _Service:
             with watched:
                 async for events in ticket:
                     for event in events:
-                        choices[event.index].tokens.extend(event.tokens)
+                        tokens[event.index] += event.tokens
         finally:
             watcher.cancel()
         if watched.cancelled_caught:
             raise ClientDisconnect
+        return tokens
 
-    async def _stream(self, call: Call, choices: list[Choice], ticket: Ticket) -> AsyncIterator[bytes]:
+    async def _stream(self, call: Call, choices: list[Completion], ticket: Ticket) -> AsyncIterator[bytes]:
         """Server-sent events of a call. What goes wrong once it has begun is one of them."""
         try:
             for choice in choices:

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..answers.completion import CompletionShape, Dict
+from ..answers.completion import Completion, Dict
 from ..answers.requests import Request, parse_body
-from ..answers.stream import Answer, Report
 from ..answers.token import Token
 from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError, NonFiniteLogitsError
-from .engine import BusyError, StoppingError
+from .decoding import BusyError, StoppingError
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
@@ -105,39 +104,29 @@ class Call:
             requests += [_numbered(request, k) for k in range(n)]
         return cls(model, tuple(requests), n, stream, bool(options.get("include_usage")), trace)
 
-    def prepare(self, llm: FusedLlama, settings: Mapping[str, Any]) -> list[Choice]:
-        """The choices, checked, of which nothing has been evaluated yet. Raises EdgeDLFError."""
-        choices: list[Choice] = []
-        for index, request in enumerate(self.requests):
-            answer, shape = llm.prepare(request, **settings)
-            choices.append(Choice(answer, choices[0].shape.another(index) if choices else shape, []))
+    def prepare(self, llm: FusedLlama, settings: Mapping[str, Any]) -> list[Completion]:
+        """Return the choices, checked, of which nothing has been evaluated yet. Raises EdgeDLFError."""
+        choices = [llm.prepare(request, **settings) for request in self.requests]
+        for index, choice in enumerate(choices):
+            choice.join(choices[0], index)
         return choices
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One choice of an answer on its way."""
-
-    answer: Answer
-    shape: CompletionShape
-    tokens: list[Token]
-
-
-def whole(call: Call, choices: Sequence[Choice]) -> Dict:
-    """The result of a call that is not streamed."""
-    results = [choice.shape.result(choice.tokens, choice.answer.report) for choice in choices]
+def whole(call: Call, choices: Sequence[Completion], tokens: Sequence[Sequence[Token]]) -> Dict:
+    """Return the result of a call that is not streamed. tokens: of each choice."""
+    results = [choice.result(own) for choice, own in zip(choices, tokens, strict=True)]
     first = {**results[0], "model": call.model, "choices": [result["choices"][0] for result in results]}
     first["usage"] = usage(call, choices)
     if call.trace:
         first["edge_dlf"] = {
             **first["edge_dlf"],
-            "trace": [[{"text": token.text, **traced(token)} for token in choice.tokens] for choice in choices],
+            "trace": [[{"text": token.text, **traced(token)} for token in own] for own in tokens],
         }
     return first
 
 
-def usage(call: Call, choices: Sequence[Choice]) -> Dict:
-    """Tokens of all choices; a prompt counts once for its choices."""
+def usage(call: Call, choices: Sequence[Completion]) -> Dict:
+    """Count the tokens of all choices. A prompt counts once for its choices."""
     reports = [choice.answer.report for choice in choices]
     prompts = reports[:: call.n]
     n_prompt, n_generated = sum(r.n_prompt for r in prompts), sum(r.n_generated for r in reports)
@@ -149,33 +138,32 @@ def usage(call: Call, choices: Sequence[Choice]) -> Dict:
     }
 
 
-def opening(call: Call, choice: Choice) -> list[Dict]:
-    """Chunks before the first token of a choice."""
-    return [{**chunk, **_common(call)} for chunk in choice.shape.opening()]
+def opening(call: Call, choice: Completion) -> list[Dict]:
+    """Return the chunks before the first token of a choice."""
+    return [{**chunk, **_common(call)} for chunk in choice.opening()]
 
 
-def chunks(call: Call, choice: Choice, tokens: Sequence[Token]) -> list[Dict]:
-    """Chunks of tokens that have come."""
+def chunks(call: Call, choice: Completion, tokens: Sequence[Token]) -> list[Dict]:
+    """Return the chunks of tokens that have come."""
     made = []
     for token in tokens:
-        chunk = {**choice.shape.chunk(token), **_common(call)}
+        chunk = {**choice.chunk(token), **_common(call)}
         made.append({**chunk, "edge_dlf": traced(token)} if call.trace else chunk)
     return made
 
 
-def closing(call: Call, choice: Choice) -> Dict:
-    """The chunk that ends a choice."""
-    report: Report = choice.answer.report
-    return {**choice.shape.closing(report), **_common(call), "edge_dlf": report.summary()}
+def closing(call: Call, choice: Completion) -> Dict:
+    """Return the chunk that ends a choice."""
+    return {**choice.closing(), **_common(call), "edge_dlf": choice.answer.report.summary()}
 
 
-def total(call: Call, choices: Sequence[Choice]) -> Dict:
-    """The chunk after all others, which holds their usage."""
-    return {**choices[0].shape.no_choice(), **_common(call), "usage": usage(call, choices)}
+def total(call: Call, choices: Sequence[Completion]) -> Dict:
+    """Return the chunk after all others, which holds their usage."""
+    return {**choices[0].no_choice(), **_common(call), "usage": usage(call, choices)}
 
 
 def traced(token: Token) -> Dict:
-    """How a token came about."""
+    """Return how a token came about."""
     return {"alpha": token.alpha, "expert": token.expert, "from_draft": token.from_draft}
 
 

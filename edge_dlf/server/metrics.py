@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ..answers.stream import Report
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from ..answers.stream import Driver, Report
 
 _SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _TPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -42,18 +38,17 @@ class Metrics:
             "edge_dlf_tokens_per_second", "Of each answer, after its first token.", buckets=_TPS, registry=registry
         )
 
-    def watch(self, engine: Engine) -> None:
-        """Let gauges show what `engine` holds when they are read."""
-        ensemble = engine.llm.scheduler.decoder.ensemble
+    def watch(self, driver: Driver) -> None:
+        """Let gauges show what `driver` holds when they are read."""
         running = Gauge("edge_dlf_answers_running", "Answers that are being decoded.", registry=self._registry)
         waiting = Gauge("edge_dlf_answers_waiting", "Answers that wait.", registry=self._registry)
         used = Gauge("edge_dlf_kv_cells_used", "Positions held in a KV cache.", ("member",), registry=self._registry)
         cells = Gauge("edge_dlf_kv_cells", "Positions of a KV cache.", ("member",), registry=self._registry)
-        running.set_function(lambda: engine.n_running)
-        waiting.set_function(lambda: engine.n_waiting)
-        for name, member in ensemble.members.items():
-            used.labels(name).set_function(partial(ensemble.n_used, name))
-            cells.labels(name).set(member.n_cells)
+        running.set_function(lambda: driver.n_active)
+        waiting.set_function(lambda: driver.n_waiting)
+        for name, (_, n_cells) in driver.cache_usage().items():
+            used.labels(name).set_function(partial(_n_used, driver, name))
+            cells.labels(name).set(n_cells)
 
     def request(self, path: str, status: int) -> None:
         """Count a request."""
@@ -69,11 +64,15 @@ class Metrics:
         self._prompt.inc(report.n_prompt)
         self._cached.inc(report.n_cached)
         self._generated.inc(report.n_generated)
-        self._drafted.inc(report.n_drafted)
-        self._accepted.inc(report.n_accepted)
+        self._drafted.inc(report.counts.n_drafted)
+        self._accepted.inc(report.counts.n_accepted)
         if report.generation_tps:
             self._tps.observe(report.generation_tps)
 
     def text(self) -> bytes:
         """All of them in Prometheus's text format."""
         return generate_latest(self._registry)
+
+
+def _n_used(driver: Driver, member: str) -> float:
+    return driver.cache_usage()[member][0]

@@ -13,7 +13,7 @@ import uvicorn
 
 from ..errors import EdgeDLFError, InvalidParameterError
 from .app import Rules, make_app
-from .engine import Engine
+from .decoding import DecodingThread
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
@@ -58,7 +58,7 @@ class Address:
 class _Server(uvicorn.Server):
     """Ends answers a while after the first signal, and at once after a second one."""
 
-    engine: Engine
+    thread: DecodingThread
     ready: Callable[[], None]
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -68,11 +68,11 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:  # nothing is left to wait for then: uvicorn's own haste would log a traceback
-            self.engine.llm.interrupt()
-            self.engine.stop_after(0)
+            self.thread.llm.interrupt()
+            self.thread.stop_after(0)
             return
-        self.engine.refuse()
-        self.engine.stop_after(GRACE_S)
+        self.thread.refuse()
+        self.thread.stop_after(GRACE_S)
         super().handle_exit(sig, frame)
 
 
@@ -89,8 +89,8 @@ def run(llm: FusedLlama, address: Address, rules: Rules, ready: Callable[[], Non
         h11_max_incomplete_event_size=64 * 1024,
     )
     server = _Server(config)
-    server.engine, server.ready = app.state.engine, ready
+    server.thread, server.ready = app.state.thread, ready
     try:
         server.run(sockets=[address.socket])
     finally:
-        server.engine.close()  # where it was ended before the application's own end
+        server.thread.close()  # where it was ended before the application's own end

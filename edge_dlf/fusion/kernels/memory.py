@@ -1,15 +1,15 @@
-"""Reading memory as fast as it goes."""
+"""A kernel that reads memory as fast as the machine allows."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
+from .vector import jit
 
 
-@njit(nogil=True, cache=True)
+@jit
 def read(values: Any) -> int:
-    """Sum of `values` (N,) int64: integers add up in any order, so that the loop is nothing but reading."""
+    """Sum of `values`, (N,) int64. Integers may be added in any order, so the loop does nothing but read."""
     total = 0
     for value in values:
         total += value

@@ -1,7 +1,7 @@
 """Choosing a token from each fused row: penalties, top-k, top-p, min-p, temperature, draw.
 
-A candidate is an int64, its logit's inverted `order_key` above its id: ascending integers are the best first, ties to
-the lower id.
+A candidate is an int64: the inverted `order_key` of its logit in the high half, its token id in the low half. So in
+ascending order the best candidates come first, and the lower id wins a tie.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from .row import GROUP, LARGEST_FLOAT, fuse_carefully, fuse_groups, log_sum, measure_group
-from .vector import F32, F64, exp64, fetch_add, jit, load, order_key, row_at, wide
+from .fuse import GROUP, LARGEST_FLOAT, fuse_float64, fuse_groups, log_sum, measure_group
+from .vector import F32, F64, exp64, fetch_add, jit, load, order_key, row_at, use_wide_vectors
 
 GROUPS = 4
-"""Groups of a shared row that a thread takes at a time."""
+"""Groups that a thread takes at a time from a row that several threads share."""
 SCAN = 64
-"""Tokens that are compared at once while candidates are gathered."""
+"""Tokens that are compared with the threshold at once while candidates are gathered."""
 FEW = 24
-"""Candidates that are sorted rather than divided further."""
+"""So few candidates are sorted rather than partitioned further."""
 NEG_ZERO = np.int32(-0x80000000)
 """The bits of −0.0 in float32."""
 DRAW = np.dtype(
@@ -30,12 +30,12 @@ DRAW = np.dtype(
     + [(name, np.int64) for name in ("top_k", "n_top", "recent", "n_recent", "bias", "n_bias", "scored")]
     + [(name, np.uint64) for name in ("seed", "position")]
 )
-"""What choosing from one row needs. recent, bias: where its tokens start in the lists of all rows. scored: a token that
-is given, −1 for none."""
-PICKED = np.dtype(
+"""Settings for one row. recent, bias: where its tokens start in the lists of all rows. scored: the token that is given
+rather than chosen, or −1."""
+PICK = np.dtype(
     [("token", np.int64), ("logprob", np.float64), ("member", np.int64), ("fault", np.int64), ("n_top", np.int64)]
 )
-"""What was chosen: token −1 where logit_bias bans all; fault: what is wrong with the logits of `member`, else 0."""
+"""A chosen token, −1 where every token is banned. fault: the condition that makes `member`'s logits unusable, or 0."""
 
 
 @jit
@@ -59,7 +59,7 @@ def _any_from(row: Any, threshold: Any) -> Any:
 
 @jit
 def _gather(fused: Any, maxima: Any, threshold: Any, out: Any) -> Any:
-    """Candidates with a logit of at least `threshold`, in order of id, into `out`; how many."""
+    """Write the candidates with a logit of at least `threshold` to `out`, by id. Returns their number."""
     bits = fused.view(np.int32)
     n = 0
     for group in range(maxima.size):
@@ -90,7 +90,10 @@ def _weights(fused: Any, candidates: Any, top: float) -> Any:
 
 @jit
 def _keep_best(candidates: Any, wanted: float, by_weight: bool, fused: Any, top: float) -> Any:
-    """Move the best candidates to the front: as few as are `wanted`, or weigh that much together; how many."""
+    """Move the best candidates to the front. Returns their number.
+
+    wanted: the number of candidates; with `by_weight`, the sum of exp(logit − top) that they must reach
+    """
     low, high = 0, candidates.size
     while high - low > FEW:
         a, b, c = candidates[low], candidates[(low + high) // 2], candidates[high - 1]
@@ -123,7 +126,7 @@ def _keep_best(candidates: Any, wanted: float, by_weight: bool, fused: Any, top:
 
 @jit
 def _best(fused: Any, maxima: Any, n: int, out: Any) -> Any:
-    """The n best candidates above −inf, or as many as there are, in any order, into `out`; how many."""
+    """Write the n best candidates above −inf, or all if they are fewer, to `out` in any order. Returns their number."""
     n = min(n, fused.size)
     bits = maxima.view(np.int32)
     for group in range(maxima.size):
@@ -141,7 +144,7 @@ def _best(fused: Any, maxima: Any, n: int, out: Any) -> Any:
 
 @jit
 def _kept(draw: Any, fused: Any, maxima: Any, masses: Any, out: Any) -> Any:
-    """Candidates that top-k, top-p and min-p leave, into `out`; how many. Each filter keeps the best: fewest win."""
+    """Write the candidates that pass top-k, top-p and min-p to `out`. Returns their number."""
     top, top_p = F64(maxima.max()), draw["top_p"]
     cut = F32(top + math.log(draw["min_p"])) if draw["min_p"] > 0.0 else F32(-LARGEST_FLOAT)
     wanted = top_p * math.exp(log_sum(maxima, masses) - top)
@@ -169,7 +172,7 @@ def _kept(draw: Any, fused: Any, maxima: Any, masses: Any, out: Any) -> Any:
 
 @jit
 def mix(x: Any) -> Any:
-    """splitmix64's finaliser over uint64."""
+    """The finaliser of splitmix64, over uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -177,9 +180,9 @@ def mix(x: Any) -> Any:
 
 @jit
 def draw_token(fused: Any, candidates: Any, top: float, temperature: float, seed: Any, position: Any) -> Any:
-    """The candidate with the largest logit / temperature + Gumbel noise keyed by (seed, position, token).
+    """Draw the candidate with the largest (logit − top) / temperature + Gumbel noise keyed by (seed, position, token).
 
-    The argmax of such a sum is a draw from softmax(logits / temperature). `top` is subtracted from logits.
+    The argmax of such a sum is a draw from softmax(logits / temperature).
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
     state = mix(mix(seed + golden) + position * golden)
@@ -203,9 +206,12 @@ def draw_token(fused: Any, candidates: Any, top: float, temperature: float, seed
 
 @jit
 def _penalised(draw: Any, recent: Any, bias_tokens: Any, biases: Any, fused: Any, tokens: Any, logits: Any) -> Any:
-    """Tokens whose logits penalties and logit_bias change, and their new logits, as llama.cpp reckons them; how many.
+    """Write the tokens that penalties and logit_bias change, and their new logits, as llama.cpp computes them.
 
-    recent, bias_tokens: ascending. tokens, logits: room for both.
+    Returns their number.
+
+    recent, bias_tokens: ascending
+    tokens, logits: as long as both together
     """
     n = i = j = 0
     while i < recent.size or j < bias_tokens.size:
@@ -233,7 +239,7 @@ def _penalised(draw: Any, recent: Any, bias_tokens: Any, biases: Any, fused: Any
 
 @jit
 def _change(fused: Any, tokens: Any, logits: Any, maxima: Any, masses: Any) -> None:
-    """Give `tokens`, ascending, new logits, and their groups new maxima and masses; the old logits into `logits`."""
+    """Swap `logits` with those of `tokens`, which ascend, and measure the groups of these tokens anew."""
     keys = np.empty(2, np.int32)
     for i in range(tokens.size):
         before = fused[tokens[i]]
@@ -247,20 +253,26 @@ def _change(fused: Any, tokens: Any, logits: Any, maxima: Any, masses: Any) -> N
 
 @jit
 def _mark(row: Any, threshold: Any, marks: Any) -> None:
-    wide()
+    """Set marks (V,) where the row reaches the threshold."""
+    use_wide_vectors()
     for i in range(row.size):
         marks[i] |= np.int64(row[i] >= threshold)
 
 
 @jit
-def _restrict(at: Any, alphas: Any, plausibility: float, fused: Any, maxima: Any, masses: Any, marks: Any) -> None:
-    """Leave out the tokens that no expert with a weight finds plausible, unless that would leave none. A token's
-    probability is then below `plausibility` times that of the expert's best. marks (V,): int64 scratch."""
+def _keep_plausible(
+    addresses: Any, terms: Any, weights: Any, plausibility: float, fused: Any, maxima: Any, masses: Any, marks: Any
+) -> None:
+    """Set to −inf the tokens that no expert with a positive weight finds plausible, unless none would be left.
+
+    A token is plausible for an expert that gives it at least `plausibility` times the probability of its best token.
+    marks: int64 scratch (V,)
+    """
     marks[:] = 0
     n_weighted = 0
-    for t in range(alphas.size):
-        if alphas[t] > 0.0:
-            row = row_at(at[2 + t], fused.size)
+    for n in range(weights.size):
+        if weights[n] > 0.0 and terms[n, 2] != 0:
+            row = row_at(addresses[terms[n, 0]], fused.size)
             _mark(row, F32(F64(row.max()) + math.log(plausibility)), marks)
             n_weighted += 1
     n_left = 0
@@ -278,10 +290,10 @@ def _restrict(at: Any, alphas: Any, plausibility: float, fused: Any, maxima: Any
 
 @jit
 def _pick(
-    draw: Any, at: Any, alphas: Any, recent: Any, bias_tokens: Any, biases: Any, fused: Any, maxima: Any, masses: Any,
-    candidates: Any, picked: Any, top_tokens: Any, top_logprobs: Any,
+    draw: Any, addresses: Any, terms: Any, weights: Any, recent: Any, bias_tokens: Any, biases: Any, fused: Any,
+    maxima: Any, masses: Any, candidates: Any, pick: Any, top_tokens: Any, top_logprobs: Any,
 ) -> None:  # fmt: skip
-    """A token from one fused row, which is used up; its logprob and the top ones are those before any change."""
+    """Choose a token from one fused row, which is overwritten. Logprobs are those before penalties and filters."""
     total = log_sum(maxima, masses)
     if draw["n_top"] > 0:
         n = _best(fused, maxima, draw["n_top"], candidates)
@@ -289,13 +301,13 @@ def _pick(
         for i in range(n):
             top_tokens[i] = _token(best[i])
             top_logprobs[i] = F64(fused[top_tokens[i]]) - total
-        picked["n_top"] = n
+        pick["n_top"] = n
     if draw["scored"] >= 0:
-        picked["token"] = draw["scored"]
-        picked["logprob"] = F64(fused[draw["scored"]]) - total
+        pick["token"] = draw["scored"]
+        pick["logprob"] = F64(fused[draw["scored"]]) - total
         return
     if draw["plausibility"] > 0.0:
-        _restrict(at, alphas, draw["plausibility"], fused, maxima, masses, candidates)
+        _keep_plausible(addresses, terms, weights, draw["plausibility"], fused, maxima, masses, candidates)
     recent = np.sort(recent)
     tokens, logits = np.empty(recent.size + biases.size, np.int64), np.empty(recent.size + biases.size, np.float64)
     n = _penalised(draw, recent, bias_tokens, biases, fused, tokens, logits)
@@ -304,7 +316,7 @@ def _pick(
     group = np.argmax(maxima)
     top = maxima[group]
     if top == -math.inf:
-        picked["token"] = -1
+        pick["token"] = -1
         return
     if draw["temperature"] == 0.0:
         token = group * GROUP
@@ -318,29 +330,33 @@ def _pick(
     for i in range(n):
         if tokens[i] == token:
             logit = logits[i]
-    picked["token"] = token
-    picked["logprob"] = logit - total
+    pick["token"] = token
+    pick["logprob"] = logit - total
 
 
 @jit
 def pick_rows(
-    at: Any, alphas: Any, draws: Any, recent: Any, bias_tokens: Any, biases: Any,
-    fused: Any, maxima: Any, masses: Any, candidates: Any, picked: Any, top_tokens: Any, top_logprobs: Any,
-    progress: Any, sync: Any,
+    addresses: Any, terms: Any, weights: Any, draws: Any, recent: Any, bias_tokens: Any, biases: Any,
+    fused: Any, maxima: Any, masses: Any, candidates: Any, picks: Any, top_tokens: Any, top_logprobs: Any,
+    progress: Any, counters: Any,
 ) -> None:  # fmt: skip
-    """Fuse each of K rows, choose a token from it, into `picked` (K,), and name the most likely ones (K, N).
+    """Fuse each of K rows, choose a token into picks (K,), and list the likeliest tokens (K, n_top).
 
-    at (K, 2 + T) or (K, 1): addresses of the rows of large, base, experts; alphas (K, T). candidates (threads, V).
-    fused (2 threads, V): first each thread's own, then those of the last rows, which are shared out by chunks as in
-    `search_rows`. progress (2 K): zeros; of each row groups fused, and those not all finite. sync: zeros; scratch
-    handed out, tasks taken, rows done.
+    Threads share the rows as in `search_rows`.
+
+    addresses: of the members' rows, (K, M)
+    terms, weights: what is summed, (N, 3), and with which weights, (K, N); see `fuse`
+    fused, maxima, masses: (2 · threads, …): first each thread's own row, then the last rows, which all threads share
+    candidates: int64 scratch (threads, V)
+    progress: zeros (2 K): the groups of each row that are fused, and those that are not all finite
+    counters: zeros: threads that have begun, tasks taken, rows done
     """
-    n_rows, n_groups, n_threads = at.shape[0], maxima.shape[1], candidates.shape[0]
+    n_rows, n_groups, n_threads = addresses.shape[0], maxima.shape[1], candidates.shape[0]
     n_chunks = (n_groups + GROUPS - 1) // GROUPS
     n_whole = (n_rows - 1) // n_threads * n_threads
-    own, keys = fetch_add(sync, 0, 1), np.empty(2, np.int32)
+    own, keys = fetch_add(counters, 0, 1), np.empty(2, np.int32)
     while True:
-        task = fetch_add(sync, 1, 1)
+        task = fetch_add(counters, 1, 1)
         if task < n_whole:
             k, first, last, slot = task, 0, n_groups, own
         elif task < n_whole + (n_rows - n_whole) * n_chunks:
@@ -348,23 +364,24 @@ def pick_rows(
             last, slot = min(first + GROUPS, n_groups), n_threads + k - n_whole
         else:
             break
-        n_unusual = fuse_groups(at[k], alphas[k], first, last, fused[slot], maxima[slot], masses[slot])
+        row, row_maxima, row_masses = fused[slot], maxima[slot], masses[slot]
+        n_unusual = fuse_groups(addresses[k], terms, weights[k], first, last, row, row_maxima, row_masses)
         fetch_add(progress, 2 * k + 1, n_unusual)
         if fetch_add(progress, 2 * k, last - first) + last - first < n_groups:
             continue
         draw, fault = draws[k], np.zeros(2, np.int64)
         if load(progress, 2 * k + 1):
-            fuse_carefully(at[k], alphas[k], fused[slot], candidates[own].view(np.float64), fault)
+            fuse_float64(addresses[k], terms, weights[k], row, candidates[own].view(np.float64), fault)
             for group in range(n_groups):
-                measure_group(fused[slot], group, maxima[slot], masses[slot], keys)
-        picked[k]["member"], picked[k]["fault"] = fault[0], fault[1]
+                measure_group(row, group, row_maxima, row_masses, keys)
+        picks[k]["member"], picks[k]["fault"] = fault[0], fault[1]
         if fault[1] == 0:
             start, bias = draw["recent"], draw["bias"]
             _pick(
-                draw, at[k], alphas[k], recent[start : start + draw["n_recent"]],
-                bias_tokens[bias : bias + draw["n_bias"]], biases[bias : bias + draw["n_bias"]], fused[slot],
-                maxima[slot], masses[slot], candidates[own], picked[k], top_tokens[k], top_logprobs[k],
+                draw, addresses[k], terms, weights[k], recent[start : start + draw["n_recent"]],
+                bias_tokens[bias : bias + draw["n_bias"]], biases[bias : bias + draw["n_bias"]], row,
+                row_maxima, row_masses, candidates[own], picks[k], top_tokens[k], top_logprobs[k],
             )  # fmt: skip
-        fetch_add(sync, 2, 1)
-    while load(sync, 2) < n_rows:
+        fetch_add(counters, 2, 1)
+    while load(counters, 2) < n_rows:
         pass

@@ -1,9 +1,9 @@
-"""The search for (expert, α) of many rows: the sums of their chunks, J on the grid, its first minimum.
+"""The search for (expert, α) of many rows: sums over chunks of the vocabulary, J on the grid, its first minimum.
 
-Several threads may run `search_rows` on the same arguments. Each takes the next free row, so that no thread waits for
-another; of the last rows, as many as there are threads, the next free chunk, and the one to finish the last chunk of a
-row goes on with what follows from all of them. A chunk's sums do not depend on who computed it, so results are the same
-for any number of threads.
+Several threads may run `search_rows` on the same arguments. Each takes the next free row, so no thread waits for
+another. The last rows, as many as there are threads, are shared by chunks; the thread that finishes the last chunk of
+a row goes on with the steps that need all of them. A chunk's sums do not depend on the thread that computed them, so
+the results are the same for any number of threads.
 """
 
 from __future__ import annotations
@@ -14,89 +14,97 @@ from typing import Any
 import numpy as np
 
 from .sums import set_shifts, sum_chunk
-from .vector import HAS_NEG_INF, OK, condition, extremes, fetch_add, jit, load, order_key, row_at
+from .vector import HAS_NEG_INF, OK, extremes, fetch_add, jit, load, order_key, row_at, row_condition
 
 CHUNK = 2048
 """Tokens that a thread takes at a time."""
 ROUNDING = 2e-7
-"""Error of a KL by float32 terms, in nats, relative to 1 + α (|Λ'(α)| + |Λ'(0)|) + targets."""
+"""Error of a KL by float32 terms, in nats, relative to 1 + α (|Λ'(α)| + |Λ'(0)|) + the largest target."""
 NOISE = 3e-7
-"""Targets up to this, in nats, are rounding: the expert is the base, and α = 0."""
-SURE, VALUE, PLACE, ALL = range(4)
-"""What float32 sums leave in doubt: nothing; the value of J; whether another pair is lower; all, for they cannot do."""
-FOUND = np.dtype(
-    [(name, np.int64) for name in ("expert", "grid", "doubt", "member", "fault")]
+"""Targets up to this many nats are rounding: the expert equals the base, and α = 0."""
+NOTHING, OBJECTIVE, PAIR, ALL = range(4)
+"""What has to be computed again in float64: nothing, J at the minimum, the minimum itself, or every sum."""
+CHOICE = np.dtype(
+    [(name, np.int64) for name in ("expert", "grid_index", "recompute", "member", "fault")]
     + [(name, np.float64) for name in ("alpha", "objective", "kl_forward", "kl_reverse")]
     + [(name, np.float64) for name in ("target_forward", "target_reverse")]
 )
-"""What the search found; fault: what is wrong with the logits of `member`, else 0."""
+"""Result of one search. fault: the condition that makes the logits of `member` unusable, or 0."""
 
 
 @jit
-def _heads(at: Any, n_vocab: int, keys: Any, heads: Any, codes: Any) -> None:
-    """Of one row: what each member holds, into `codes` (2 + T,); where all is finite the constants of the sums, into
-    `heads` (T, 10): maxima of large, base, expert; index of the mode; shifts of δ that are 0 at the mode; those for the
-    targets."""
-    n_members = at.size
+def _set_constants(addresses: Any, n_vocab: int, keys: Any, constants: Any, conditions: Any) -> None:
+    """Set the conditions (2 + T,) of one row's members and, where all logits are finite, the constants of the sums.
+
+    constants (T, 10): maxima of large, base, expert; index of the large model's most likely token, the mode; shifts by
+    which δ is 0 at the mode, for the sums over P̃; shifts by which δ rounds least, for the targets.
+    """
+    n_members = addresses.size
     keys_of_tops = np.empty(n_members, np.int32)
     for member in range(n_members):
         highest = keys[member, :, 0].max()
-        codes[member] = condition(highest, keys[member, :, 1].min())
+        conditions[member] = row_condition(highest, keys[member, :, 1].min())
         keys_of_tops[member] = order_key(highest)
-    if codes.max() != OK:
+    if conditions.max() != OK:
         return
     tops = keys_of_tops.view(np.float32)
-    large, base = row_at(at[0], n_vocab), row_at(at[1], n_vocab)
+    large, base = row_at(addresses[0], n_vocab), row_at(addresses[1], n_vocab)
     mode = np.argmax(keys[0, :, 0]) * CHUNK
     while large[mode] < tops[0]:
         mode += 1
     for t in range(n_members - 2):
-        expert, head = row_at(at[2 + t], n_vocab), heads[t]
-        head[0], head[1], head[2], head[3] = tops[0], tops[1], tops[2 + t], mode
-        set_shifts(base[mode], expert[mode], head[4:])
-        set_shifts(head[1], head[2], head[7:])
-        if abs(head[9] - head[6]) < 2.0 and head[4] == head[5] == head[7] == head[8] == 0.0:
-            head[7:] = head[4:7]  # near enough to share
+        expert, c = row_at(addresses[2 + t], n_vocab), constants[t]
+        c[0], c[1], c[2], c[3] = tops[0], tops[1], tops[2 + t], mode
+        set_shifts(base[mode], expert[mode], c[4:])
+        set_shifts(c[1], c[2], c[7:])
+        if abs(c[9] - c[6]) < 2.0 and c[4] == c[5] == c[7] == c[8] == 0.0:
+            c[7:] = c[4:7]  # near enough to share
 
 
 @jit
-def _curve(sums: Any, head: Any, curve: Any, targets: Any) -> Any:
-    """Λ, Λ', Λ'' into `curve` (G, 3), the first two up to a constant of d, the last only where G ≤ 2; a and b into
-    `targets` (2,). False: not usable."""
-    n_grid = curve.shape[0]
+def _set_cumulants(sums: Any, constants: Any, cumulants: Any, targets: Any) -> Any:
+    """Λ, Λ', Λ'' of one expert into cumulants (G, 3), and a, b into targets (2,). Returns False if they are unusable.
+
+    Λ and Λ' are those of δ, which differs from d by a constant. Λ'' is set only where G ≤ 2.
+    """
+    n_grid = cumulants.shape[0]
     total = sums[0].copy()
     for chunk in range(1, sums.shape[0]):
         total += sums[chunk]
     for k in range(n_grid):
-        curve[k, 0] = math.log(total[k, 0] / total[0, 0])
-        curve[k, 1] = total[k, 1] / total[k, 0]
-        curve[k, 2] = total[k, 2] / total[k, 0] - curve[k, 1] ** 2
-    base_sum, expert_sum = total[n_grid, 0], total[n_grid + 1, 0]
-    gap = head[2] - head[8] - (head[1] - head[7]) - head[9] + math.log(expert_sum / base_sum)  # δ − d
+        cumulants[k, 0] = math.log(total[k, 0] / total[0, 0])
+        cumulants[k, 1] = total[k, 1] / total[k, 0]
+        cumulants[k, 2] = total[k, 2] / total[k, 0] - cumulants[k, 1] ** 2
+    base_sum, expert_sum, c = total[n_grid, 0], total[n_grid + 1, 0], constants
+    gap = c[2] - c[8] - (c[1] - c[7]) - c[9] + math.log(expert_sum / base_sum)  # δ − d
     targets[0] = max(0.0, total[n_grid + 1, 1] / expert_sum - gap)
     targets[1] = max(0.0, gap - total[n_grid, 1] / base_sum)
-    finite = math.isfinite(curve[:, :2].sum() + targets.sum())
-    return finite and total[n_grid + 2, 0] == 0.0
+    is_finite = math.isfinite(cumulants[:, :2].sum() + targets.sum())
+    return is_finite and total[n_grid + 2, 0] == 0.0
 
 
 @jit
-def describe(alpha: float, here: Any, start: Any, targets: Any, found: Any) -> None:
-    """J and its parts into `found` (1,), from Λ, Λ' at α (`here`) and at 0 (`start`) and all targets (T, 2)."""
+def describe(alpha: float, here: Any, start: Any, targets: Any, choice: Any) -> None:
+    """Set J(α) = Σ_t [(KL(P̃‖P) − a_t)² + (KL(P‖P̃) − b_t)²] and its parts in choice (1,).
+
+    here, start: Λ, Λ' at α and at 0
+    targets: a_t, b_t of every expert, (T, 2)
+    """
     forward, reverse = max(0.0, alpha * here[1] - here[0]), max(0.0, here[0] - alpha * start[1])
     objective = 0.0
     for t in range(targets.shape[0]):
         objective += (forward - targets[t, 0]) ** 2 + (reverse - targets[t, 1]) ** 2
-    found[0]["alpha"], found[0]["objective"] = alpha, objective
-    found[0]["kl_forward"], found[0]["kl_reverse"] = forward, reverse
-    found[0]["target_forward"], found[0]["target_reverse"] = targets[:, 0].mean(), targets[:, 1].mean()
+    choice[0]["alpha"], choice[0]["objective"] = alpha, objective
+    choice[0]["kl_forward"], choice[0]["kl_reverse"] = forward, reverse
+    choice[0]["target_forward"], choice[0]["target_reverse"] = targets[:, 0].mean(), targets[:, 1].mean()
 
 
 @jit
-def _first_minimum(curves: Any, targets: Any, alphas: Any) -> Any:
-    """The (expert, grid index) with the first strict minimum of J for one row, and what is in doubt of it."""
-    n_experts, n_grid = curves.shape[0], curves.shape[1]
+def _first_minimum(cumulants: Any, targets: Any, alphas: Any) -> Any:
+    """The expert and the grid index of the first strict minimum of J for one row, and what float32 leaves open."""
+    n_experts, n_grid = cumulants.shape[0], cumulants.shape[1]
     if targets.max() <= NOISE:
-        return 0, 0, SURE
+        return 0, 0, NOTHING
     forward_mean, reverse_mean = targets[:, 0].mean(), targets[:, 1].mean()
     spread = 0.0
     for t in range(n_experts):
@@ -105,66 +113,70 @@ def _first_minimum(curves: Any, targets: Any, alphas: Any) -> Any:
     best_expert, best = 0, 0
     for t in range(n_experts):
         for k in range(n_grid):
-            forward = max(0.0, alphas[k] * curves[t, k, 1] - curves[t, k, 0])
-            reverse = max(0.0, curves[t, k, 0] - alphas[k] * curves[t, 0, 1])
+            forward = max(0.0, alphas[k] * cumulants[t, k, 1] - cumulants[t, k, 0])
+            reverse = max(0.0, cumulants[t, k, 0] - alphas[k] * cumulants[t, 0, 1])
             x, y = forward - forward_mean, reverse - reverse_mean
             objectives[t, k] = n_experts * (x * x + y * y) + spread
-            size = 1.0 + alphas[k] * (abs(curves[t, k, 1]) + abs(curves[t, 0, 1])) + targets.max()
+            size = 1.0 + alphas[k] * (abs(cumulants[t, k, 1]) + abs(cumulants[t, 0, 1])) + targets.max()
             errors[t, k] = 2 * n_experts * (abs(x) + abs(y)) * ROUNDING * size
             if objectives[t, k] < objectives[best_expert, best]:
                 best_expert, best = t, k
     lowest = objectives[best_expert, best]
     tolerance = 1e-4 * lowest + 1e-9
-    doubt = VALUE if errors[best_expert, best] > tolerance else SURE
+    recompute = OBJECTIVE if errors[best_expert, best] > tolerance else NOTHING
     for t in range(n_experts):
         for k in range(n_grid):
             error = errors[t, k] + errors[best_expert, best]
-            other = (t != best_expert or k != best) and (k > 0 or best > 0)
-            if other and error > tolerance and objectives[t, k] - lowest < error:
-                doubt = PLACE
-    return best_expert, best, doubt
+            is_other = (t != best_expert or k != best) and (k > 0 or best > 0)
+            if is_other and error > tolerance and objectives[t, k] - lowest < error:
+                recompute = PAIR
+    return best_expert, best, recompute
 
 
 @jit
-def choose(curves: Any, targets: Any, alphas: Any, found: Any) -> None:
-    """The choice for one row into `found` (1,); curves (T, G, 3), targets (T, 2)."""
-    expert, grid, doubt = _first_minimum(curves, targets, alphas)
-    found[0]["expert"], found[0]["grid"], found[0]["doubt"] = expert, grid, doubt
-    describe(alphas[grid], curves[expert, grid], curves[expert, 0], targets, found)
+def choose(cumulants: Any, targets: Any, alphas: Any, choice: Any) -> None:
+    """Set choice (1,) for one row, from cumulants (T, G, 3) and targets (T, 2)."""
+    expert, k, recompute = _first_minimum(cumulants, targets, alphas)
+    choice[0]["expert"], choice[0]["grid_index"], choice[0]["recompute"] = expert, k, recompute
+    describe(alphas[k], cumulants[expert, k], cumulants[expert, 0], targets, choice)
 
 
 @jit
-def _finish(codes: Any, sums: Any, heads: Any, alphas: Any, curves: Any, targets: Any, found: Any) -> Any:
-    """Of one row: curves (T, G, 3), targets (T, 2), and the choice or what stands against it into `found` (1,). How
-    many rows float32 cannot do."""
-    found[0]["fault"], found[0]["doubt"] = 0, SURE
-    for member in range(codes.size):
-        if codes[member] > HAS_NEG_INF:
-            found[0]["member"], found[0]["fault"] = member, codes[member]
+def _finish_row(
+    conditions: Any, sums: Any, constants: Any, alphas: Any, cumulants: Any, targets: Any, choice: Any
+) -> Any:
+    """Set cumulants, targets and choice (1,) of one row from its sums. Returns 1 where float32 cannot, else 0."""
+    choice[0]["fault"], choice[0]["recompute"] = 0, NOTHING
+    for member in range(conditions.size):
+        if conditions[member] > HAS_NEG_INF:
+            choice[0]["member"], choice[0]["fault"] = member, conditions[member]
             return 0
-    for t in range(curves.shape[0]):
-        if codes.max() != OK or not _curve(sums[t], heads[t], curves[t], targets[t]):
-            found[0]["doubt"] = ALL
+    for t in range(cumulants.shape[0]):
+        if conditions.max() != OK or not _set_cumulants(sums[t], constants[t], cumulants[t], targets[t]):
+            choice[0]["recompute"] = ALL
             return 1
-    choose(curves, targets, alphas, found)
+    choose(cumulants, targets, alphas, choice)
     return 0
 
 
 @jit
 def search_rows(
-    at: Any, n_vocab: int, alphas: Any, keys: Any, heads: Any, codes: Any, sums: Any,
-    curves: Any, targets: Any, found: Any, scratch: Any, progress: Any, sync: Any,
+    addresses: Any, n_vocab: int, alphas: Any, keys: Any, constants: Any, conditions: Any, sums: Any,
+    cumulants: Any, targets: Any, choices: Any, scratch: Any, progress: Any, counters: Any,
 ) -> None:  # fmt: skip
-    """The choices of K rows, `found` (K,), with the curves (K, T, G, 3) and targets (K, T, 2) of T experts.
+    """Search α for K rows: set choices (K,), cumulants (K, T, G, 3) and targets (K, T, 2).
 
-    at (K, 2 + T): addresses of the rows of large, base and experts. progress (2 K): zeros; chunks of each row read, and
-    summed. sync: zeros; scratch handed out, tasks taken, rows done, rows in doubt of all.
+    addresses: of the rows of large, base and experts, (K, 2 + T)
+    keys, constants, conditions, sums: scratch, see `AlphaSearch`
+    scratch: float32 (threads, 3, BLOCK)
+    progress: zeros (2 K): chunks of each row whose maxima are known, and chunks that are summed
+    counters: zeros: threads that have begun, tasks taken, rows done, rows that float32 cannot do
     """
     n_rows, n_experts, n_chunks, n_threads = sums.shape[0], sums.shape[1], sums.shape[2], scratch.shape[0]
     n_whole, n_parts = (n_rows - 1) // n_threads * n_threads, n_chunks * (1 + n_experts)
-    own = scratch[fetch_add(sync, 0, 1)]
+    own = scratch[fetch_add(counters, 0, 1)]
     while True:
-        task = fetch_add(sync, 1, 1)
+        task = fetch_add(counters, 1, 1)
         if task < n_whole:
             k, first, last = task, 0, n_parts
         elif task < n_whole + (n_rows - n_whole) * n_parts:
@@ -172,27 +184,28 @@ def search_rows(
             last = first + 1
         else:
             break
+        row = addresses[k]
         for part in range(first, last):
             t, chunk = part // n_chunks - 1, part % n_chunks
-            start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, n_vocab)
+            start, size = chunk * CHUNK, min(CHUNK, n_vocab - chunk * CHUNK)
             if t < 0:
                 for member in range(2 + n_experts):
-                    row = row_at(at[k, member] + 4 * start, stop - start)
-                    extremes(row.view(np.int32), keys[k, member, chunk])
+                    extremes(row_at(row[member] + 4 * start, size).view(np.int32), keys[k, member, chunk])
                 if fetch_add(progress, 2 * k, 1) == n_chunks - 1:
-                    _heads(at[k], n_vocab, keys[k], heads[k], codes[k])
+                    _set_constants(row, n_vocab, keys[k], constants[k], conditions[k])
                     fetch_add(progress, 2 * k, 1)
                 continue
-            while load(progress, 2 * k) <= n_chunks:  # others are reading the last chunks of this row
+            while load(progress, 2 * k) <= n_chunks:  # other threads read the last chunks of this row
                 pass
-            if codes[k].max() == OK:
+            if conditions[k].max() == OK:
                 sum_chunk(
-                    row_at(at[k, 0] + 4 * start, stop - start), row_at(at[k, 1] + 4 * start, stop - start),
-                    row_at(at[k, 2 + t] + 4 * start, stop - start), start, heads[k, t], alphas, own, sums[k, t, chunk],
+                    row_at(row[0] + 4 * start, size), row_at(row[1] + 4 * start, size),
+                    row_at(row[2 + t] + 4 * start, size), start, constants[k, t], alphas, own, sums[k, t, chunk],
                 )  # fmt: skip
             if fetch_add(progress, 2 * k + 1, 1) == n_chunks * n_experts - 1:
-                n_odd = _finish(codes[k], sums[k], heads[k], alphas, curves[k], targets[k], found[k : k + 1])
-                fetch_add(sync, 3, n_odd)
-                fetch_add(sync, 2, 1)
-    while load(sync, 2) < n_rows:
+                choice = choices[k : k + 1]
+                n_failed = _finish_row(conditions[k], sums[k], constants[k], alphas, cumulants[k], targets[k], choice)
+                fetch_add(counters, 3, n_failed)
+                fetch_add(counters, 2, 1)
+    while load(counters, 2) < n_rows:
         pass

@@ -1,4 +1,4 @@
-"""One expert's sums over a chunk of the vocabulary, for every α in one pass.
+"""Sums over a chunk of the vocabulary for one expert, at every α of the grid in one pass.
 
 For one expert P̃(α) ∝ P·exp(α d) is an exponential family in α, so one pass over the vocabulary gives every grid value.
 With l = log P + const and δ = d + const, both constants chosen so that the large model's first most likely token (the
@@ -16,19 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from .vector import F32, F64, exp, expm1, jit, jit_sum, wide
+from .vector import F32, F64, exp, expm1, jit, jit_sum, use_wide_vectors
 
 BLOCK = 1024
-"""Tokens per pass over the scratch; its three float32 arrays fit a first-level cache."""
+"""Tokens handled at a time, so that three float32 arrays of scratch fit the first-level cache."""
 CHAIN = 30
-"""Grid points reached by multiplication before the weights are computed afresh."""
+"""Grid points reached by multiplication before the weights are computed anew from exponentials."""
 LOWEST, HIGHEST = np.float32(-80.0), np.float32(80.0)
-"""Exponents between which float32 weights neither underflow nor overflow."""
+"""Between these exponents a float32 weight neither underflows nor overflows."""
 
 
 @jit
 def _deltas(base: Any, expert: Any, shifts: Any, delta: Any) -> None:
-    wide()
+    """δ = (expert − expert shift) − (base − base shift) − offset, into delta (N,). shifts: these three numbers."""
+    use_wide_vectors()
     base_shift, expert_shift, offset = F32(shifts[0]), F32(shifts[1]), F32(shifts[2])
     for i in range(base.size):
         delta[i] = ((expert[i] - expert_shift) - (base[i] - base_shift)) - offset
@@ -36,25 +37,26 @@ def _deltas(base: Any, expert: Any, shifts: Any, delta: Any) -> None:
 
 @jit
 def set_shifts(base: Any, expert: Any, shifts: Any) -> None:
-    """Shifts of base and expert, and offset, by which `_deltas` is 0 at these two logits and rounds least near them."""
+    """Choose the shifts (3,) so that `_deltas` gives 0 at these two logits and rounds least near them."""
     difference = F64(expert) - F64(base)
     if abs(difference) < 16.0:
         shifts[0], shifts[1], shifts[2] = 0.0, 0.0, F32(difference)
-    else:  # the members' scales differ, so that expert − base would round
+    else:  # expert − base would round, for the members' scales differ
         shifts[0], shifts[1], shifts[2] = base, expert, 0.0
 
 
 @jit
-def _weights(large: Any, head: Any, alpha: Any, delta: Any, w: Any) -> None:
-    top, factor = F32(head[0]), F32(alpha)
+def _weights(large: Any, constants: Any, alpha: Any, delta: Any, w: Any) -> None:
+    """Weights w = exp(large − its maximum + α δ), (N,)."""
+    top, factor = F32(constants[0]), F32(alpha)
     for i in range(large.size):
         w[i] = exp((large[i] - top) + factor * delta[i])
 
 
 @jit
-def _first_weights(large: Any, head: Any, alpha_max: Any, delta: Any, w: Any) -> Any:
-    """Weights at α = 0. Returns how many exponents are too low, and too high or NaN, for a chain to `alpha_max`."""
-    top, factor = F32(head[0]), F32(alpha_max)
+def _first_weights(large: Any, constants: Any, alpha_max: Any, delta: Any, w: Any) -> Any:
+    """Weights at α = 0. Returns how many exponents lie below LOWEST, and how many above HIGHEST or NaN, up to α_max."""
+    top, factor = F32(constants[0]), F32(alpha_max)
     low = np.int32(0)
     high = np.int32(0)
     for i in range(large.size):
@@ -68,6 +70,7 @@ def _first_weights(large: Any, head: Any, alpha_max: Any, delta: Any, w: Any) ->
 
 @jit
 def _steps(step: Any, delta: Any, u: Any) -> None:
+    """Relative growth u = exp(step · δ) − 1 of the weights from one grid point to the next."""
     factor = F32(step)
     for i in range(u.size):
         u[i] = expm1(factor * delta[i])
@@ -75,7 +78,7 @@ def _steps(step: Any, delta: Any, u: Any) -> None:
 
 @jit_sum
 def _sum_softmax(row: Any, top: Any, delta: Any, out: Any, k: int) -> None:
-    """Add Σ exp(row − top) and Σ exp(row − top)·δ to out[k]."""
+    """Add Σ exp(row − top) and Σ exp(row − top) δ to out[k]."""
     shift = F32(top)
     s = F32(0)
     t = F32(0)
@@ -90,7 +93,7 @@ def _sum_softmax(row: Any, top: Any, delta: Any, out: Any, k: int) -> None:
 @jit_sum
 def _sum_weights(w: Any, delta: Any, out: Any, k: int) -> None:
     """Add Σ w, Σ w δ and Σ w δ² to out[k]."""
-    wide()
+    use_wide_vectors()
     s = F32(0)
     t = F32(0)
     v = F32(0)
@@ -105,8 +108,8 @@ def _sum_weights(w: Any, delta: Any, out: Any, k: int) -> None:
 
 @jit_sum
 def _sum_five(w: Any, u: Any, delta: Any, out: Any, k: int) -> None:
-    """Advance the weights by five grid points, w += w·u each, and add Σ w and Σ w δ of each to out[k], out[k + 1], …"""
-    wide()
+    """Advance the weights by five grid points, w += w u each time. Add the Σ w and Σ w δ to out[k], out[k + 1], …"""
+    use_wide_vectors()
     s0 = s1 = s2 = s3 = s4 = F32(0)
     t0 = t1 = t2 = t3 = t4 = F32(0)
     for i in range(w.size):
@@ -135,10 +138,18 @@ def _sum_five(w: Any, u: Any, delta: Any, out: Any, k: int) -> None:
 
 
 @jit
-def sum_chunk(large: Any, base: Any, expert: Any, start: int, head: Any, alphas: Any, scratch: Any, out: Any) -> None:
-    """Sums of one chunk from token `start` on: out[k] = Σ w, Σ w δ at alphas[k], then Σ, Σ δ of base and of expert.
+def sum_chunk(
+    large: Any, base: Any, expert: Any, start: int, constants: Any, alphas: Any, scratch: Any, out: Any
+) -> None:
+    """Sums of one chunk into out (G + 3, 3), float64.
 
-    The last row counts tokens beyond float32's range, which void the rest.
+    Row k holds Σ w, Σ w δ and, where it was computed, Σ w δ² at alphas[k]. Rows G and G + 1 hold Σ q and Σ q δ of base
+    and expert. Row G + 2 counts tokens beyond float32's range; the sums are void unless it is 0.
+
+    large, base, expert: the chunk's logits, float32
+    start: the chunk's first token
+    constants: of this row and expert, (10,), from `search._set_constants`
+    scratch: float32 (3, BLOCK)
     """
     n_grid = alphas.size
     out[:] = 0.0
@@ -149,13 +160,13 @@ def sum_chunk(large: Any, base: Any, expert: Any, start: int, head: Any, alphas:
         if size < BLOCK:
             w, u, delta = w[:size], u[:size], delta[:size]
         x, b, e = large[first:stop], base[first:stop], expert[first:stop]
-        mode = int(head[3]) - start - first
-        _deltas(b, e, head[7:], delta)
-        _sum_softmax(b, head[1], delta, out, n_grid)
-        _sum_softmax(e, head[2], delta, out, n_grid + 1)
-        if head[4] != head[7] or head[5] != head[8] or head[6] != head[9]:
-            _deltas(b, e, head[4:], delta)
-        low, high = _first_weights(x, head, alphas[n_grid - 1], delta, w)
+        mode = int(constants[3]) - start - first
+        _deltas(b, e, constants[7:], delta)
+        _sum_softmax(b, constants[1], delta, out, n_grid)
+        _sum_softmax(e, constants[2], delta, out, n_grid + 1)
+        if constants[4] != constants[7] or constants[5] != constants[8] or constants[6] != constants[9]:
+            _deltas(b, e, constants[4:], delta)
+        low, high = _first_weights(x, constants, alphas[n_grid - 1], delta, w)
         out[n_grid + 2, 0] += high
         if not low:
             _steps(alphas[1] - alphas[0], delta, u)
@@ -163,7 +174,7 @@ def sum_chunk(large: Any, base: Any, expert: Any, start: int, head: Any, alphas:
         while k < n_grid:
             if low or k % CHAIN == 0:
                 if k:
-                    _weights(x, head, alphas[k], delta, w)
+                    _weights(x, constants, alphas[k], delta, w)
                 if 0 <= mode < size:
                     w[mode] = 0.0
                 _sum_weights(w, delta, out, k)

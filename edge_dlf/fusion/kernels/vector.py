@@ -1,4 +1,4 @@
-"""What the kernels stand on: exponentials that vectorise, maxima by integers, rows by address, atomic counters."""
+"""Building blocks of the kernels: vectorised exponentials, integer maxima, rows by address, atomic counters."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from numba import carray, config, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
 KEY_INF, KEY_NEG_INF = 0x7F800000, -0x7F800001
-"""`order_key` of +inf and −inf; NaNs lie outside of these."""
+"""`order_key` of +inf and −inf. The keys of NaNs lie outside this range."""
 OK, HAS_NEG_INF, HAS_NAN, HAS_INF, NONE_FINITE = range(5)
-"""What a row of logits holds; the last three are errors."""
+"""Conditions of a row of logits. The last three are errors."""
 F32, F64 = np.float32, np.float64
 
 _POLYNOMIAL = (
@@ -25,32 +25,33 @@ _POLYNOMIAL = (
     0.16666515171527863,
     0.4999999403953552,
 )
-"""Of (exp(r) − 1 − r) / r² for |r| ≤ ln(2) / 2, highest power first; least largest relative error of exp, 5e-9."""
+"""Coefficients of (exp(r) − 1 − r) / r² for |r| ≤ ln(2) / 2, highest power first. They minimise the largest relative
+error of exp, which is 5e-9."""
 _POLYNOMIAL_64 = tuple(1.0 / math.factorial(k) for k in range(13, 1, -1))
-"""The same by Taylor, for float64."""
+"""Taylor coefficients of the same function, for float64."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def jit(function: _Function) -> _Function:
-    """Compile on first use; kept on disk until the file of the function changes, so touch those of its callers too."""
+    """Compile on first use and cache on disk until the function's file changes; touch the files of its callers too."""
     return cast(_Function, njit(cache=True, nogil=True, error_model="numpy")(function))
 
 
 def jit_sum(function: _Function) -> _Function:
-    """As `jit`, with sums in any order. No flag that would let NaN or inf vanish."""
+    """Compile as `jit` does, and let sums be added in any order. No flag lets NaN or inf vanish."""
     flags = {"reassoc", "contract", "nsz"}
     return cast(_Function, njit(cache=True, nogil=True, error_model="numpy", fastmath=flags)(function))
 
 
 def _prefer_wide_vectors(function: Any) -> None:
-    """Let LLVM use 512-bit vectors where the CPU has them; by itself it stops at 256. A third faster here."""
+    """Let LLVM use 512-bit vectors where the CPU has them. By default it stops at 256 bits, a third slower here."""
     if isinstance(function.attributes, set):
         set.add(function.attributes, '"prefer-vector-width"="512"')  # its own `add` knows no such string attributes
 
 
 def _exponential(bits: int, minus_one: bool) -> Any:
-    """exp(x), or exp(x) − 1, in float32 or float64, as IR that the loop vectoriser takes; x is clamped from below."""
+    """LLVM IR of exp(x), or of exp(x) − 1, that the loop vectoriser accepts. x is clamped from below."""
     mantissa, lowest, polynomial = (23, -87.0, _POLYNOMIAL) if bits == 32 else (52, -708.0, _POLYNOMIAL_64)
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -146,35 +147,28 @@ _compiled = not vars(config)["DISABLE_JIT"]
 exp: Any = intrinsic(_exponential(32, minus_one=False)) if _compiled else _plain_exp
 expm1: Any = intrinsic(_exponential(32, minus_one=True)) if _compiled else _plain_expm1
 exp64: Any = intrinsic(_exponential(64, minus_one=False)) if _compiled else _plain_exp64
-wide: Any = intrinsic(_wide_typing) if _compiled else _plain_wide
+use_wide_vectors: Any = intrinsic(_wide_typing) if _compiled else _plain_wide
 fetch_add: Any = intrinsic(_fetch_add_typing) if _compiled else _plain_fetch_add
 load: Any = intrinsic(_load_typing) if _compiled else _plain_load
 _pointer: Any = intrinsic(_pointer_typing) if _compiled else _plain_pointer
 
 
 @jit
-def address(array: Any) -> Any:
-    """Where an array lies; five times quicker than to ask NumPy."""
-    return array.ctypes.data
-
-
-@jit
 def row_at(address: Any, size: int) -> Any:
-    """A row of float32 by its address: kernels take any number of members, and no list of arrays without a compilation
-    for each length."""
+    """The float32 row (size,) at a memory address. A list of arrays would be compiled anew for each length."""
     return carray(_pointer(address), size)
 
 
 @jit
 def order_key(bits: Any) -> Any:
-    """The bits of a float32 as an integer of the same order; its own inverse."""
+    """An int32 that orders like the float32 of these bits. The function is its own inverse."""
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
 @jit
 def extremes(bits: Any, out: Any) -> None:
-    """Largest and smallest `order_key` of a row given as int32 bits. Integers, because these reductions vectorise."""
-    wide()
+    """Largest and smallest `order_key` of a row given as int32 bits, into out (2,). Integer maxima vectorise."""
+    use_wide_vectors()
     high = np.int32(-0x80000000)
     low = np.int32(0x7FFFFFFF)
     for i in range(bits.size):
@@ -186,8 +180,8 @@ def extremes(bits: Any, out: Any) -> None:
 
 
 @jit
-def condition(high: Any, low: Any) -> Any:
-    """What a row holds, by its extreme keys."""
+def row_condition(high: Any, low: Any) -> Any:
+    """Condition of a row with this largest and smallest key."""
     if high > KEY_INF or low < KEY_NEG_INF:
         return HAS_NAN
     if high == KEY_INF:

@@ -1,10 +1,10 @@
-"""Drafts by quotation."""
+"""Drafts by prompt lookup."""
 
 from __future__ import annotations
 
 import pytest
 
-from edge_dlf.engine.draft import quote
+from edge_dlf.engine.prompt_lookup import lookup
 
 END = 99
 
@@ -26,13 +26,13 @@ END = 99
     ],
 )
 def test_what_followed_the_last_time(tokens: list[int], n_draft: int, expected: list[int]) -> None:
-    guesses, probabilities = quote(tokens, n_draft, END.__eq__)
+    guesses, probabilities = lookup(tokens, n_draft, END.__eq__)
     assert guesses == expected
     assert len(probabilities) == len(expected)
 
 
 def test_a_longer_match_is_likelier_to_go_on() -> None:
     texts = [9, 2, 3, 4, 5, 8, 2, 3, 4], [1, 2, 3, 4, 5, 1, 2, 3, 4]
-    short, long = (quote(tokens, 2, END.__eq__)[1] for tokens in texts)
+    short, long = (lookup(tokens, 2, END.__eq__)[1] for tokens in texts)
     assert short == [1 - 1 / 3, 1 - 1 / 4]
     assert long == [1 - 1 / 4, 1 - 1 / 5]

@@ -1,4 +1,4 @@
-"""The search's sums in float64: for −inf, differences beyond float32, and choices that float32 leaves in doubt."""
+"""The search's sums in float64, for rows with −inf, for differences that overflow float32, and for near ties."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from .vector import F64, exp64, jit, jit_sum, row_at, wide
+from .vector import F64, exp64, jit, jit_sum, row_at, use_wide_vectors
 
 
 @jit
 def _top(x: Any) -> Any:
-    """Largest element of a float64 array without NaN, by integers of the same order, which vectorise."""
-    wide()
+    """Largest element of a float64 array (N,) without NaN. Integers of the same order vectorise."""
+    use_wide_vectors()
     bits = x.view(np.int64)
     best = np.int64(-0x8000000000000000)
     for i in range(bits.size):
@@ -25,7 +25,8 @@ def _top(x: Any) -> Any:
 
 
 @jit_sum
-def _sum64(x: Any, top: float) -> Any:
+def _sum_exp(x: Any, top: float) -> Any:
+    """Σ exp(x − top)."""
     s = 0.0
     for i in range(x.size):
         s += exp64(x[i] - top)
@@ -33,7 +34,8 @@ def _sum64(x: Any, top: float) -> Any:
 
 
 @jit_sum
-def _moments64(x: Any, top: float, d: Any) -> Any:
+def _moments(x: Any, top: float, d: Any) -> Any:
+    """Σ w, and the means of d and d² under w = exp(x − top)."""
     s = 0.0
     t = 0.0
     v = 0.0
@@ -46,13 +48,17 @@ def _moments64(x: Any, top: float, d: Any) -> Any:
 
 
 @jit
-def careful_curve(at: Any, alphas: Any, curve: Any, targets: Any, scratch: Any) -> None:
-    """As `search_rows` for one row of one expert, at any range and with the rules for −inf.
+def cumulants_float64(addresses: Any, alphas: Any, cumulants: Any, targets: Any, scratch: Any) -> None:
+    """Λ, Λ', Λ'' of one row and one expert into cumulants (G, 3), and a = KL(Q_t‖Q), b = KL(Q‖Q_t) into targets (2,).
 
-    at (3,): addresses of the rows of large, base and expert. alphas[0] = 0; scratch (3, V).
+    A token that base or expert gives −inf has d = 0 and is left out of Q and Q_t.
+
+    addresses: of the rows of large, base and expert, (3,)
+    alphas: the grid (G,), whose first value is 0
+    scratch: float64 (3, V)
     """
     log_p, d, x = scratch[0], scratch[1], scratch[2]
-    large, base, expert = row_at(at[0], x.size), row_at(at[1], x.size), row_at(at[2], x.size)
+    large, base, expert = row_at(addresses[0], x.size), row_at(addresses[1], x.size), row_at(addresses[2], x.size)
     for i in range(large.size):
         both = base[i] > -math.inf and expert[i] > -math.inf
         x[i] = F64(base[i]) if both else -math.inf
@@ -62,21 +68,21 @@ def careful_curve(at: Any, alphas: Any, curve: Any, targets: Any, scratch: Any) 
     base_top, expert_top = _top(x), _top(d)
     targets[:] = 0.0
     if base_top > -math.inf:
-        base_log, expert_log = math.log(_sum64(x, base_top)), math.log(_sum64(d, expert_top))
+        base_log, expert_log = math.log(_sum_exp(x, base_top)), math.log(_sum_exp(d, expert_top))
         for i in range(large.size):
             d[i] = (d[i] - expert_top) - (x[i] - base_top) - (expert_log - base_log) if x[i] > -math.inf else 0.0
-        targets[1] = max(0.0, -_moments64(x, base_top, d)[1])
+        targets[1] = max(0.0, -_moments(x, base_top, d)[1])
         for i in range(large.size):
             x[i] = F64(expert[i]) if x[i] > -math.inf else -math.inf
-        targets[0] = max(0.0, _moments64(x, expert_top, d)[1])
+        targets[0] = max(0.0, _moments(x, expert_top, d)[1])
     else:
         d[:] = 0.0
     for k in range(alphas.size):
         for i in range(large.size):
             x[i] = log_p[i] + alphas[k] * d[i]
         reference = _top(x)
-        s, mean, square = _moments64(x, reference, d)
-        curve[k, 0] = reference + math.log(s)
-        curve[k, 1] = mean
-        curve[k, 2] = square - mean * mean
-    curve[:, 0] -= curve[0, 0]
+        s, mean, square = _moments(x, reference, d)
+        cumulants[k, 0] = reference + math.log(s)
+        cumulants[k, 1] = mean
+        cumulants[k, 2] = square - mean * mean
+    cumulants[:, 0] -= cumulants[0, 0]

@@ -1,4 +1,4 @@
-"""The thread that decodes for all clients: answers in from the event loop, their tokens back as they come."""
+"""The thread that decodes for all clients: answers come in from the event loop, their tokens go back as they come."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, cast
 
 from ..answers.stream import Answer
 from ..answers.token import Token
-from ..engine.generation import Generation, Outcome
 from ..errors import EdgeDLFError, InvalidParameterError, RequestInterruptedError
 
 if TYPE_CHECKING:
@@ -59,12 +58,13 @@ class Ticket:
     have come meanwhile. is_streamed: whether tokens are wanted as they come, or all at the end. timer: what ends them
     when they take too long."""
 
-    engine: Engine
+    thread: DecodingThread
     n_places: int
     is_streamed: bool
     answers: Sequence[Answer] = ()
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     begun_at: float = field(default_factory=time.perf_counter)
+    has_first_token: bool = False
     timer: asyncio.TimerHandle | None = None
 
     def start(self, answers: Sequence[Answer], timeout_s: float) -> None:
@@ -72,7 +72,7 @@ class Ticket:
         self.answers = answers
         expired = Event(0, error=TimeoutError())
         self.timer = asyncio.get_running_loop().call_later(timeout_s, self.events.put_nowait, expired)
-        self.engine.command(lambda: self.engine.begin(self))
+        self.thread.command(lambda: self.thread.begin(self))
 
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
         """Events until every answer has ended. Raises EdgeDLFError where one cannot go on, TimeoutError where they take
@@ -93,42 +93,33 @@ class Ticket:
         """End what has not ended, at once, and give its place up. Calling it twice is no error."""
         if self.timer:
             self.timer.cancel()
-        self.engine.give_back(self.n_places)
+        self.thread.give_back(self.n_places)
         self.n_places = 0
         if self.answers:
-            self.engine.command(lambda: self.engine.end(self))
+            self.thread.command(lambda: self.thread.end(self))
 
 
-@dataclass(eq=False)
-class _Job:
-    ticket: Ticket
-    index: int
-    answer: Answer
-    held: list[Token] = field(default_factory=list)
-    first_token_at: float | None = None
+class DecodingThread:
+    """Decodes the answers of all clients in a thread of its own.
 
-
-class Engine:
-    """Owns `llm` in a thread of its own. n_most: answers that may be decoded or wait at once.
-
+    n_most: answers that may be decoded or wait at once.
     Tickets belong to the event loop that `open` was called in.
     """
 
     def __init__(self, llm: FusedLlama, n_most: int, metrics: Metrics) -> None:
         self.llm = llm
         self.n_most = n_most
-        self._scheduler = llm.scheduler
-        self._scheduler.n_prefill = N_PREFILL
+        self._driver = llm.driver
         self._metrics = metrics
         self._n_taken = 0
         self._is_stopping = self._has_stopped = False
         self._answer_s = 1.0
-        self._jobs: dict[Generation, _Job] = {}
+        self._tickets: dict[Answer, tuple[Ticket, int]] = {}
         self._due: list[tuple[Ticket, Event]] = []
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._is_open = False
-        self._thread = threading.Thread(target=self._run, name="edge-dlf engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="edge-dlf decoding", daemon=True)
 
     def open(self) -> None:
         """Begin to decode."""
@@ -150,8 +141,7 @@ class Engine:
         if n_answers > self.n_most:
             raise InvalidParameterError(f"{n_answers} choices are more than the {self.n_most} that this server takes")
         if self._n_taken + n_answers > self.n_most:
-            n_parallel = self._scheduler.decoder.ensemble.n_seq_max
-            raise BusyError(max(1, min(60, round(self._answer_s * self._n_taken / n_parallel))))
+            raise BusyError(max(1, min(60, round(self._answer_s * self._n_taken / self._driver.n_parallel))))
         self._n_taken += n_answers
         return Ticket(self, n_answers, is_streamed)
 
@@ -174,53 +164,38 @@ class Engine:
         self._loop.call_soon_threadsafe(self._loop.call_later, seconds, self.stop)
 
     def command(self, what: Callable[[], None]) -> None:
-        """Let the engine's thread do something between two steps."""
+        """Let the decoding thread do something between two steps."""
         self._commands.append(what)
         self._wake.set()
 
-    @property
-    def n_running(self) -> int:
-        """Answers that are being decoded."""
-        return self._scheduler.n_active
-
-    @property
-    def n_waiting(self) -> int:
-        """Answers that wait for a sequence."""
-        return self._scheduler.n_waiting
-
-    # What follows runs in the engine's thread.
+    # What follows runs in the decoding thread.
 
     def begin(self, ticket: Ticket) -> None:
         """Let the answers of a ticket join the line."""
         if self._has_stopped:
-            self._post([(ticket, Event(0, error=StoppingError()))])
+            self._post(ticket, Event(0, error=StoppingError()))
             return
         for index, answer in enumerate(ticket.answers):
-            self._jobs[answer.generation] = _Job(ticket, index, answer)
-            self._scheduler.add(answer.generation)
+            self._tickets[answer] = ticket, index
+            self._driver.add(answer)
 
     def end(self, ticket: Ticket) -> None:
         """Take those answers of a ticket out that have not ended."""
         for answer in ticket.answers:
-            if self._jobs.pop(answer.generation, None):
-                self._scheduler.remove(answer.generation)
+            if self._tickets.pop(answer, None):
+                self._driver.remove(answer)
 
     def _run(self) -> None:
-        self._scheduler.decoder.ensemble.before_decode = self._deliver
         while self._is_open:
-            if not self._jobs:
+            if not self._tickets:
                 self._wake.wait()
-            self._turn()
-
-    def _turn(self) -> None:
-        """What others have asked for, and a step."""
-        self._wake.clear()
-        while self._commands:
-            self._commands.popleft()()
-        if self._jobs:
-            self._step()
-        else:
-            self._deliver()
+            self._wake.clear()
+            while self._commands:
+                self._commands.popleft()()
+            if self._tickets:
+                self._step()
+            if not self._tickets:
+                self._deliver()  # no step follows in which members compute
 
     def _leave(self) -> None:
         self._is_open = False
@@ -230,73 +205,47 @@ class Engine:
         self._fail_all(StoppingError())
 
     def _step(self) -> None:
-        """One step of all answers, and what it gave each to the event loop in one go."""
-        started = time.perf_counter()
+        """Run one step of all answers. What it gave is handed over while the members compute the next one."""
         try:
-            outcomes = self._scheduler.step()
+            answers = self._driver.step(N_PREFILL, self._deliver)
         except RequestInterruptedError:
             self._fail_all(StoppingError())
-            return
         except EdgeDLFError as error:
             self._fail_all(error)
-            return
         except Exception:
             logger.exception("a step of the engine failed")
             self._fail_all(EdgeDLFError("the engine failed; what it wrote to its terminal says why"))
-            return
-        elapsed = time.perf_counter() - started
-        self._deliver()  # of a step in which nobody computed
-        self._post([self._advance(self._jobs[generation], outcome, elapsed) for generation, outcome in outcomes])
-
-    def _advance(self, job: _Job, outcome: Outcome, elapsed: float) -> tuple[Ticket, Event]:
-        """Take in what a step gave one answer."""
-        if isinstance(outcome, EdgeDLFError):
-            self._drop(job)
-            return job.ticket, Event(job.index, error=outcome)
-        self._time(job, len(outcome), elapsed)
-        tokens, job.held = job.held, []
-        for n, pick in enumerate(outcome, 1):
-            tokens += job.answer.push(pick)
-            if job.answer.report.finish_reason:
-                generation = job.answer.generation
-                self._scheduler.decoder.rewind(generation, len(generation.tokens) - len(outcome) + n)
-                self._drop(job)
-                self._metrics.ended(job.answer.report)
-                self._answer_s += 0.1 * (time.perf_counter() - job.ticket.begun_at - self._answer_s)
-                return job.ticket, Event(job.index, tokens, is_last=True)
-        if not job.ticket.is_streamed:
-            tokens, job.held = [], tokens
-        return job.ticket, Event(job.index, tokens)
-
-    def _time(self, job: _Job, n_picks: int, elapsed: float) -> None:
-        report = job.answer.report
-        if not n_picks or job.first_token_at is None:
-            report.prefill_s += elapsed
         else:
-            report.n_steps += 1
-            report.n_decoded += n_picks
-            report.decode_s += elapsed
-        if n_picks and job.first_token_at is None:
-            job.first_token_at = time.perf_counter()
-            report.n_prefilled = job.answer.generation.n_prefilled
-            self._metrics.first_token(job.first_token_at - job.ticket.begun_at)
+            for answer in answers:
+                self._advance(answer)
 
-    def _drop(self, job: _Job) -> None:
-        self._scheduler.remove(job.answer.generation)
-        del self._jobs[job.answer.generation]
+    def _advance(self, answer: Answer) -> None:
+        """Tell the client what a step gave one answer."""
+        ticket, index = self._tickets[answer]
+        if answer.report.n_generated and not ticket.has_first_token:
+            ticket.has_first_token = True
+            self._metrics.first_token(time.perf_counter() - ticket.begun_at)
+        if answer.has_ended:
+            del self._tickets[answer]
+        if answer.error:
+            self._post(ticket, Event(index, error=answer.error))
+        elif answer.has_ended:
+            self._metrics.ended(answer.report)
+            self._answer_s += 0.1 * (time.perf_counter() - ticket.begun_at - self._answer_s)
+            self._post(ticket, Event(index, answer.take(), is_last=True))
+        elif ticket.is_streamed and answer.tokens:
+            self._post(ticket, Event(index, answer.take()))
 
     def _fail_all(self, error: EdgeDLFError) -> None:
         """End every answer with `error`. What a failed step left in the caches is not trusted."""
-        jobs = list(self._jobs.values())
-        self._scheduler.clear()
-        self._jobs.clear()
-        self._scheduler.decoder.ensemble.forget(range(self._scheduler.decoder.ensemble.n_seq_max))
-        self._post([(job.ticket, Event(job.index, error=error)) for job in jobs])
+        self._driver.clear()
+        self._driver.forget()
+        tickets, self._tickets = self._tickets, {}
+        for ticket, index in tickets.values():
+            self._post(ticket, Event(index, error=error))
 
-    def _post(self, events: Sequence[tuple[Ticket, Event]]) -> None:
-        self._due += [(ticket, event) for ticket, event in events if event.tokens or event.is_last or event.error]
-        if not self._jobs:  # no step follows
-            self._deliver()
+    def _post(self, ticket: Ticket, event: Event) -> None:
+        self._due.append((ticket, event))
 
     def _deliver(self) -> None:
         """Hand what is due to the event loop. It is held until members compute again: earlier, the loop would take the

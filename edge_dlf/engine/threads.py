@@ -1,4 +1,4 @@
-"""Work side by side, a thread for each lane of it."""
+"""Threads that let groups of members compute at the same time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 
-class Lanes:
-    """Threads that are made when they are first needed. Used by one thread at a time."""
+class GroupThreads:
+    """One thread per group of members, made when it is first needed. Used by one caller at a time."""
 
     def __init__(self) -> None:
         self._threads: list[ThreadPoolExecutor] = []
 
     def run(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Run `jobs` side by side, the last one on the caller's thread. Whatever happens, Ctrl-C included, no job is
-        still at work when this returns. Raises what the last job raises, or else the first that raises anything."""
+        """Run `jobs` at the same time, the last one on the caller's thread.
+
+        No job is still running when this returns, whatever happens, Ctrl-C included.
+        Raises what the last job raises, or else the first error of another one.
+        """
         while len(self._threads) < len(jobs) - 1:
             self._threads.append(ThreadPoolExecutor(1, thread_name_prefix="edge-dlf-member"))
         try:
@@ -23,17 +26,17 @@ class Lanes:
             for job in running:
                 job.result()
         except BaseException:
-            self._rest()
+            self._wait()
             raise
 
-    def _rest(self) -> None:
-        """Wait for all threads. What each was given comes before what it is given here."""
+    def _wait(self) -> None:
+        """Wait until every thread is idle. A thread runs its jobs in order, so an empty job comes after all others."""
         for thread in self._threads:
             while True:
                 try:
                     thread.submit(int).result()
                     break
-                except KeyboardInterrupt:  # one is on its way already
+                except KeyboardInterrupt:  # the caller raises one already
                     continue
 
     def close(self) -> None:

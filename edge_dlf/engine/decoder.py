@@ -1,0 +1,286 @@
+"""The decoding step: plan → decode members → search or weigh → pick → commit.
+
+In each `Decoder.step` every member evaluates, in one batch, what its KV cache lacks of each generation's text: a part
+of the prompt, or the last pick and the tokens that are drafted to follow it. Where a whole text has been evaluated, the
+members' rows are fused and a token is picked. The picks of a draft are kept up to the first one that differs from the
+drafted token. Picks depend on (seed, position, text) alone, so drafts and batches change how fast tokens come, and not
+which. Text, stop strings and limits are the caller's matter; the scheduler chooses which generations take part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from ..fusion.records import N_CANDIDATES, Draw, Pick, Trace
+from .backend import N_ROWS, Logits, Run
+from .draft_length import OTHER
+from .drafting import Draft, Drafting
+from .ensemble import Decoded, Ensemble
+from .generation import Generation, StepResult
+
+if TYPE_CHECKING:
+    from ..fusion.fuser import Fuser
+
+
+@dataclass
+class _Ready:
+    """A generation whose whole text this step evaluates, so that a token can be picked.
+
+    ahead: tokens evaluated after the text: drafted ones, or the next ones of a given text that is scored.
+    first: the number of its first row among those of each member.
+    next: the number of the position to pick at next, of len(ahead) + 1.
+    """
+
+    generation: Generation
+    ahead: list[int]
+    draft: Draft | None = None
+    first: dict[str, int] = field(default_factory=dict)
+    next: int = 0
+
+    @property
+    def positions(self) -> range:
+        """The positions whose rows are there: a drafting member evaluates its last guess only once all are kept."""
+        n = len(self.ahead) + 1
+        return range(self.next, n if self.draft is None or self.draft.rows is None else min(n, len(self.draft.rows)))
+
+
+class Decoder:
+    """Decodes generations over one ensemble. One thread at a time."""
+
+    def __init__(self, ensemble: Ensemble, fuser: Fuser) -> None:
+        self.ensemble = ensemble
+        self.fuser = fuser
+        self.drafting = Drafting(ensemble, self._pick_alone)
+
+    def begin(self, generation: Generation) -> None:
+        """Give the sequence `generation.seq` to a generation, new or interrupted. Cached tokens are kept."""
+        for name in generation.members:
+            self.ensemble.begin(name, generation.seq, generation.text(name))
+        generation.counts.n_prefilled += self.n_due(generation)
+
+    def n_new(self, generation: Generation) -> int:
+        """Return the most tokens of the text that a member has in none of its sequences yet."""
+        return max(
+            generation.n_text(name) - self.ensemble.n_known(name, generation.text(name)) for name in generation.members
+        )
+
+    def n_due(self, generation: Generation) -> int:
+        """Return the most tokens that a member has to evaluate before the next pick."""
+        n_held, seq, prompts = self.ensemble.n_held, generation.seq, generation.request.prompts
+        return generation.n_picked + max([len(prompts[name]) - n_held(name, seq) for name in generation.members])
+
+    def step(
+        self,
+        generations: Sequence[Generation],
+        n_prefill: int | None = None,
+        on_decode: Callable[[], None] | None = None,
+    ) -> list[StepResult]:
+        """Evaluate what is due and pick what follows.
+
+        A generation gets no pick while its prompt is evaluated in parts. Then it gets one in each step, or several
+        where a draft is accepted; only a generation on its own is drafted for. Or it gets the error that makes a pick
+        impossible, such as a member's NaN.
+
+        n_prefill: prompt tokens to evaluate, beside the one token that each other generation needs; None for as many as
+            fit into a batch. Generations that come first are served first.
+        on_decode: called just before the members compute.
+        """
+        started, n_tokens = self.ensemble.clock(), [len(generation.tokens) for generation in generations]
+        for generation in generations:
+            generation.advance_constraint()
+        draft: Draft | None = None
+        try:
+            if len(generations) == 1 and generations[0].request.n_draft != 0 and self.n_due(generations[0]) == 1:
+                draft = self.drafting.draft(generations[0])
+            runs, ready = self._plan(generations, draft, n_prefill)
+            decoded = self.ensemble.decode(runs, on_decode)
+            results = {generation: StepResult(generation) for generation in generations}
+            while ready:
+                picks = self._pick(ready, decoded)
+                ready = [each for each in ready if self._commit(each, picks, results)]
+        except BaseException:
+            for generation, n in zip(generations, n_tokens, strict=True):
+                del generation.tokens[n:]
+                self._trim(generation, draft)
+            raise
+        if draft:
+            self._learn(generations[0], draft, results[generations[0]].picks, decoded, started)
+        return list(results.values())
+
+    def _plan(
+        self, generations: Sequence[Generation], draft: Draft | None, n_prefill: int | None
+    ) -> tuple[dict[str, list[Run]], list[_Ready]]:
+        """Return the tokens that each member evaluates, and the generations that can be picked for then."""
+        due = {generation: self.n_due(generation) for generation in generations}
+        left = self.ensemble.n_batch - sum(n == 1 for n in due.values())
+        left = left if n_prefill is None else min(left, n_prefill)
+        runs: dict[str, list[Run]] = defaultdict(list)
+        ready = []
+        for generation, n_due in due.items():
+            n_given = 1 if n_due == 1 else min(n_due, left)
+            left -= n_given if n_due > 1 else 0
+            if n_given == n_due:
+                ready.append(_Ready(generation, draft.ahead if draft else [], draft))
+            else:
+                self._add_prompt(runs, generation, n_given)
+        n_rows: Counter[str] = Counter()
+        left = max(0, min(left, max(N_ROWS, self.ensemble.n_seq_max) - len(ready)))
+        ready.sort(key=attrgetter("generation.seq"))  # sequences with cells of their own are read in this order
+        for each in ready:
+            if unscored := each.generation.unscored():
+                each.ahead = list(unscored[:-1][:left])
+                left -= len(each.ahead)
+            self._add_text(runs, each, n_rows)
+        return runs, ready
+
+    def _add_prompt(self, runs: dict[str, list[Run]], generation: Generation, n_most: int) -> None:
+        """Add a part of a prompt, but not its last token, which belongs to the step that picks."""
+        for name in generation.members:
+            n_held = self.ensemble.n_held(name, generation.seq)
+            stop = min(n_held + n_most, generation.n_text(name) - 1)
+            if stop > n_held:
+                runs[name].append(Run(generation.seq, generation.text(name, n_held, stop), 0))
+
+    def _add_text(self, runs: dict[str, list[Run]], each: _Ready, n_rows: Counter[str]) -> None:
+        """Add all of a text that a member does not hold, and what comes ahead of it."""
+        generation, n_ahead = each.generation, len(each.ahead)
+        drafter = each.draft.candidate.drafter if each.draft and each.draft.rows is not None else None
+        for name in generation.members:
+            if name != drafter:
+                n_held = self.ensemble.n_held(name, generation.seq)
+                tokens = [*generation.text(name, n_held), *each.ahead]
+                runs[name].append(Run(generation.seq, tokens, n_ahead + 1))
+                each.first[name] = n_rows[name]
+                n_rows[name] += n_ahead + 1
+
+    def _pick(self, ready: Sequence[_Ready], decoded: Decoded) -> dict[Generation, list[Pick]]:
+        """Pick at every position of each generation that has its rows, those that are fused alike in one call."""
+        picks: dict[Generation, list[Pick]] = {}
+        for group in _fused_alike(ready):
+            places = [(each, k) for each in group for k in each.positions]
+            rows = [[self._row(each, k, name, decoded) for each, k in places] for name in group[0].generation.members]
+            found = iter(self._select([(each.generation, each.ahead[each.next : k]) for each, k in places], rows))
+            for each in group:
+                picks[each.generation] = [next(found) for _ in each.positions]
+        return picks
+
+    def _row(self, each: _Ready, k: int, name: str, decoded: Decoded) -> Logits:
+        if name not in each.first:
+            assert each.draft is not None
+            assert each.draft.rows is not None
+            return each.draft.rows[k]  # type: ignore[no-any-return]
+        return decoded.logits[name][each.first[name] + k]  # type: ignore[no-any-return]
+
+    def _select(
+        self, places: Sequence[tuple[Generation, Sequence[int]]], rows: Sequence[Sequence[Logits]]
+    ) -> list[Pick]:
+        """Fuse the rows of each place and pick a token.
+
+        places: K generations that are fused alike, each with the tokens that stand between its text and its row.
+        rows: K rows of each member of their roles.
+        A token that the constraint forbids is picked again among those that it allows, as llama.cpp does: most often
+        the first pick is right, and asking for all allowed tokens costs more.
+        """
+        roles, fusion = places[0][0].request.roles, places[0][0].request.fusion
+        draws = [generation.draw(ahead) for generation, ahead in places]
+        weights = [roles.alphas or ()] * len(draws)
+        picks = self.fuser.pick(rows, roles.members, fusion, weights, draws)
+        for k, (generation, ahead) in enumerate(places):
+            if picks[k].error:
+                continue
+            own = [[member[k]] for member in rows]
+            if (banned := generation.banned(ahead, picks[k].token)) is not None:
+                draw = dataclasses.replace(draws[k], banned=banned)
+                (picks[k],) = self.fuser.pick(own, roles.members, fusion, weights[:1], [draw])
+            if generation.request.traced:
+                picks[k] = self._traced(generation, own, draws[k], picks[k])
+        return picks
+
+    def _pick_alone(self, generation: Generation, name: str, row: Logits, ahead: Sequence[int]) -> Pick:
+        """Pick as the member `name` alone would after the text and `ahead`, from its row (width,)."""
+        draw = generation.draw(ahead)
+        (pick,) = self.fuser.pick([[row]], (name,), generation.request.fusion, [()], [draw])
+        if pick.error is None and (banned := generation.banned(ahead, pick.token)) is not None:
+            draw = dataclasses.replace(draw, banned=banned)
+            (pick,) = self.fuser.pick([[row]], (name,), generation.request.fusion, [()], [draw])
+        return pick
+
+    def _traced(self, generation: Generation, rows: Sequence[Sequence[Logits]], draw: Draw, pick: Pick) -> Pick:
+        """Add to a pick why it was chosen. A member whose own row is an error is left out."""
+        roles, draw = generation.request.roles, dataclasses.replace(draw, n_top=N_CANDIDATES)
+        alone = {}
+        for name, row in zip(roles.members, rows, strict=True):
+            (own,) = self.fuser.pick([row], (name,), generation.request.fusion, [()], [draw])
+            if own.error is None:
+                alone[name] = own
+        alphas = dict(zip(roles.experts, pick.weights, strict=True))
+        trace = Trace(pick.choice, alphas, pick.top_logprobs[:N_CANDIDATES], alone)
+        return pick._replace(trace=trace, top_logprobs=pick.top_logprobs[: generation.request.n_top])
+
+    def _commit(self, each: _Ready, picks: dict[Generation, list[Pick]], results: dict[Generation, StepResult]) -> bool:
+        """Append picks up to the first one that is not what came ahead. Returns whether picks of this step may follow,
+        because the drafting member has to evaluate its last guess first."""
+        generation = each.generation
+        for pick in picks[generation]:
+            if pick.error:
+                if not results[generation].picks:
+                    results[generation] = StepResult(generation, error=pick.error)
+                self._trim(generation, each.draft)
+                return False
+            is_kept = each.next < len(each.ahead) and pick.token == each.ahead[each.next]
+            pick = pick._replace(from_draft=is_kept and each.draft is not None)
+            results[generation].picks.append(pick)
+            generation.append(pick)
+            each.next += 1
+            if not is_kept:
+                return False
+        if each.draft is None or each.draft.rows is None:
+            return False
+        self.drafting.evaluate_last(generation, each.draft)
+        return True
+
+    def _learn(
+        self, generation: Generation, draft: Draft, picks: Sequence[Pick], decoded: Decoded, started: float
+    ) -> None:
+        """Roll back what was not kept of a draft, and note what it cost and how well it was guessed."""
+        self._trim(generation, draft)
+        generation.counts.n_drafted += len(draft.ahead)
+        generation.counts.n_accepted += sum(pick.from_draft for pick in picks)
+        length, n_tokens = self.drafting.length, len(draft.ahead) + 1
+        for name, seconds in decoded.seconds.items():
+            length.timed(name, n_tokens, seconds)
+        decoding_s = self.drafting.decoding_s + sum(decoded.seconds.values())
+        length.timed(OTHER, n_tokens, self.ensemble.clock() - started - decoding_s)
+        self.drafting.judge(draft, picks)
+
+    def rewind(self, generation: Generation, n_tokens: int) -> None:
+        """Take back the last `n_tokens` picks. Every member then holds the text but its last token."""
+        del generation.tokens[len(generation.tokens) - n_tokens :]
+        self._trim(generation, None)
+
+    def _trim(self, generation: Generation, draft: Draft | None) -> None:
+        """Let every member hold all of the text but its last token, as after a step that drafted nothing."""
+        outside = {draft.candidate.member} if draft and draft.candidate.member else set()
+        for name in {*generation.members, *outside}:
+            if self.ensemble.members[name].can_trim:
+                self.ensemble.shorten(name, generation.seq, generation.n_text(name) - 1)
+
+
+def _fused_alike(ready: Sequence[_Ready]) -> list[list[_Ready]]:
+    """Group generations of the same roles and parameters, so that one call of the fuser serves each group."""
+    groups: list[list[_Ready]] = []
+    for each in ready:
+        request = each.generation.request
+        for group in groups:
+            first = group[0].generation.request
+            if first.roles == request.roles and first.fusion == request.fusion:
+                group.append(each)
+                break
+        else:
+            groups.append([each])
+    return groups

@@ -1,0 +1,51 @@
+"""Rows of logits by their addresses, so that kernels read them wherever they lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import NonFiniteLogitsError
+from .kernels.vector import HAS_INF, HAS_NAN, NONE_FINITE
+
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+Float64Array: TypeAlias = npt.NDArray[np.float64]
+Int64Array: TypeAlias = npt.NDArray[np.int64]
+Rows: TypeAlias = Float32Array | Sequence[Float32Array]
+"""K rows of one member: an array (K, width), or K arrays (width,) or (1, width)."""
+
+_FAULTS = {HAS_NAN: "NaN", HAS_INF: "+inf", NONE_FINITE: "no finite value"}
+
+
+def row_addresses(members: Sequence[Rows], n_rows: int, n_vocab: int) -> Int64Array:
+    """Addresses (K, M) of the members' rows. The caller keeps the arrays alive while the addresses are used.
+
+    Raises ValueError unless each member has K float32 rows of at least `n_vocab` contiguous logits.
+    """
+    addresses = np.empty((n_rows, len(members)), np.int64)
+    for m, rows in enumerate(members):
+        if isinstance(rows, np.ndarray) and rows.ndim == 2 and _is_usable(rows, n_rows, n_vocab):
+            addresses[:, m] = rows.ctypes.data + rows.strides[0] * np.arange(n_rows)
+        elif not isinstance(rows, np.ndarray) and len(rows) == n_rows and all(_is_row(row, n_vocab) for row in rows):
+            addresses[:, m] = [row.ctypes.data for row in rows]
+        else:
+            raise ValueError(
+                f"rows must be K = {n_rows} of {n_vocab} or more contiguous float32 logits for each member"
+            )
+    return addresses
+
+
+def _is_row(row: Float32Array, n_vocab: int) -> bool:
+    return row.ndim in (1, 2) and _is_usable(row.reshape(-1, row.shape[-1]), 1, n_vocab)
+
+
+def _is_usable(rows: Float32Array, n_rows: int, n_vocab: int) -> bool:
+    return rows.shape[0] == n_rows and rows.shape[1] >= n_vocab and rows.dtype == np.float32 and rows.strides[1] == 4
+
+
+def non_finite(name: str, condition: int) -> NonFiniteLogitsError:
+    """The error for a member whose row has this condition."""
+    return NonFiniteLogitsError(name, _FAULTS[condition])
