@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, commands take the options that are shown, named tests exist, the README is short."""
+"""The documents: links lead somewhere, commands take the options shown, named tests exist, the README is short."""
 
 from __future__ import annotations
 
@@ -56,12 +56,13 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 
 @each_page
 def test_commands_exist_with_their_options(page: Path) -> None:
+    group = click.Context(main, **main.context_settings)
     for block in BLOCK.findall(page.read_text("utf-8")):
         for name, *arguments in calls(block):
             assert name in main.commands, f"edge-dlf {name}"
             command = main.commands[name]
             try:
-                _, left, _ = command.make_parser(click.Context(command)).parse_args(arguments)
+                _, left, _ = command.make_parser(click.Context(command, parent=group)).parse_args(arguments)
             except click.UsageError as error:
                 pytest.fail(f"edge-dlf {name} {shlex.join(arguments)}: {error.format_message()}")
             assert not left, f"edge-dlf {name} {shlex.join(arguments)}: too many arguments"
