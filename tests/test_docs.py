@@ -57,8 +57,9 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 @each_page
 def test_commands_exist_with_their_options(page: Path) -> None:
     group = click.Context(main, **main.context_settings)
-    for block in BLOCK.findall(page.read_text("utf-8")):
-        for name, *arguments in calls(block):
+    inline = [f"$ {span}" for span in re.findall(r"`(edge-dlf [^`]+)`", prose(page).replace("\n", " "))]
+    for text in [*BLOCK.findall(page.read_text("utf-8")), *inline]:
+        for name, *arguments in calls(text):
             assert name in main.commands, f"edge-dlf {name}"
             command = main.commands[name]
             try:
