@@ -11,19 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidParameterError
-from ..params import FusionParams
+from ..params import FUSION, FusionParams, check_settings, settable
 from .interrupts import interruptible
 from .opening import open_family
 from .options import DEFAULT_N_CTX, EPILOG, Options, family_argument, shared_options
 from .screen import Screen
-from .settings import check, parse
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
     from ..evidence.evaluate import Variant
     from ..families.manifest import Manifest
-
-_FUSION = tuple(field.name for field in dataclasses.fields(FusionParams))
 
 
 @click.command(
@@ -111,22 +108,21 @@ def _variant(text: str, options: Options, experts: Sequence[str]) -> Variant:
     """METHOD[:SETTING=VALUE,…], over what the shared options and the family say."""
     from ..evidence.evaluate import Variant
 
-    method, _, rest = text.partition(":")
-    settings: dict[str, Any] = {name: value for name, value in options.settings.items() if name in _FUSION}
+    known, (method, _, rest) = settable("eval"), text.partition(":")
+    settings: dict[str, Any] = {name: value for name, value in options.settings.items() if name in FUSION}
     settings["method"] = method
     n_fewshot = None
     for pair in filter(None, rest.split(",")):
         name, _, value = pair.partition("=")
         if name == "fewshot" and value.isascii() and value.isdigit():
             n_fewshot = int(value)
-        elif name in _FUSION and name != "method":
-            settings[name] = parse(name, value)
+        elif name in known:
+            settings[name] = known[name].parse(value)
         else:
             raise InvalidParameterError(
-                f"expected METHOD:SETTING=VALUE, not {text!r}; the settings are fewshot, "
-                f"{', '.join(name for name in _FUSION if name != 'method')}"
+                f"expected METHOD:SETTING=VALUE, not {text!r}; the settings are fewshot, {', '.join(known)}"
             )
-    check(settings, experts)
+    check_settings(settings, experts)
     return Variant(text, settings, n_fewshot)
 
 
@@ -145,7 +141,7 @@ def _manifest(options: Options, settings: Mapping[str, Any]) -> Manifest:
     """The family, and every parameter that can change an answer or a score."""
     from ..families.manifest import Manifest
 
-    defaults = {name: value for name, value in options.spec.defaults.items() if name in _FUSION}
+    defaults = {name: value for name, value in options.spec.defaults.items() if name in FUSION}
     loading = options.loading
     parameters = {
         **dataclasses.asdict(FusionParams()),
