@@ -19,7 +19,6 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 from .errors import InvalidParameterError
 
 METHODS = ("dynamic", "static", "large", "base")
-RESERVED_NAMES = frozenset(METHODS)
 MAX_DRAFT = 8
 """Most tokens that are drafted at once."""
 Overlap: TypeAlias = Literal["off", "queue", "threads"]
@@ -38,21 +37,20 @@ def _require(condition: bool, message: str) -> None:
 
 
 class Kind:
-    """Type and bounds of a value. Its methods get the setting's name for their errors, InvalidParameterError."""
+    """Type and bounds of a value. `name` stands for a value in --help."""
 
     name = "text"
-    """Stands for a value in --help."""
 
-    def parse(self, setting: str, text: str) -> Any:
-        """Return the value that a user typed."""
-        return self.read(setting, text)
+    def parse(self, text: str) -> Any:
+        """Return what a user typed as JSON would hold it, or the text if it is nothing like it."""
+        return text
 
     def read(self, setting: str, value: Any) -> Any:
-        """Return a value of JSON, TOML or Python, checked and converted."""
+        """Return a value of JSON, TOML or Python, converted. Raises InvalidParameterError, which names the setting."""
         raise NotImplementedError
 
     def schema(self) -> dict[str, Any]:
-        """Return the JSON schema of the values that `read` takes."""
+        """Return the JSON schema of what `read` takes."""
         raise NotImplementedError
 
 
@@ -87,6 +85,7 @@ class Texts(Kind):
         return {"anyOf": [text, {"type": "array", "items": text}]}
 
 
+@dataclass(frozen=True)
 class Number(Kind):
     """A finite number from `low` to `high`, or one of `words`.
 
@@ -94,40 +93,45 @@ class Number(Kind):
     is_whole: the number is an integer.
     """
 
-    def __init__(
-        self,
-        low: float = -math.inf,
-        high: float = math.inf,
-        *,
-        is_open: bool = False,
-        is_whole: bool = False,
-        words: tuple[str, ...] = (),
-    ) -> None:
-        self.low, self.high, self.is_open, self.is_whole, self.words = low, high, is_open, is_whole, words
-        self.name = "|".join((*words, "N")) if words else "integer" if is_whole else "float"
-        self.type = "an integer" if is_whole else "a number"
-        if high < math.inf:
-            self._range = f"{low} to {high}" if is_whole else f"in {'(' if is_open else '['}{low}, {high}]"
-        else:
-            self._range = f"above {low}" if is_open else f"{low} or more"
-        if words:
-            self.type = self._range = f"{', '.join(words)} or {self._range}"
+    low: float = -math.inf
+    high: float = math.inf
+    is_open: bool = False
+    is_whole: bool = False
+    words: tuple[str, ...] = ()
 
-    def parse(self, setting: str, text: str) -> Any:
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "|".join((*self.words, "N")) if self.words else "integer" if self.is_whole else "float"
+
+    @property
+    def type(self) -> str:
+        """The type, in an error."""
+        return "an integer" if self.is_whole else "a finite number"
+
+    @property
+    def range(self) -> str:
+        """The values that are taken, in an error."""
+        if self.high == math.inf:
+            span = f"above {self.low}" if self.is_open else f"{self.low} or more"
+        else:
+            bracket = "(" if self.is_open else "["
+            span = f"{self.low} to {self.high}" if self.is_whole else f"in {bracket}{self.low}, {self.high}]"
+        return f"{', '.join(self.words)} or {span}" if self.words else span
+
+    def parse(self, text: str) -> Any:
         try:
-            number: Any = int(text) if self.is_whole else float(text)
+            return int(text) if self.is_whole else float(text)
         except ValueError:
-            number = text
-        return self.read(setting, number)
+            return text
 
     def read(self, setting: str, value: Any) -> Any:
         if isinstance(value, str) and value in self.words:
             return value
         is_number = isinstance(value, numbers.Integral if self.is_whole else numbers.Real)
-        _require(is_number and not isinstance(value, bool), f"{setting} must be {self.type}, not {value!r:.60}")
-        _require(-_FINITE < value < _FINITE, f"{setting} must be finite, not {value!r:.60}")
-        is_inside = self.low <= value <= self.high and not (self.is_open and value == self.low)
-        _require(is_inside, f"{setting} must be {self._range}, not {value!r:.60}")
+        is_right = is_number and not isinstance(value, bool) and -_FINITE < value < _FINITE
+        _require(is_right or bool(self.words), f"{setting} must be {self.type}, not {value!r:.60}")
+        is_inside = is_right and self.low <= value <= self.high and not (self.is_open and value == self.low)
+        _require(is_inside, f"{setting} must be {self.range}, not {value!r:.60}")
         return int(value) if self.is_whole else float(value)
 
     def schema(self) -> dict[str, Any]:
@@ -139,28 +143,24 @@ class Number(Kind):
         return {"anyOf": [{"enum": list(self.words)}, number]} if self.words else number
 
 
+@dataclass(frozen=True)
 class ByName(Kind):
     """One number for all, or a number for each name: NAME=NUMBER,…"""
 
     name = "number|name=number"
+    number: Number = Number()
 
-    def __init__(self, number: Number) -> None:
-        self.number = number
-
-    def parse(self, setting: str, text: str) -> Any:
+    def parse(self, text: str) -> Any:
         if "=" not in text:
-            try:
-                return self.number.parse(setting, text)
-            except InvalidParameterError:
-                return self.read(setting, text)
+            return self.number.parse(text)
         pairs = [part.partition("=") for part in text.split(",")]
-        return {name.strip(): self.number.parse(f"{setting} of {name.strip()}", number) for name, _, number in pairs}
+        return {name.strip(): self.number.parse(number) for name, _, number in pairs}
 
     def read(self, setting: str, value: Any) -> Any:
         if isinstance(value, Mapping):
             return {str(name): self.number.read(f"{setting} of {name}", number) for name, number in value.items()}
-        is_number = isinstance(value, numbers.Real)
-        _require(is_number, f"{setting} must be {self.number.type}, or one for each name, not {value!r:.60}")
+        wanted = f"{self.number.type} or NAME=NUMBER,…"
+        _require(not isinstance(value, str), f"{setting} must be {wanted}, not {value!r:.60}")
         return self.number.read(setting, value)
 
     def schema(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class Setting:
 
     def parse(self, text: str) -> Any:
         """Return the value that a user typed. Raises InvalidParameterError."""
-        return self.kind.parse(self.name, text)
+        return self.read(self.kind.parse(text))
 
     def read(self, value: Any) -> Any:
         """Return a value of JSON, TOML or Python, checked and converted. Raises InvalidParameterError."""
@@ -247,15 +247,12 @@ class FusionParams:
     )
     search: str = _row("grid", Text(("grid", "exact")), _FUSION | _CLI, "How dynamic finds α.")
     alpha: float | Mapping[str, float] = _row(
-        1.0, ByName(Number()), _FUSION | _CLI, "α for static: one for all, or one for each expert by name."
+        1.0, ByName(), _FUSION | _CLI, "α for static: one for all, or one for each expert by name."
     )
     alpha_max: float = _row(2.0, Number(0, 100, is_open=True), _FUSION, "Largest α that dynamic looks at.")
     alpha_step: float = _row(0.1, Number(0, is_open=True), _FUSION, "Distance between the values of α on the grid.")
     plausibility: float = _row(
-        0.0,
-        Number(0, 1),
-        _FUSION | _CLI,
-        "Least probability by an expert, relative to its likeliest token; 0 is off.",
+        0.0, Number(0, 1), _FUSION | _CLI, "Least probability by an expert, relative to its likeliest token; 0 is off."
     )
 
     def __post_init__(self) -> None:
@@ -299,10 +296,7 @@ class SamplingParams:
         None, Biases(), _SAMPLING - {"chat"}, "Numbers added to logits, by token id."
     )
     seed: int | None = _row(
-        None,
-        Number(0, 2**64 - 1, is_whole=True),
-        _SAMPLING | _CLI,
-        "Makes runs repeat [a new one each time].",
+        None, Number(0, 2**64 - 1, is_whole=True), _SAMPLING | _CLI, "Makes runs repeat [a new one each time]."
     )
 
     def __post_init__(self) -> None:

@@ -142,7 +142,7 @@ def test_home_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ),
         (HEAD + EXPERT + "[defaults]\ncolour = 1", "[defaults] has the unknown key 'colour'"),
         (HEAD + EXPERT + "[defaults]\nmax_tokens = 1", "[defaults] has the unknown key 'max_tokens'"),
-        (HEAD + EXPERT + "[defaults]\ntemperature = 'hot'", "temperature must be a number, not 'hot'"),
+        (HEAD + EXPERT + "[defaults]\ntemperature = 'hot'", "temperature must be a finite number, not 'hot'"),
         (HEAD + EXPERT + "[defaults]\ntemperature = -1", "temperature must be 0 or more, not -1"),
         (HEAD + EXPERT + "[defaults]\ntop_k = 1.5", "top_k must be an integer, not 1.5"),
         (HEAD + EXPERT + "[defaults]\nseed = true", "seed must be an integer, not True"),
@@ -153,7 +153,7 @@ def test_home_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (HEAD + EXPERT + "[defaults]\nsearch = 'best'", "search must be one of grid, exact, not 'best'"),
         (HEAD + EXPERT + "[defaults]\nalpha = {law = 1}", "alpha names 'law'; the experts are maths"),
         (HEAD + EXPERT + "[defaults]\nlogit_bias = {x = 1}", "logit_bias must map token ids to numbers"),
-        (HEAD + EXPERT + "[defaults]\nlogit_bias = {5 = 'x'}", "logit_bias of 5 must be a number, not 'x'"),
+        (HEAD + EXPERT + "[defaults]\nlogit_bias = {5 = 'x'}", "logit_bias of 5 must be a finite number, not 'x'"),
         ("defaults = 3\n" + HEAD + EXPERT, "defaults must be a table, [defaults]"),
     ],
 )

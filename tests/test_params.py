@@ -54,19 +54,19 @@ def test_what_a_user_types(name: str, text: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"alpha": math.inf}, "alpha must be finite"),
-        ({"alpha": {"math": math.nan}}, "alpha of math must be finite"),
+        ({"alpha": math.inf}, "alpha must be a finite number"),
+        ({"alpha": {"math": math.nan}}, "alpha of math must be a finite number"),
         ({"alpha_max": 0}, r"alpha_max must be in \(0, 100\], not 0"),
         ({"alpha_step": 3.0}, r"alpha_step must be in \(0, alpha_max\]"),
         ({"alpha_max": 100.0, "alpha_step": 0.01}, "must not exceed 1000"),
         ({"search": "best"}, "search must be one of grid, exact, not 'best'"),
-        ({"temperature": math.nan}, "temperature must be finite"),
+        ({"temperature": math.nan}, "temperature must be a finite number"),
         ({"top_k": 1.5}, "top_k must be an integer"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"repeat_penalty": 0.0}, "repeat_penalty must be above 0"),
         ({"repeat_last_n": -2}, "repeat_last_n must be -1 or more"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias must map token ids to numbers"),
-        ({"logit_bias": {5: math.inf}}, "logit_bias of 5 must be finite"),
+        ({"logit_bias": {5: math.inf}}, "logit_bias of 5 must be a finite number"),
         ({"seed": 2**64}, "seed must be 0 to 18446744073709551615"),
     ],
 )

@@ -74,9 +74,10 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
     Raises InvalidParameterError for what is missing, unknown, of the wrong type, or not offered.
     """
     skipped = ("model", *IGNORED)
-    given = {
-        OTHER_NAMES.get(name, name): value for name, value in body.items() if value is not None and name not in skipped
-    }
+    given = {name: value for name, value in body.items() if value is not None and name not in skipped}
+    for other, name in OTHER_NAMES.items():
+        if other in given:
+            given[name] = given.pop(other)
     is_raw = is_chat is False
     if is_chat is None:
         if ("messages" in given) == ("prompt" in given):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidParameterError
-from ..params import FUSION, FusionParams, check_settings, settable
+from ..params import DEFAULTS, FUSION, check_settings, settable
 from .interrupts import interruptible
 from .opening import open_family
 from .options import DEFAULT_N_CTX, EPILOG, Options, family_argument, shared_options
@@ -141,12 +140,9 @@ def _manifest(options: Options, settings: Mapping[str, Any]) -> Manifest:
     """The family, and every parameter that can change an answer or a score."""
     from ..families.manifest import Manifest
 
-    defaults = {name: value for name, value in options.spec.defaults.items() if name in FUSION}
-    loading = options.loading
+    loading, given = options.loading, {**DEFAULTS, **options.spec.defaults, **settings}
     parameters = {
-        **dataclasses.asdict(FusionParams()),
-        **defaults,
-        **settings,
+        **{name: value for name, value in given.items() if name in FUSION},
         "system": options.system,
         "n_ctx": loading.get("n_ctx", DEFAULT_N_CTX),
         "type_k": loading.get("type_k", "f16"),

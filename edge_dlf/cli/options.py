@@ -143,8 +143,11 @@ class _Typed(click.ParamType):  # type: ignore[type-arg]
         self._kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        flag = param.opts[0] if param else self.name
-        return self._kind.parse(flag, value) if isinstance(value, str) else value
+        is_text = isinstance(value, str) and not isinstance(self._kind, Texts)
+        return self._kind.read(param.opts[0] if param else self.name, self._kind.parse(value)) if is_text else value
+
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        return [rv]
 
 
 class _Shares(click.ParamType):  # type: ignore[type-arg]
@@ -172,28 +175,18 @@ class _Expert(click.ParamType):  # type: ignore[type-arg]
         return name, Path(file)
 
 
-class _OneText(click.ParamType):  # type: ignore[type-arg]
-    """A text; in the environment just one."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return str(value)
-
-    def split_envvar_value(self, rv: str) -> Sequence[str]:
-        return [rv]
-
-
 def _option(setting: Setting) -> Decorator:
     """Option of one setting; the help names the value that holds where the family has none of its own."""
     kind, help = setting.kind, setting.help
     if setting.default is not None:
         help += f" [{show(setting.default)}]"
     flag = f"--{setting.name.replace('_', '-')}"
-    if isinstance(kind, Texts):
-        return click.option(flag, type=_OneText(), multiple=True, help=f"{help} Repeatable.")
+    is_many = isinstance(kind, Texts)
+    if is_many:
+        help += " Repeatable."
     choices = kind.choices if isinstance(kind, Text) else ()
-    return click.option(flag, type=click.Choice(choices) if choices else _Typed(kind), help=help)
+    kind_of_value = click.Choice(choices) if choices else _Typed(kind)
+    return click.option(flag, type=kind_of_value, multiple=is_many, help=help)
 
 
 _FAMILY: Sequence[Decorator] = (
@@ -246,32 +239,25 @@ method_option = _option(SETTINGS["method"])
 PARALLEL = _Typed(Number(1, is_whole=True, words=("auto",)))
 
 
-def files_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --large, --base and --expert."""
-    for add in reversed(_FAMILY[1:]):
-        command = add(command)
-    return command
+def _adding(*options: Decorator) -> Decorator:
+    """Add the options to a command, in this order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
-def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that `Options.of` reads."""
-    for add in reversed((*_FAMILY, *_SETTINGS, *_PLACING, *_COMPUTING)):
-        command = add(command)
-    return command
-
-
-def measuring_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that name a family and say how it is computed, but for the size of the context."""
-    for add in reversed((*_FAMILY, *_PLACING[1:], *_COMPUTING)):
-        command = add(command)
-    return command
-
-
-def form_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --grammar and --json-schema."""
-    for add in reversed(_FORM):
-        command = add(command)
-    return command
+files_options = _adding(*_FAMILY[1:])
+shared_options = _adding(*_FAMILY, *_SETTINGS, *_PLACING, *_COMPUTING)
+"""What `Options.of` reads."""
+measuring_options = _adding(*_FAMILY, *_PLACING[1:], *_COMPUTING)
+"""Which family, and how it is computed, but for the size of the context."""
+placing_options = _adding(*_FAMILY, *_PLACING)
+"""Which family, and how much memory it takes where."""
+form_options = _adding(*_FORM)
 
 
 def _form(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,10 +278,3 @@ def _form(values: Mapping[str, Any]) -> dict[str, Any]:
     if len(form) == 2:
         raise InvalidParameterError("answers keep to a grammar or to a JSON schema, not to both")
     return form
-
-
-def placing_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that name a family and say what memory it takes where."""
-    for add in reversed((*_FAMILY, *_PLACING)):
-        command = add(command)
-    return command

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import FamilyError, InvalidParameterError
-from ..params import RESERVED_NAMES, check_settings, settable
+from ..params import METHODS, Number, check_settings, settable
 from ..system.paths import CATALOGUE, expanded, models_dir, shipped_dir
 from .hub_cache import cached, check_names, shards
 
@@ -227,7 +227,7 @@ def _check_names(names: Sequence[Any]) -> None:
     for name in names:
         is_name = isinstance(name, str) and bool(_NAME.fullmatch(name))
         _require(is_name, f"an expert's name must have {NAME_RULE}, not {name!r}")
-        _require(name not in RESERVED_NAMES, f"an expert cannot be named {name!r}: that is a role or a method")
+        _require(name not in METHODS, f"an expert cannot be named {name!r}: that is a role or a method")
         _require(names.count(name) == 1, f"two experts are named {name!r}")
 
 
@@ -240,12 +240,6 @@ def _text(value: Any, where: str) -> str:
     _require(isinstance(value, str) and bool(value), f"{where} must be a non-empty string, not {value!r}")
     _require(not _CONTROL.search(value), f"{where} must not have control characters: {value!r:.80}")
     return str(value)
-
-
-def _number(value: Any, where: str) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    _require(is_number and -1e38 < value < 1e38, f"{where} must be a finite number, not {value!r}")
-    return float(value)
 
 
 def _local(path: Any, folder: Path, where: str) -> ModelSource:
@@ -298,7 +292,7 @@ def _pairs(name: Any, files: Any) -> list[tuple[Any, float]]:
     _require(isinstance(files, Sequence) and len(files) > 0, f"{where} needs a file, or [(LoRA, scale), …]")
     for pair in files:
         _require(isinstance(pair, Sequence) and len(pair) == 2, f"{where} needs pairs (LoRA, scale), not {pair!r}")
-    return [(lora, _number(scale, f"a scale of {where}")) for lora, scale in files]
+    return [(lora, Number().read(f"a scale of {where}", scale)) for lora, scale in files]
 
 
 def _defaults(table: Table, experts: Sequence[str]) -> Table:

@@ -27,8 +27,9 @@ _STATUSES = {
 }
 
 
-def _object(name: str, schema: Dict) -> Dict:
-    return {"type": "object", "properties": {name: schema}, "required": [name]}
+def _object(**properties: Dict) -> Dict:
+    """An object that has all of these."""
+    return {"type": "object", "properties": properties, "required": [*properties]}
 
 
 def _or_null(schema: Dict) -> Dict:
@@ -36,19 +37,13 @@ def _or_null(schema: Dict) -> Dict:
 
 
 _TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-_TEXT_PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    "required": ["type", "text"],
-}
-_MESSAGE = {
-    "type": "object",
-    "properties": {
-        "role": {"type": "string", "description": "system, user, assistant, or another that the chat template knows."},
-        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]},
-    },
-    "required": ["role", "content"],
-}
+_TEXT: Dict = {"type": "string"}
+_INTEGER: Dict = {"type": "integer"}
+_TEXT_PART = _object(type={"const": "text"}, text=_TEXT)
+_MESSAGE = _object(
+    role={"type": "string", "description": "system, user, assistant, or another that the chat template knows."},
+    content={"anyOf": [_TEXT, {"type": "array", "items": _TEXT_PART}]},
+)
 _SHARED: Dict = {
     **{name: setting.schema() for name, setting in settable("body").items()},
     **{
@@ -62,7 +57,7 @@ _SHARED: Dict = {
         "type": "object",
         "properties": {
             "type": {"type": "string", "enum": ["text", "json_object", "json_schema"]},
-            "json_schema": _or_null(_object("schema", {"type": "object"})),
+            "json_schema": _or_null(_object(schema={"type": "object"})),
         },
         "required": ["type"],
     },
@@ -109,9 +104,9 @@ def document(models: Sequence[str]) -> Dict:
         "paths": {
             CHAT: {"post": _asking("chat", models, _CHAT, "messages")},
             COMPLETIONS: {"post": _asking("complete", models, _COMPLETION, "prompt")},
-            "/v1/models": {"get": _reading("models", _object("data", {"type": "array", "items": _ref("Model")}))},
+            "/v1/models": {"get": _reading("models", _object(data={"type": "array", "items": _ref("Model")}))},
             "/v1/models/{model}": {"get": {**_reading("model", _ref("Model"), 404), "parameters": [name]}},
-            "/health": {"get": _reading("health", _object("status", {"const": "ok"}))},
+            "/health": {"get": _reading("health", _object(status={"const": "ok"}))},
         },
     }
 
@@ -145,35 +140,16 @@ def _asking(name: str, models: Sequence[str], own: Dict, required: str) -> Dict:
     }
 
 
-_ERROR: Dict = _object(
-    "error",
-    {
-        "type": "object",
-        "properties": {
-            "message": {"type": "string"},
-            "type": {"type": "string"},
-            "param": {"type": "null"},
-            "code": {"type": ["string", "null"]},
-        },
-        "required": ["message", "type", "param", "code"],
-    },
+_ERROR = _object(
+    error=_object(message=_TEXT, type=_TEXT, param={"type": "null"}, code={"type": ["string", "null"]}),
 )
-_ANSWER: Dict = {
-    "type": "object",
-    "properties": {
-        "id": {"type": "string"},
-        "object": {"type": "string"},
-        "created": {"type": "integer"},
-        "model": {"type": "string"},
-        "choices": {"type": "array", "items": {"type": "object"}},
-        "usage": {"type": "object"},
-        "edge_dlf": {"type": "object"},
-    },
-    "required": ["id", "object", "created", "model", "choices", "usage", "edge_dlf"],
-}
-_MODEL: Dict = {
-    "type": "object",
-    "properties": {name: {"type": "string"} for name in ("id", "object", "owned_by")}
-    | {"created": {"type": "integer"}},
-    "required": ["id", "object", "created", "owned_by"],
-}
+_ANSWER = _object(
+    id=_TEXT,
+    object=_TEXT,
+    created=_INTEGER,
+    model=_TEXT,
+    choices={"type": "array", "items": {"type": "object"}},
+    usage={"type": "object"},
+    edge_dlf={"type": "object"},
+)
+_MODEL = _object(id=_TEXT, object=_TEXT, created=_INTEGER, owned_by=_TEXT)
