@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -111,7 +112,8 @@ def _variant(text: str, options: Options, experts: Sequence[str]) -> Variant:
     settings: dict[str, Any] = {name: value for name, value in options.settings.items() if name in FUSION}
     settings["method"] = method
     n_fewshot = None
-    for pair in filter(None, rest.split(",")):
+    names = "|".join(("fewshot", *known))
+    for pair in filter(None, re.split(f",(?=$|(?:{names})=)", rest)):  # alpha may hold commas: a=1,b=2
         name, _, value = pair.partition("=")
         if name == "fewshot" and value.isascii() and value.isdigit():
             n_fewshot = int(value)
