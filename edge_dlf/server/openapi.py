@@ -132,7 +132,7 @@ def _asking(name: str, models: Sequence[str], own: Dict, required: str) -> Dict:
     properties = {name: schema if name == required else _or_null(schema) for name, schema in fields.items()}
     body = {"type": "object", "properties": properties, "required": [required], "additionalProperties": False}
     answer = _json(_ref("Answer"), "The answer, whole or as server-sent events.")
-    answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    answer["content"]["text/event-stream"] = {}
     return {
         "operationId": name,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
