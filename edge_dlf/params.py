@@ -1,22 +1,231 @@
-"""Parameters and results as frozen dataclasses; every default of the method and of sampling stands here, once."""
+"""Every setting once: its name, type, bounds, default and help, and the places where it may be given.
+
+A setting of the fusion or of sampling is a field of FusionParams or SamplingParams, made by `_row`; the others are rows
+of SETTINGS. From these rows come the checks of both classes, the options of the command line with their environment
+variables, the [defaults] of a family.toml, the fields of a request, the chat's /set, eval's method strings and the
+server's OpenAPI document. A new setting is a new row, and the code that uses it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+import numbers
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from .errors import InvalidParameterError
 
 METHODS = ("dynamic", "static", "large", "base")
-SEARCHES = ("grid", "exact")
-RESERVED_NAMES = frozenset(METHODS)
+MAX_DRAFT = 8
+"""Most tokens that are drafted at once."""
+Overlap: TypeAlias = Literal["off", "queue", "threads"]
+"""How members that have devices of their own are decoded: each once the one before is done, or handed over one after
+the other without waiting for any, or handed over by a thread each."""
+OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
+
+_T = TypeVar("_T")
+_FINITE = 1e38
+"""Numbers below this are finite as float32."""
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InvalidParameterError(message)
+
+
+class Kind:
+    """Type and bounds of a value. `name` stands for a value in --help."""
+
+    name = "text"
+
+    def parse(self, text: str) -> Any:
+        """Return what a user typed as JSON would hold it, or the text if it is nothing like it."""
+        return text
+
+    def read(self, setting: str, value: Any) -> Any:
+        """Return a value of JSON, TOML or Python, converted. Raises InvalidParameterError, which names the setting."""
+        raise NotImplementedError
+
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON schema of what `read` takes."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    """A text, one of `choices` if there are any."""
+
+    choices: tuple[str, ...] = ()
+
+    def read(self, setting: str, value: Any) -> str:
+        _require(isinstance(value, str), f"{setting} must be text, not {value!r:.60}")
+        is_known = not self.choices or value in self.choices
+        _require(is_known, f"{setting} must be one of {', '.join(self.choices)}, not {value!r:.60}")
+        return str(value)
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self.choices)} if self.choices else {"type": "string"}
+
+
+class Texts(Kind):
+    """One text or several, none of them empty."""
+
+    def read(self, setting: str, value: Any) -> tuple[str, ...]:
+        texts = (value,) if isinstance(value, str) else value
+        are_texts = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
+        _require(are_texts, f"{setting} must be text or a list of texts, not {value!r:.60}")
+        _require("" not in texts, f"a {setting} string must not be empty")
+        return tuple(texts)
+
+    def schema(self) -> dict[str, Any]:
+        text = {"type": "string", "minLength": 1}
+        return {"anyOf": [text, {"type": "array", "items": text}]}
+
+
+@dataclass(frozen=True)
+class Number(Kind):
+    """A finite number from `low` to `high`, or one of `words`.
+
+    is_open: `low` itself is left out.
+    is_whole: the number is an integer.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    is_open: bool = False
+    is_whole: bool = False
+    words: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "|".join((*self.words, "N")) if self.words else "integer" if self.is_whole else "float"
+
+    @property
+    def type(self) -> str:
+        """The type, in an error."""
+        return "an integer" if self.is_whole else "a finite number"
+
+    @property
+    def range(self) -> str:
+        """The values that are taken, in an error."""
+        if self.high == math.inf:
+            span = f"above {self.low}" if self.is_open else f"{self.low} or more"
+        else:
+            bracket = "(" if self.is_open else "["
+            span = f"{self.low} to {self.high}" if self.is_whole else f"in {bracket}{self.low}, {self.high}]"
+        return f"{', '.join(self.words)} or {span}" if self.words else span
+
+    def parse(self, text: str) -> Any:
+        try:
+            return int(text) if self.is_whole else float(text)
+        except ValueError:
+            return text
+
+    def read(self, setting: str, value: Any) -> Any:
+        if isinstance(value, str) and value in self.words:
+            return value
+        is_number = isinstance(value, numbers.Integral if self.is_whole else numbers.Real)
+        is_right = is_number and not isinstance(value, bool) and -_FINITE < value < _FINITE
+        _require(is_right or bool(self.words), f"{setting} must be {self.type}, not {value!r:.60}")
+        is_inside = is_right and self.low <= value <= self.high and not (self.is_open and value == self.low)
+        _require(is_inside, f"{setting} must be {self.range}, not {value!r:.60}")
+        return int(value) if self.is_whole else float(value)
+
+    def schema(self) -> dict[str, Any]:
+        number: dict[str, Any] = {"type": "integer" if self.is_whole else "number"}
+        if self.low > -math.inf:
+            number["exclusiveMinimum" if self.is_open else "minimum"] = self.low
+        if self.high < math.inf:
+            number["maximum"] = self.high
+        return {"anyOf": [{"enum": list(self.words)}, number]} if self.words else number
+
+
+@dataclass(frozen=True)
+class ByName(Kind):
+    """One number for all, or a number for each name: NAME=NUMBER,…"""
+
+    name = "number|name=number"
+    number: Number = Number()
+
+    def parse(self, text: str) -> Any:
+        if "=" not in text:
+            return self.number.parse(text)
+        pairs = [part.partition("=") for part in text.split(",")]
+        return {name.strip(): self.number.parse(number) for name, _, number in pairs}
+
+    def read(self, setting: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(name): self.number.read(f"{setting} of {name}", number) for name, number in value.items()}
+        wanted = f"{self.number.type} or NAME=NUMBER,…"
+        _require(not isinstance(value, str), f"{setting} must be {wanted}, not {value!r:.60}")
+        return self.number.read(setting, value)
+
+    def schema(self) -> dict[str, Any]:
+        number = self.number.schema()
+        return {"anyOf": [number, {"type": "object", "additionalProperties": number}]}
+
+
+class Biases(Kind):
+    """A number for each token id; −inf bans the token."""
+
+    _ID = "[0-9]{1,18}"
+
+    def read(self, setting: str, value: Any) -> dict[int, float]:
+        is_map = isinstance(value, Mapping) and all(re.fullmatch(self._ID, str(token)) for token in value)
+        _require(is_map, f"{setting} must map token ids to numbers, not {value!r:.60}")
+        biases = {int(token): bias for token, bias in value.items()}
+        return {
+            token: bias if bias == -math.inf else Number().read(f"{setting} of {token}", bias)
+            for token, bias in biases.items()
+        }
+
+    def schema(self) -> dict[str, Any]:
+        ids = {"pattern": f"^{self._ID}$"}
+        return {"type": "object", "propertyNames": ids, "additionalProperties": {"type": "number"}}
+
+
+Place: TypeAlias = Literal["command line", "chat", "family", "body", "edge_dlf", "eval"]
+"""Where a setting may be given: as an option or environment variable, by /set, in [defaults] of a family.toml, in the
+body of a request or under its "edge_dlf", or in a method string of eval."""
+_FUSION: frozenset[Place] = frozenset(("chat", "family", "edge_dlf", "eval"))
+_SAMPLING: frozenset[Place] = frozenset(("chat", "family", "body"))
+_CLI: frozenset[Place] = frozenset(("command line",))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting. default: what holds where nobody gives it. places: where it may be given."""
+
+    name: str
+    default: Any
+    kind: Kind
+    places: frozenset[Place]
+    help: str
+
+    def parse(self, text: str) -> Any:
+        """Return the value that a user typed. Raises InvalidParameterError."""
+        return self.read(self.kind.parse(text))
+
+    def read(self, value: Any) -> Any:
+        """Return a value of JSON, TOML or Python, checked and converted. Raises InvalidParameterError."""
+        return None if value is None and self.default is None else self.kind.read(self.name, value)
+
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON schema of a value."""
+        return {**self.kind.schema(), "description": self.help}
+
+
+def _row(default: _T, kind: Kind, places: frozenset[Place], help: str) -> _T:
+    """Make a field of FusionParams or SamplingParams that is a row of SETTINGS too."""
+    return dataclasses.field(default=default, metadata={"kind": kind, "places": places, "help": help})
+
+
+def _check(params: FusionParams | SamplingParams) -> None:
+    for field in dataclasses.fields(params):
+        SETTINGS[field.name].read(getattr(params, field.name))
 
 
 @dataclass(frozen=True)
@@ -33,23 +242,22 @@ class FusionParams:
     Raises InvalidParameterError where a value cannot be used.
     """
 
-    method: str = "dynamic"
-    search: str = "grid"
-    alpha: float | Mapping[str, float] = 1.0
-    alpha_max: float = 2.0
-    alpha_step: float = 0.1
-    plausibility: float = 0.0
+    method: str = _row(
+        "dynamic", Text(), _FUSION - {"eval"} | _CLI, "dynamic, static, large, base, or the name of an expert."
+    )
+    search: str = _row("grid", Text(("grid", "exact")), _FUSION | _CLI, "How dynamic finds α.")
+    alpha: float | Mapping[str, float] = _row(
+        1.0, ByName(), _FUSION | _CLI, "α for static: one for all, or one for each expert by name."
+    )
+    alpha_max: float = _row(2.0, Number(0, 100, is_open=True), _FUSION, "Largest α that dynamic looks at.")
+    alpha_step: float = _row(0.1, Number(0, is_open=True), _FUSION, "Distance between the values of α on the grid.")
+    plausibility: float = _row(
+        0.0, Number(0, 1), _FUSION | _CLI, "Least probability by an expert, relative to its likeliest token; 0 is off."
+    )
 
     def __post_init__(self) -> None:
-        _require(self.search in SEARCHES, f"search must be one of {', '.join(SEARCHES)}, not {self.search!r}")
-        alphas = self.alpha.values() if isinstance(self.alpha, Mapping) else [self.alpha]
-        _require(all(math.isfinite(alpha) for alpha in alphas), f"alpha must be finite, not {self.alpha!r}")
-        _require(0.0 < self.alpha_max <= 100.0, f"alpha_max must lie in (0, 100], not {self.alpha_max!r}")
-        _require(
-            0.0 < self.alpha_step <= self.alpha_max,
-            f"alpha_step must lie in (0, alpha_max], not {self.alpha_step!r}",
-        )
-        _require(0.0 <= self.plausibility <= 1.0, f"plausibility must lie in [0, 1], not {self.plausibility!r}")
+        _check(self)
+        _require(self.alpha_step <= self.alpha_max, f"alpha_step must be in (0, alpha_max], not {self.alpha_step!r}")
         ratio = self.alpha_max / self.alpha_step
         _require(ratio < 1001 - 1e-9, f"alpha_max / alpha_step must not exceed 1000, not {ratio:.0f}")
 
@@ -70,33 +278,29 @@ class SamplingParams:
     Raises InvalidParameterError where a value cannot be used.
     """
 
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    repeat_last_n: int = 64
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
+    temperature: float = _row(0.8, Number(0), _SAMPLING | _CLI, "0 takes the most likely token.")
+    top_k: int = _row(40, Number(0, is_whole=True), _SAMPLING | _CLI, "Likely tokens to draw from; 0 for all.")
+    top_p: float = _row(0.95, Number(0, 1, is_open=True), _SAMPLING | _CLI, "Probability of the tokens to draw from.")
+    min_p: float = _row(0.05, Number(0, 1), _SAMPLING | _CLI, "Least probability, relative to the likeliest token.")
+    repeat_penalty: float = _row(
+        1.0, Number(0, is_open=True), _SAMPLING | _CLI, "Penalty on recent tokens; 1 for none."
+    )
+    repeat_last_n: int = _row(
+        64, Number(-1, is_whole=True), _SAMPLING, "How many recent tokens are penalised: 0 for none, -1 for all."
+    )
+    frequency_penalty: float = _row(
+        0.0, Number(), _SAMPLING, "Taken from a recent token's logit as often as it occurs."
+    )
+    presence_penalty: float = _row(0.0, Number(), _SAMPLING, "Taken from the logit of each recent token.")
+    logit_bias: Mapping[int, float] | None = _row(
+        None, Biases(), _SAMPLING - {"chat"}, "Numbers added to logits, by token id."
+    )
+    seed: int | None = _row(
+        None, Number(0, 2**64 - 1, is_whole=True), _SAMPLING | _CLI, "Makes runs repeat [a new one each time]."
+    )
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.temperature < math.inf, f"temperature must be 0 or more, not {self.temperature!r}")
-        _require(self.top_k >= 0, f"top_k must be 0 or more, not {self.top_k!r}")
-        _require(0.0 < self.top_p <= 1.0, f"top_p must lie in (0, 1], not {self.top_p!r}")
-        _require(0.0 <= self.min_p <= 1.0, f"min_p must lie in [0, 1], not {self.min_p!r}")
-        _require(0.0 < self.repeat_penalty < math.inf, f"repeat_penalty must be above 0, not {self.repeat_penalty!r}")
-        _require(self.repeat_last_n >= -1, f"repeat_last_n must be -1 or more, not {self.repeat_last_n!r}")
-        for name in ("frequency_penalty", "presence_penalty"):
-            _require(math.isfinite(getattr(self, name)), f"{name} must be finite, not {getattr(self, name)!r}")
-        for token, bias in (self.logit_bias or {}).items():
-            _require(token >= 0, f"logit_bias names token {token}, which cannot exist")
-            _require(not math.isnan(bias) and bias < math.inf, f"logit_bias of token {token} must not be {bias!r}")
-        _require(
-            self.seed is None or 0 <= self.seed < 2**64,
-            f"seed must be an integer from 0 to 2**64 - 1, not {self.seed!r}",
-        )
+        _check(self)
 
     @property
     def penalises(self) -> bool:
@@ -104,16 +308,60 @@ class SamplingParams:
         return self.repeat_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
 
-Overlap: TypeAlias = Literal["off", "queue", "threads"]
-"""How members that have devices of their own are decoded: each once the one before is done, or handed over one after
-the other without waiting for any, or handed over by a thread each."""
-OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
+_FIELDS = (*dataclasses.fields(FusionParams), *dataclasses.fields(SamplingParams))
+_ROWS = (
+    *(Setting(field.name, field.default, **field.metadata) for field in _FIELDS),
+    Setting(
+        "max_tokens",
+        None,
+        Number(1, is_whole=True),
+        _CLI | {"chat", "body"},
+        "Longest answer [to the end of the context].",
+    ),
+    Setting("stop", None, Texts(), _CLI | {"chat", "body"}, "Text that ends the answer."),
+    Setting(
+        "draft",
+        "auto",
+        Number(0, MAX_DRAFT, is_whole=True, words=("auto", "off")),
+        _CLI | {"chat"},
+        "Tokens that an expert runs ahead at each step: auto (what pays), a number, or off.",
+    ),
+)
+SETTINGS: Mapping[str, Setting] = {row.name: row for row in _ROWS}
+DEFAULTS: Mapping[str, Any] = {row.name: row.default for row in _ROWS}
+FUSION = frozenset(field.name for field in dataclasses.fields(FusionParams))
+SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
-MAX_DRAFT = 8
-"""Most tokens that are drafted at once."""
+
+def settable(place: Place) -> dict[str, Setting]:
+    """Return the settings that may be given at `place`, by name."""
+    return {row.name: row for row in _ROWS if place in row.places}
+
+
+def params_of(settings: Mapping[str, Any]) -> tuple[SamplingParams, FusionParams]:
+    """Make both of those `settings` that are their fields. Raises InvalidParameterError."""
+    sampling = SamplingParams(**{name: value for name, value in settings.items() if name in SAMPLING})
+    return sampling, FusionParams(**{name: value for name, value in settings.items() if name in FUSION})
+
+
+def check_settings(settings: Mapping[str, Any], experts: Sequence[str]) -> None:
+    """Raise InvalidParameterError where a family with these experts cannot use settings that are right one by one."""
+    _, fusion = params_of(settings)
+    methods = (*METHODS, *experts)
+    _require(fusion.method in methods, f"method must be one of {', '.join(methods)}, not {fusion.method!r}")
+    unknown = [name for name in fusion.alpha if name not in experts] if isinstance(fusion.alpha, Mapping) else []
+    _require(not unknown, f"alpha names {', '.join(map(repr, unknown))}; the experts are {', '.join(experts)}")
 
 
 def check_draft(draft: int | str) -> None:
     """Raise InvalidParameterError unless `draft` is "auto", "off" or a number of tokens up to MAX_DRAFT."""
-    is_number = isinstance(draft, int) and not isinstance(draft, bool) and 0 <= draft <= MAX_DRAFT
-    _require(is_number or draft in ("auto", "off"), f"draft must be auto, off or 0 to {MAX_DRAFT}, not {draft!r}")
+    SETTINGS["draft"].read(draft)
+
+
+def show(value: Any) -> str:
+    """Return a setting's value on one line, as `parse` reads it."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={number:g}" for name, number in value.items())
+    if isinstance(value, tuple):
+        return " ".join(map(repr, value))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -393,7 +393,7 @@ class TestFiles:
             (["in", "-o", "folder"], "is a folder"),
             (["in", "-o", "out", "--errors", "-"], "--errors must be a file"),
             (["in"], "Missing option '--output'"),
-            (["in", "-o", "out", "--parallel", "0"], "expected auto or a number"),
+            (["in", "-o", "out", "--parallel", "0"], "--parallel must be auto or 1 or more, not 0"),
             (["in", "-o", "out", "--raw", "--system", "x"], "leave out --raw or --system"),
         ],
     )

@@ -278,6 +278,11 @@ class TestCommand:
                 "method must be one of dynamic, static, large, base, lora",
             ),
             (["--tasks", "paper_gsm8k", "--methods", "static:beta=1"], "expected METHOD:SETTING=VALUE, not"),
+            (
+                ["--tasks", "paper_gsm8k", "--methods", "static:plausibility=2"],
+                "plausibility must be in [0, 1], not 2.0",
+            ),
+            (["--tasks", "paper_gsm8k", "--methods", "static:alpha=lora=1,b=2,search=grid"], "alpha names 'b'"),
             (["--tasks", "paper_gsm8k", "--data", "paper_mmlu=x"], "there is data for 'paper_mmlu'"),
             (["--tasks", "paper_gsm8k", "--data", "paper_gsm8k=no.jsonl"], "no.jsonl: no such file"),
         ],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 
 from edge_dlf import FusedLlama, NonFiniteLogitsError
@@ -209,6 +210,10 @@ def test_a_full_queue_says_when_to_come_again(llm: FusedLlama) -> None:
         (CHAT, {"messages": HELLO, "response_format": {"type": "yaml"}}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "grammar": "root = x"}, 400, "invalid_value"),
         (COMPLETIONS, {"prompt": [[1, 2], "a"]}, 200, None),
+        (COMPLETIONS, {"prompt": []}, 200, None),
+        (CHAT, {"messages": [{"role": "developer", "content": "Be kind."}, *HELLO]}, 200, None),
+        (CHAT, {"messages": HELLO, "edge_dlf": {"plausibility": 0.1, "alpha": None}, "stop": ["x"]}, 200, None),
+        (CHAT, {"messages": HELLO, "model": None, "user": "u", "store": False, "metadata": {}, "n": None}, 200, None),
         (CHAT, {"messages": [{"role": "user", "content": "half a pair: \ud800"}]}, 200, None),
         (COMPLETIONS, {"prompt": [-1]}, 400, "invalid_value"),
         (COMPLETIONS, {"prompt": ["a"] * 200}, 400, "invalid_value"),
@@ -222,6 +227,8 @@ def test_a_body_is_answered_or_refused_in_openai_s_terms(
     response = server.post(path, content=json.dumps(body))
     assert response.status_code == status
     if code is None:
+        schema = server.get("/openapi.json").json()["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        jsonschema.Draft202012Validator(schema["schema"]).validate(body)
         return
     error = response.json()["error"]
     assert error["code"] == code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,16 +9,13 @@ from typing import Any
 from ..engine.ensemble import Ensemble
 from ..engine.generation import Generation, GenerationRequest
 from ..errors import ContextOverflowError, InvalidParameterError
-from ..params import FusionParams, SamplingParams, check_draft
+from ..params import FUSION, SAMPLING, FusionParams, SamplingParams, check_draft, params_of
 from .completion import ChatCompletion, Completion
 from .requests import Request
 from .stream import Answer
 from .tokenizer import Prompt, Tokenizer
 
 logger = logging.getLogger(__name__)
-
-_SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
-_FUSION = frozenset(field.name for field in dataclasses.fields(FusionParams))
 
 
 class Preparer:
@@ -93,7 +89,7 @@ class Preparer:
 
     def scorer(self, settings: Mapping[str, Any]) -> Callable[[Prompt, Sequence[int]], Answer]:
         """Return what makes a prompt and the tokens of its answer ready to be scored."""
-        if unknown := sorted(set(settings) - _FUSION):
+        if unknown := sorted(set(settings) - FUSION):
             raise TypeError(f"score() got an unexpected keyword argument {unknown[0]!r}")
         _, fusion = self.params("score", settings)
         roles, n_ctx = self._ensemble.roles(fusion), self._ensemble.n_ctx
@@ -157,13 +153,12 @@ class Preparer:
 
     def params(self, function: str, settings: Mapping[str, Any]) -> tuple[SamplingParams, FusionParams]:
         """`settings` over the family's defaults. Raises TypeError for a name that is neither's."""
-        if unknown := sorted(set(settings) - _SAMPLING - _FUSION):
+        if unknown := sorted(set(settings) - SAMPLING - FUSION):
             raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
         merged = {**self._defaults, **settings}
         if bias := merged.get("logit_bias"):
             merged["logit_bias"] = {self.tokenizer.known(int(token)): float(value) for token, value in bias.items()}
-        sampling = SamplingParams(**{name: value for name, value in merged.items() if name in _SAMPLING})
-        return sampling, FusionParams(**{name: value for name, value in merged.items() if name in _FUSION})
+        return params_of(merged)
 
     def _n_draft(self, draft: int | str) -> int | None:
         """Tokens to draft at each step; None for "auto"."""

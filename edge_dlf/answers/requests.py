@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from ..errors import InvalidParameterError
-from ..params import FusionParams, SamplingParams
-
-_Kind: TypeAlias = tuple[Any, ...]
+from ..params import Number, Text, settable
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
-_NUMBER: _Kind = (int, float)
-_INTEGER: _Kind = (int,)
-_TEXT: _Kind = (str,)
-_OBJECT: _Kind = (Mapping,)
-_WORDS = {_NUMBER: "a number", _INTEGER: "an integer", _TEXT: "text", _OBJECT: "an object", (bool,): "true or false"}
-_SAMPLING: Mapping[str, _Kind] = {
-    "temperature": _NUMBER,
-    "top_k": _INTEGER,
-    "top_p": _NUMBER,
-    "min_p": _NUMBER,
-    "repeat_penalty": _NUMBER,
-    "repeat_last_n": _INTEGER,
-    "frequency_penalty": _NUMBER,
-    "presence_penalty": _NUMBER,
-    "logit_bias": _OBJECT,
-    "seed": _INTEGER,
-}
-_FUSION: Mapping[str, _Kind] = {
-    "method": _TEXT,
-    "search": _TEXT,
-    "alpha": (int, float, Mapping),
-    "alpha_max": _NUMBER,
-    "alpha_step": _NUMBER,
-    "plausibility": _NUMBER,
-}
-_LIMITS = ("max_tokens", "max_completion_tokens")
-_IGNORED = frozenset(("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"))
-assert _SAMPLING.keys() == {field.name for field in dataclasses.fields(SamplingParams)}
-assert _FUSION.keys() == {field.name for field in dataclasses.fields(FusionParams)}
+OTHER_NAMES = {"max_completion_tokens": "max_tokens"}
+"""OpenAI's newer names of settings."""
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+"""Fields that OpenAI's clients send, and that change nothing here."""
+
+
+_COUNT = Number(0, is_whole=True)
 
 
 @dataclass(frozen=True)
@@ -98,7 +73,11 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
 
     Raises InvalidParameterError for what is missing, unknown, of the wrong type, or not offered.
     """
-    given = {name: value for name, value in body.items() if value is not None and name not in _IGNORED}
+    skipped = ("model", *IGNORED)
+    given = {name: value for name, value in body.items() if value is not None and name not in skipped}
+    for other, name in OTHER_NAMES.items():
+        if other in given:
+            given[name] = given.pop(other)
     is_raw = is_chat is False
     if is_chat is None:
         if ("messages" in given) == ("prompt" in given):
@@ -106,29 +85,23 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
         is_chat = "messages" in given
     content = _messages(given) if is_chat else _prompt(given)
     settings = _fusion(given.pop("edge_dlf", {}))
-    for name, kind in _SAMPLING.items():
+    for name, setting in settable("body").items():
         if name in given:
-            settings[name] = _typed(name, given.pop(name), kind)
-    if "logit_bias" in settings:
-        settings["logit_bias"] = _logit_bias(settings["logit_bias"])
-    for name in _LIMITS:
-        if name in given:
-            settings["max_tokens"] = _typed(name, given.pop(name), _INTEGER)
+            settings[name] = setting.read(given.pop(name))
     if "response_format" in given:
         settings["json_schema"] = schema_of(given.pop("response_format"))
     if "grammar" in given:
-        settings["grammar"] = _typed("grammar", given.pop("grammar"), _TEXT)
-    if "stop" in given:
-        settings["stop"] = _stop(given.pop("stop"))
+        settings["grammar"] = Text().read("grammar", given.pop("grammar"))
     if "logprobs" in given:
-        settings["logprobs"] = _typed("logprobs", given.pop("logprobs"), (bool,) if is_chat else _INTEGER)
+        logprobs = given.pop("logprobs")
+        settings["logprobs"] = _flag("logprobs", logprobs) if is_chat else _COUNT.read("logprobs", logprobs)
     if is_chat and "top_logprobs" in given:
-        settings["top_logprobs"] = _typed("top_logprobs", given.pop("top_logprobs"), _INTEGER)
+        settings["top_logprobs"] = _COUNT.read("top_logprobs", given.pop("top_logprobs"))
     if given.pop("n", 1) != 1:
         raise InvalidParameterError("n must be 1: write the request several times, with a seed each")
     if given.pop("stream", False) is not False:
         raise InvalidParameterError("stream must be false")
-    if misplaced := sorted(_FUSION.keys() & given.keys()):
+    if misplaced := sorted(settable("edge_dlf").keys() & given.keys()):
         raise InvalidParameterError(f'{misplaced[0]} belongs under "edge_dlf"')
     if given:
         raise InvalidParameterError(f"unknown field {min(given)!r}")
@@ -137,16 +110,14 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
 
 def schema_of(response_format: Any) -> Mapping[str, Any] | None:
     """The JSON schema that OpenAI's `response_format` asks for. Raises InvalidParameterError."""
-    if not isinstance(response_format, Mapping):
-        raise InvalidParameterError("response_format must be an object")
-    kind = response_format.get("type")
+    kind = _object("response_format", response_format).get("type")
     if kind == "text":
         return None
     if kind == "json_object":  # llama-cpp-python takes a schema here
-        return _typed("schema", response_format.get("schema") or {"type": "object"}, _OBJECT)  # type: ignore[no-any-return]
+        return _object("schema", response_format.get("schema") or {"type": "object"})
     if kind == "json_schema":
-        wrapped = _typed("json_schema", response_format.get("json_schema"), _OBJECT)
-        return _typed("json_schema.schema", wrapped.get("schema"), _OBJECT)  # type: ignore[no-any-return]
+        wrapped = _object("json_schema", response_format.get("json_schema"))
+        return _object("json_schema.schema", wrapped.get("schema"))
     raise InvalidParameterError(f"response_format must be text, json_object or json_schema, not {kind!r:.60}")
 
 
@@ -168,34 +139,19 @@ def _prompt(given: dict[str, Any]) -> Any:
 
 
 def _fusion(fields: Any) -> dict[str, Any]:
-    if not isinstance(fields, Mapping):
-        raise InvalidParameterError("edge_dlf must be an object")
-    if unknown := sorted(fields.keys() - _FUSION.keys()):
-        raise InvalidParameterError(f"unknown field {unknown[0]!r} under edge_dlf; it takes {', '.join(_FUSION)}")
-    settings = {name: _typed(name, value, _FUSION[name]) for name, value in fields.items() if value is not None}
-    alpha = settings.get("alpha")
-    if isinstance(alpha, Mapping):
-        settings["alpha"] = {str(name): _typed(f"alpha of {name}", value, _NUMBER) for name, value in alpha.items()}
-    return settings
+    known = settable("edge_dlf")
+    if unknown := sorted(_object("edge_dlf", fields).keys() - known.keys()):
+        raise InvalidParameterError(f"unknown field {unknown[0]!r} under edge_dlf; it takes {', '.join(known)}")
+    return {name: known[name].read(value) for name, value in fields.items() if value is not None}
 
 
-def _typed(name: str, value: Any, kind: _Kind) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind != (bool,)):
-        raise InvalidParameterError(f"{name} must be {_WORDS.get(kind, 'a number or an object')}, not {value!r:.60}")
-    if isinstance(value, int) and abs(value) >= 2**64:
-        raise InvalidParameterError(f"{name} is out of range")
+def _object(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidParameterError(f"{name} must be an object, not {value!r:.60}")
     return value
 
 
-def _logit_bias(bias: Mapping[Any, Any]) -> dict[int, float]:
-    try:
-        return {int(token): float(_typed("logit_bias", value, _NUMBER)) for token, value in bias.items()}
-    except ValueError as error:
-        raise InvalidParameterError(f"logit_bias must map token ids to numbers: {error}") from None
-
-
-def _stop(stop: Any) -> list[str]:
-    strings = [stop] if isinstance(stop, str) else stop
-    if not isinstance(strings, Sequence) or not all(isinstance(string, str) for string in strings):
-        raise InvalidParameterError("stop must be text or a list of texts")
-    return list(strings)
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidParameterError(f"{name} must be true or false, not {value!r:.60}")
+    return value

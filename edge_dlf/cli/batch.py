@@ -14,12 +14,12 @@ import click
 
 from ..batch.outputs import Outputs, Targets, has_descriptor, open_outputs
 from ..errors import InvalidParameterError
+from ..params import DEFAULTS
 from .interrupts import Stop, interruptible
 from .opening import open_family
-from .options import DEFAULT_N_CTX, EPILOG, Options, Parallel, form_options, method_option, shared_options
+from .options import DEFAULT_N_CTX, EPILOG, PARALLEL, Options, form_options, method_option, shared_options
 from .progress import Progress
 from .screen import Screen
-from .settings import DEFAULTS
 from .tracing import Tracer, trace_option, tracing
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--output", "-o", metavar="FILE|-", required=True, help="Where the answers go, one line a row.")
 @click.option("--errors", metavar="FILE", help="Where rows that failed go, in place of the output.")
 @click.option("--ordered", is_flag=True, help="Write rows in the order of the input, not as they finish.")
-@click.option("--parallel", type=Parallel(), default="auto", help="Rows at once [auto: 16, or 32 on a GPU].")
+@click.option("--parallel", type=PARALLEL, default="auto", help="Rows at once [auto: 16, or 32 on a GPU].")
 @click.option(
     "--ray",
     metavar="[ADDRESS]",
@@ -191,7 +191,6 @@ def _manifest(options: Options, raw: bool) -> Manifest:
     loading = options.loading
     parameters = {
         **DEFAULTS,
-        "logit_bias": None,
         **options.spec.defaults,
         **options.settings,
         "seed": _seed(options),

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InvalidParameterError
-from ..params import METHODS
+from ..params import METHODS, Setting, check_settings, settable, show
 from . import conversation
 from .screen import one_line
 from .session import Session
-from .settings import DEFAULTS, check, parse, parse_numbers, restore, show
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,7 @@ def _alpha(session: Session, text: str) -> None:
         session.screen.say("tokens are not coloured")
     else:
         if text:
-            alpha = parse_numbers(text, float)
-            check({"alpha": alpha}, session.llm.experts)
-            session.settings["alpha"] = alpha
+            _choose(session, "alpha", text)
         unused = "" if session.value("method") == "static" else ", which /method static uses"
         session.screen.say(
             f"alpha: {show(session.value('alpha'))}{unused}; colours: {'on' if session.paints else 'off'}"
@@ -102,20 +99,27 @@ def _alpha(session: Session, text: str) -> None:
 def _set(session: Session, text: str) -> None:
     name, _, value = text.partition(" ")
     name, value = name.replace("-", "_"), value.strip()
-    if value == "default" and name in DEFAULTS:
+    if name:
+        _known(name)
+    if value == "default":
         session.settings.pop(name, None)
     elif value:
         _choose(session, name, value)
-    elif name and name not in DEFAULTS:
-        raise InvalidParameterError(f"there is no setting {name!r}; /set lists them")
-    for setting in [name] if name else DEFAULTS:
+    for setting in [name] if name else settable("chat"):
         session.screen.say(f"{setting} {show(session.value(setting))}{' (set)' if setting in session.settings else ''}")
+
+
+def _known(name: str) -> Setting:
+    """The setting of this name. Raises InvalidParameterError where a chat has none."""
+    if name not in (settings := settable("chat")):
+        raise InvalidParameterError(f"there is no setting {name!r}; the settings are {', '.join(settings)}")
+    return settings[name]
 
 
 def _choose(session: Session, name: str, text: str) -> None:
     """Set one setting, if the family can use it."""
-    changed = {**session.settings, name: parse(name, text)}
-    check(changed, session.llm.experts)
+    changed = {**session.settings, name: _known(name).parse(text)}
+    check_settings(changed, session.llm.experts)
     session.settings = changed
 
 
@@ -130,8 +134,8 @@ def _load(session: Session, file: str) -> None:
     if not file:
         raise InvalidParameterError("usage: /load FILE")
     loaded, saved = conversation.load(Path(file))
-    settings = restore(saved)
-    check(settings, session.llm.experts)
+    settings = {name: _known(name).read(value) for name, value in saved.items()}
+    check_settings(settings, session.llm.experts)
     session.conversation, session.settings = loaded, settings
     session.screen.say(f"loaded {_count(len(session.conversation.messages), 'message')} and the settings from {file}")
 

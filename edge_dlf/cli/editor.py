@@ -17,8 +17,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.layout.processors import TabsProcessor
 from prompt_toolkit.output import Output
 
+from ..params import settable
 from .commands import COMMANDS, LEAVE
-from .settings import DEFAULTS
 
 _QUOTES = '"""'
 
@@ -96,7 +96,7 @@ class CommandCompleter(Completer):
     """Names of commands, methods, settings and files, on lines that begin with a slash."""
 
     def __init__(self, methods: Iterable[str]) -> None:
-        self._arguments = {"method": [*methods], "alpha": ["on", "off"], "set": [*DEFAULTS]}
+        self._arguments = {"method": [*methods], "alpha": ["on", "off"], "set": [*settable("chat")]}
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:

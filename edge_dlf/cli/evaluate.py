@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,19 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidParameterError
-from ..params import FusionParams
+from ..params import DEFAULTS, FUSION, check_settings, settable
 from .interrupts import interruptible
 from .opening import open_family
 from .options import DEFAULT_N_CTX, EPILOG, Options, family_argument, shared_options
 from .screen import Screen
-from .settings import check, parse
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
     from ..evidence.evaluate import Variant
     from ..families.manifest import Manifest
-
-_FUSION = tuple(field.name for field in dataclasses.fields(FusionParams))
 
 
 @click.command(
@@ -111,22 +108,22 @@ def _variant(text: str, options: Options, experts: Sequence[str]) -> Variant:
     """METHOD[:SETTING=VALUE,…], over what the shared options and the family say."""
     from ..evidence.evaluate import Variant
 
-    method, _, rest = text.partition(":")
-    settings: dict[str, Any] = {name: value for name, value in options.settings.items() if name in _FUSION}
+    known, (method, _, rest) = settable("eval"), text.partition(":")
+    settings: dict[str, Any] = {name: value for name, value in options.settings.items() if name in FUSION}
     settings["method"] = method
     n_fewshot = None
-    for pair in filter(None, rest.split(",")):
+    names = "|".join(("fewshot", *known))
+    for pair in filter(None, re.split(f",(?=$|(?:{names})=)", rest)):  # alpha may hold commas: a=1,b=2
         name, _, value = pair.partition("=")
         if name == "fewshot" and value.isascii() and value.isdigit():
             n_fewshot = int(value)
-        elif name in _FUSION and name != "method":
-            settings[name] = parse(name, value)
+        elif name in known:
+            settings[name] = known[name].parse(value)
         else:
             raise InvalidParameterError(
-                f"expected METHOD:SETTING=VALUE, not {text!r}; the settings are fewshot, "
-                f"{', '.join(name for name in _FUSION if name != 'method')}"
+                f"expected METHOD:SETTING=VALUE, not {text!r}; the settings are fewshot, {', '.join(known)}"
             )
-    check(settings, experts)
+    check_settings(settings, experts)
     return Variant(text, settings, n_fewshot)
 
 
@@ -145,12 +142,9 @@ def _manifest(options: Options, settings: Mapping[str, Any]) -> Manifest:
     """The family, and every parameter that can change an answer or a score."""
     from ..families.manifest import Manifest
 
-    defaults = {name: value for name, value in options.spec.defaults.items() if name in _FUSION}
-    loading = options.loading
+    loading, given = options.loading, {**DEFAULTS, **options.spec.defaults, **settings}
     parameters = {
-        **dataclasses.asdict(FusionParams()),
-        **defaults,
-        **settings,
+        **{name: value for name, value in given.items() if name in FUSION},
         "system": options.system,
         "n_ctx": loading.get("n_ctx", DEFAULT_N_CTX),
         "type_k": loading.get("type_k", "f16"),

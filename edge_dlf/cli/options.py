@@ -14,9 +14,8 @@ import click
 from click.core import ParameterSource
 
 from ..errors import InvalidParameterError
-from ..params import OVERLAPS, SEARCHES
+from ..params import OVERLAPS, SETTINGS, ByName, Kind, Number, Setting, Text, Texts, check_settings, settable, show
 from ..system.paths import shipped_dir
-from .settings import DEFAULTS, check, parse, parse_numbers, show
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
@@ -72,8 +71,8 @@ class Options:
             raise InvalidParameterError("two experts have the same name")
         spec = FamilySpec.load(family) if family else FamilySpec.from_files(values["large"], values["base"], experts)
         given = {name: value for name, value in values.items() if value not in (None, ())}
-        settings = {name: given[name] for name in DEFAULTS if name in given}
-        check(settings, [expert.name for expert in spec.experts])
+        settings = {name: s.read(given[name]) for name, s in settable("command line").items() if name in given}
+        check_settings(settings, [expert.name for expert in spec.experts])
         settings |= _form(values)
         loading = {_LOADING[name]: value for name, value in given.items() if name in _LOADING}
         ray = given.get("ray")
@@ -136,18 +135,19 @@ def _source(ctx: click.Context, values: Mapping[str, Any]) -> str | None:
     return None
 
 
-class _Numbers(click.ParamType):  # type: ignore[type-arg]
-    """One number for all, or NAME=NUMBER,…"""
+class _Typed(click.ParamType):  # type: ignore[type-arg]
+    """A value of a kind that settings have; its errors are the kind's own."""
 
-    def __init__(self, kind: type[int] | type[float]) -> None:
-        self.name = "number|name=number"
+    def __init__(self, kind: Kind) -> None:
+        self.name = kind.name
         self._kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return parse_numbers(value, self._kind) if isinstance(value, str) else value
-        except InvalidParameterError as error:
-            self.fail(str(error), param, ctx)
+        is_text = isinstance(value, str) and not isinstance(self._kind, Texts)
+        return self._kind.read(param.opts[0] if param else self.name, self._kind.parse(value)) if is_text else value
+
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        return [rv]
 
 
 class _Shares(click.ParamType):  # type: ignore[type-arg]
@@ -175,44 +175,18 @@ class _Expert(click.ParamType):  # type: ignore[type-arg]
         return name, Path(file)
 
 
-class _Draft(click.ParamType):  # type: ignore[type-arg]
-    """auto, off or a number."""
-
-    name = "auto|off|N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return parse("draft", value) if isinstance(value, str) else value
-
-
-class Parallel(click.ParamType):  # type: ignore[type-arg]
-    """auto, or how many at once."""
-
-    name = "auto|N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "auto":
-            return value
-        if not (value.isascii() and value.isdigit() and int(value)):
-            self.fail(f"expected auto or a number from 1 on, not {value!r}", param, ctx)
-        return int(value)
-
-
-class _StopString(click.ParamType):  # type: ignore[type-arg]
-    """A text; in the environment just one."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return str(value)
-
-    def split_envvar_value(self, rv: str) -> Sequence[str]:
-        return [rv]
-
-
-def _setting(flag: str, kind: Any, about: str) -> Decorator:
+def _option(setting: Setting) -> Decorator:
     """Option of one setting; the help names the value that holds where the family has none of its own."""
-    default = DEFAULTS[flag.lstrip("-").replace("-", "_")]
-    return click.option(flag, type=kind, help=about if default is None else f"{about} [{show(default)}]")
+    kind, help = setting.kind, setting.help
+    if setting.default is not None:
+        help += f" [{show(setting.default)}]"
+    flag = f"--{setting.name.replace('_', '-')}"
+    is_many = isinstance(kind, Texts)
+    if is_many:
+        help += " Repeatable."
+    choices = kind.choices if isinstance(kind, Text) else ()
+    kind_of_value = click.Choice(choices) if choices else _Typed(kind)
+    return click.option(flag, type=kind_of_value, multiple=is_many, help=help)
 
 
 _FAMILY: Sequence[Decorator] = (
@@ -224,31 +198,19 @@ _FAMILY: Sequence[Decorator] = (
     ),
 )
 _SETTINGS: Sequence[Decorator] = (
-    _setting("--search", click.Choice(SEARCHES), "How dynamic finds α."),
-    _setting("--alpha", _Numbers(float), "α for static: one for all, or NAME=NUMBER,…"),
-    _setting("--plausibility", float, "Least probability by an expert, relative to its likeliest token; 0 is off."),
-    _setting("--max-tokens", click.IntRange(min=1), "Longest answer [to the end of the context]."),
-    _setting("--temperature", float, "0 takes the most likely token."),
-    _setting("--top-k", int, "Likely tokens to draw from; 0 for all."),
-    _setting("--top-p", float, "Probability of the tokens to draw from."),
-    _setting("--min-p", float, "Least probability, relative to the likeliest token."),
-    _setting("--repeat-penalty", float, "Penalty on recent tokens; 1 for none."),
-    _setting("--seed", int, "Makes runs repeat [a new one each time]."),
-    _setting("--draft", _Draft(), "Tokens that an expert runs ahead at each step: auto (what pays), a number, or off."),
-    click.option("--stop", type=_StopString(), multiple=True, help="Text that ends the answer. Repeatable."),
+    *(_option(setting) for name, setting in settable("command line").items() if name != "method"),
     click.option("--system", help="System prompt."),
 )
+_BY_MEMBER = _Typed(ByName(Number(is_whole=True)))
 _PLACING: Sequence[Decorator] = (
     click.option(
         "--ctx-size",
         type=click.IntRange(min=1),
         help=f"Tokens of the context [{DEFAULT_N_CTX}]; by itself never more than the large model was trained for.",
     ),
+    click.option("--gpu-layers", type=_BY_MEMBER, help="Layers on the GPU [-1, all]; large=20,base=0 for each member."),
     click.option(
-        "--gpu-layers", type=_Numbers(int), help="Layers on the GPU [-1, all]; large=20,base=0 for each member."
-    ),
-    click.option(
-        "--main-gpu", type=_Numbers(int), help="The one GPU to be on, from 0 on; large=0,base=1 for each member."
+        "--main-gpu", type=_BY_MEMBER, help="The one GPU to be on, from 0 on; large=0,base=1 for each member."
     ),
     click.option(
         "--tensor-split", type=_Shares(), help="Shares of each GPU, such as 3,1 [what fits; a GPU a member at best]."
@@ -273,35 +235,29 @@ EPILOG = (
     "In brackets: what holds where neither you nor the family says otherwise. Every option can also be given as an "
     "environment variable: EDGE_DLF_FAMILY, EDGE_DLF_TEMPERATURE, …"
 )
-method_option = _setting("--method", str, "dynamic, static, large, base, or the name of an expert.")
+method_option = _option(SETTINGS["method"])
+PARALLEL = _Typed(Number(1, is_whole=True, words=("auto",)))
 
 
-def files_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --large, --base and --expert."""
-    for add in reversed(_FAMILY[1:]):
-        command = add(command)
-    return command
+def _adding(*options: Decorator) -> Decorator:
+    """Add the options to a command, in this order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
-def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that `Options.of` reads."""
-    for add in reversed((*_FAMILY, *_SETTINGS, *_PLACING, *_COMPUTING)):
-        command = add(command)
-    return command
-
-
-def measuring_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that name a family and say how it is computed, but for the size of the context."""
-    for add in reversed((*_FAMILY, *_PLACING[1:], *_COMPUTING)):
-        command = add(command)
-    return command
-
-
-def form_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --grammar and --json-schema."""
-    for add in reversed(_FORM):
-        command = add(command)
-    return command
+files_options = _adding(*_FAMILY[1:])
+shared_options = _adding(*_FAMILY, *_SETTINGS, *_PLACING, *_COMPUTING)
+"""What `Options.of` reads."""
+measuring_options = _adding(*_FAMILY, *_PLACING[1:], *_COMPUTING)
+"""Which family, and how it is computed, but for the size of the context."""
+placing_options = _adding(*_FAMILY, *_PLACING)
+"""Which family, and how much memory it takes where."""
+form_options = _adding(*_FORM)
 
 
 def _form(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,10 +278,3 @@ def _form(values: Mapping[str, Any]) -> dict[str, Any]:
     if len(form) == 2:
         raise InvalidParameterError("answers keep to a grammar or to a JSON schema, not to both")
     return form
-
-
-def placing_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that name a family and say what memory it takes where."""
-    for add in reversed((*_FAMILY, *_PLACING)):
-        command = add(command)
-    return command

@@ -8,7 +8,7 @@ import click
 
 from ..errors import InvalidParameterError
 from .opening import open_family
-from .options import EPILOG, Options, Parallel, family_argument, shared_options
+from .options import EPILOG, PARALLEL, Options, family_argument, shared_options
 from .screen import Screen
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Port; 0 for any [8080].")
 @click.option("--api-key", metavar="KEY", help="What clients must send; better given as EDGE_DLF_API_KEY.")
 @click.option("--no-auth", is_flag=True, help="Serve other machines without a key.")
-@click.option("--parallel", type=Parallel(), default="auto", help="Answers at once [auto: 16, or 32 on a GPU].")
+@click.option("--parallel", type=PARALLEL, default="auto", help="Answers at once [auto: 16, or 32 on a GPU].")
 @click.option("--queue", type=click.IntRange(min=0), default=64, help="Answers that may wait; more are refused [64].")
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, help="Seconds an answer may take [600]."

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..params import DEFAULTS
 from .conversation import Conversation
 from .interrupts import interruptible
 from .paint import AlphaPaint, color_system
 from .screen import Screen, cut_short, summary
-from .settings import DEFAULTS
 from .tracing import Tracer
 
 if TYPE_CHECKING:

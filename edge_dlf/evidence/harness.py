@@ -19,21 +19,14 @@ from tqdm import tqdm
 
 from ..api import FusedLlama
 from ..errors import EdgeDLFError, InvalidParameterError
-from ..params import FusionParams, SamplingParams
+from ..params import FUSION, SAMPLING, FusionParams, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 _LOADING = ("n_ctx", "n_gpu_layers", "main_gpu", "n_threads", "type_k", "type_v")
-_FUSION = frozenset(field.name for field in dataclasses.fields(FusionParams))
-_SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
-_PLAIN: dict[str, Any] = {
-    **{field.name: field.default for field in dataclasses.fields(SamplingParams) if field.name != "seed"},
-    "temperature": 0.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-}
+_PLAIN = dataclasses.asdict(SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0))
 """How an answer is chosen where its task says no more, whatever the family's defaults are."""
+del _PLAIN["seed"]
 _IGNORED = frozenset({"do_sample", "until", "max_gen_toks"})
 
 
@@ -56,7 +49,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         loading = {name: settings.pop(name) for name in _LOADING if name in settings}
-        if unknown := sorted(set(settings) - _FUSION):
+        if unknown := sorted(set(settings) - FUSION):
             raise InvalidParameterError(f"edge-dlf has no argument {unknown[0]!r}")
         FusionParams(**settings)
         self._fusion = settings
@@ -170,8 +163,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """One request of a batch."""
         asked = normalize_gen_kwargs(dict(given), self.max_gen_toks)
         n_most = min(asked["max_gen_toks"], self.max_length - 1)
-        sampling = {name: value for name, value in asked.items() if name in _SAMPLING} if asked["do_sample"] else {}
-        if unknown := sorted(set(asked) - _SAMPLING - _IGNORED):
+        sampling = {name: value for name, value in asked.items() if name in SAMPLING} if asked["do_sample"] else {}
+        if unknown := sorted(set(asked) - SAMPLING - _IGNORED):
             logger.warning("the task asks for %s, which edge-dlf does not have", ", ".join(unknown))
         tokens = self.tok_encode(context)[-(self.max_length - n_most) :]
         stop = [text for text in asked["until"] if text]

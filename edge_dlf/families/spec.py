@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import FamilyError, InvalidParameterError
-from ..params import METHODS, RESERVED_NAMES, FusionParams, SamplingParams
+from ..params import METHODS, Number, check_settings, settable
 from ..system.paths import CATALOGUE, expanded, models_dir, shipped_dir
 from .hub_cache import cached, check_names, shards
 
@@ -29,10 +28,6 @@ _MAX_FILE_BYTES = 1 << 20
 NAME_RULE = "letters, digits, '.', '_' and '-', and begin with a letter or digit"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_FUSION = {field.name for field in dataclasses.fields(FusionParams)}
-_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
-_TEXTS = {"method", "search"}
-_INTEGERS = {"top_k", "repeat_last_n", "seed"}
 
 
 @dataclass(frozen=True)
@@ -232,7 +227,7 @@ def _check_names(names: Sequence[Any]) -> None:
     for name in names:
         is_name = isinstance(name, str) and bool(_NAME.fullmatch(name))
         _require(is_name, f"an expert's name must have {NAME_RULE}, not {name!r}")
-        _require(name not in RESERVED_NAMES, f"an expert cannot be named {name!r}: that is a role or a method")
+        _require(name not in METHODS, f"an expert cannot be named {name!r}: that is a role or a method")
         _require(names.count(name) == 1, f"two experts are named {name!r}")
 
 
@@ -245,12 +240,6 @@ def _text(value: Any, where: str) -> str:
     _require(isinstance(value, str) and bool(value), f"{where} must be a non-empty string, not {value!r}")
     _require(not _CONTROL.search(value), f"{where} must not have control characters: {value!r:.80}")
     return str(value)
-
-
-def _number(value: Any, where: str) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    _require(is_number and -1e38 < value < 1e38, f"{where} must be a finite number, not {value!r}")
-    return float(value)
 
 
 def _local(path: Any, folder: Path, where: str) -> ModelSource:
@@ -303,34 +292,13 @@ def _pairs(name: Any, files: Any) -> list[tuple[Any, float]]:
     _require(isinstance(files, Sequence) and len(files) > 0, f"{where} needs a file, or [(LoRA, scale), …]")
     for pair in files:
         _require(isinstance(pair, Sequence) and len(pair) == 2, f"{where} needs pairs (LoRA, scale), not {pair!r}")
-    return [(lora, _number(scale, f"a scale of {where}")) for lora, scale in files]
+    return [(lora, Number().read(f"a scale of {where}", scale)) for lora, scale in files]
 
 
 def _defaults(table: Table, experts: Sequence[str]) -> Table:
-    """The table, its values of the right types and accepted by FusionParams and SamplingParams."""
-    _known(table, _FUSION | _SAMPLING, "[defaults]")
-    defaults = {key: _default(key, value, experts) for key, value in table.items()}
-    method = defaults.get("method", METHODS[0])
-    _require(method in (*METHODS, *experts), f"method must be one of {', '.join((*METHODS, *experts))}, not {method!r}")
-    FusionParams(**{key: value for key, value in defaults.items() if key in _FUSION})
-    SamplingParams(**{key: value for key, value in defaults.items() if key in _SAMPLING})
+    """The table, each value checked and converted, and all of them usable together."""
+    known = settable("family")
+    _known(table, set(known), "[defaults]")
+    defaults = {name: known[name].read(value) for name, value in table.items()}
+    check_settings(defaults, experts)
     return defaults
-
-
-def _default(key: str, value: Any, experts: Sequence[str]) -> Any:
-    if key in _TEXTS:
-        return _text(value, key)
-    if key in _INTEGERS:
-        _require(isinstance(value, int) and not isinstance(value, bool), f"{key} must be an integer, not {value!r}")
-        return value
-    if key == "alpha" and isinstance(value, dict):
-        _known(value, set(experts), "alpha")
-        return {expert: _number(alpha, f"alpha of {expert}") for expert, alpha in value.items()}
-    if key == "logit_bias":
-        is_table = isinstance(value, dict) and all(token.isascii() and token.isdigit() for token in value)
-        _require(is_table, f"logit_bias must be a table from token ids to numbers, not {value!r}")
-        biases = {int(token): bias for token, bias in value.items()}
-        return {
-            t: -math.inf if bias == -math.inf else _number(bias, f"logit_bias of {t}") for t, bias in biases.items()
-        }
-    return _number(value, key)

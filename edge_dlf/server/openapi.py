@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from ..answers.requests import CHAT, COMPLETIONS
-from ..params import SEARCHES
+from ..answers.requests import CHAT, COMPLETIONS, IGNORED, OTHER_NAMES
+from ..params import SETTINGS, settable
 from .calls import MAX_CHOICES, MAX_TOP_LOGPROBS
 
 Dict = dict[str, Any]
@@ -25,57 +25,50 @@ _STATUSES = {
     503: "As many requests wait as may, or the server stops; Retry-After tells when to try again.",
     504: "The answer took longer than the server allows.",
 }
-_TOKEN_ID = {"type": "integer", "minimum": 0}
-_TEXT_PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    "required": ["type", "text"],
-}
-_MESSAGE = {
-    "type": "object",
-    "properties": {
-        "role": {"type": "string", "enum": ["system", "user", "assistant"]},
-        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]},
+
+
+def _object(**properties: Dict) -> Dict:
+    """An object that has all of these."""
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
+def _or_null(schema: Dict) -> Dict:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_TEXT: Dict = {"type": "string"}
+_INTEGER: Dict = {"type": "integer"}
+_TEXT_PART = _object(type={"const": "text"}, text=_TEXT)
+_MESSAGE = _object(
+    role={"type": "string", "description": "system, user, assistant, or another that the chat template knows."},
+    content={"anyOf": [_TEXT, {"type": "array", "items": _TEXT_PART}]},
+)
+_SHARED: Dict = {
+    **{name: setting.schema() for name, setting in settable("body").items()},
+    **{
+        other: {**SETTINGS[name].schema(), "description": f"Another name of {name}."}
+        for other, name in OTHER_NAMES.items()
     },
-    "required": ["role", "content"],
-}
-_SAMPLING: Dict = {
-    "max_tokens": {"type": "integer", "minimum": 1, "description": "None goes on to the end of the context."},
-    "max_completion_tokens": {"type": "integer", "minimum": 1, "description": "Another name of max_tokens."},
-    "temperature": {"type": "number", "minimum": 0, "description": "0 takes the most likely token."},
-    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    "top_k": {"type": "integer", "minimum": 0},
-    "min_p": {"type": "number", "minimum": 0, "maximum": 1},
-    "repeat_penalty": {"type": "number", "exclusiveMinimum": 0},
-    "repeat_last_n": {"type": "integer", "minimum": -1},
-    "frequency_penalty": {"type": "number"},
-    "presence_penalty": {"type": "number"},
-    "logit_bias": {"type": "object", "additionalProperties": {"type": "number"}, "description": "By token id."},
-    "seed": {"type": "integer", "minimum": 0, "description": "Makes an answer repeat."},
-    "stop": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
     "n": {"type": "integer", "minimum": 1, "maximum": MAX_CHOICES, "description": "Choices, each with its own seed."},
     "stream": {"type": "boolean"},
-    "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
+    "stream_options": {"type": "object", "properties": {"include_usage": _or_null({"type": "boolean"})}},
     "response_format": {
         "type": "object",
         "properties": {
             "type": {"type": "string", "enum": ["text", "json_object", "json_schema"]},
-            "json_schema": {"type": "object", "properties": {"schema": {"type": "object"}}, "required": ["schema"]},
+            "json_schema": _or_null(_object(schema={"type": "object"})),
         },
         "required": ["type"],
     },
     "grammar": {"type": "string", "description": "Text of a GBNF grammar."},
-    "user": {"type": "string"},
+    **{name: {"description": "Ignored."} for name in IGNORED},
     "edge_dlf": {
         "type": "object",
         "description": "How the members are fused.",
         "properties": {
-            "method": {"type": "string", "description": "dynamic, static, large, base, or the name of an expert."},
-            "search": {"type": "string", "enum": list(SEARCHES)},
-            "alpha": {"anyOf": [{"type": "number"}, {"type": "object", "additionalProperties": {"type": "number"}}]},
-            "alpha_max": {"type": "number", "exclusiveMinimum": 0, "maximum": 100},
-            "alpha_step": {"type": "number", "exclusiveMinimum": 0},
-            "trace": {"type": "boolean", "description": "Tell α and expert of each token."},
+            **{name: _or_null(setting.schema()) for name, setting in settable("edge_dlf").items()},
+            "trace": _or_null({"type": "boolean", "description": "Tell α and expert of each token."}),
         },
         "additionalProperties": False,
     },
@@ -89,9 +82,8 @@ _COMPLETION: Dict = {
     "prompt": {
         "anyOf": [
             {"type": "string"},
-            {"type": "array", "items": {"type": "string"}, "minItems": 1},
-            {"type": "array", "items": _TOKEN_ID, "minItems": 1},
-            {"type": "array", "items": {"type": "array", "items": _TOKEN_ID, "minItems": 1}, "minItems": 1},
+            _TOKENS,
+            {"type": "array", "items": {"anyOf": [{"type": "string"}, _TOKENS]}, "minItems": 1},
         ]
     },
     "logprobs": {"type": "integer", "minimum": 0, "maximum": MAX_TOP_LOGPROBS},
@@ -112,19 +104,15 @@ def document(models: Sequence[str]) -> Dict:
         "paths": {
             CHAT: {"post": _asking("chat", models, _CHAT, "messages")},
             COMPLETIONS: {"post": _asking("complete", models, _COMPLETION, "prompt")},
-            "/v1/models": {"get": _reading("models", _object("data", {"type": "array", "items": _ref("Model")}))},
+            "/v1/models": {"get": _reading("models", _object(data={"type": "array", "items": _ref("Model")}))},
             "/v1/models/{model}": {"get": {**_reading("model", _ref("Model"), 404), "parameters": [name]}},
-            "/health": {"get": _reading("health", _object("status", {"const": "ok"}))},
+            "/health": {"get": _reading("health", _object(status={"const": "ok"}))},
         },
     }
 
 
 def _ref(name: str) -> Dict:
     return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _object(name: str, schema: Dict) -> Dict:
-    return {"type": "object", "properties": {name: schema}, "required": [name]}
 
 
 def _json(schema: Dict, about: str) -> Dict:
@@ -140,10 +128,11 @@ def _reading(name: str, schema: Dict, *statuses: int) -> Dict:
 
 
 def _asking(name: str, models: Sequence[str], own: Dict, required: str) -> Dict:
-    properties = {"model": {"type": "string", "enum": list(models)}, **own, **_SAMPLING}
+    fields = {"model": {"type": "string", "enum": list(models)}, **own, **_SHARED}
+    properties = {name: schema if name == required else _or_null(schema) for name, schema in fields.items()}
     body = {"type": "object", "properties": properties, "required": [required], "additionalProperties": False}
     answer = _json(_ref("Answer"), "The answer, whole or as server-sent events.")
-    answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    answer["content"]["text/event-stream"] = {}
     return {
         "operationId": name,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
@@ -151,35 +140,16 @@ def _asking(name: str, models: Sequence[str], own: Dict, required: str) -> Dict:
     }
 
 
-_ERROR: Dict = _object(
-    "error",
-    {
-        "type": "object",
-        "properties": {
-            "message": {"type": "string"},
-            "type": {"type": "string"},
-            "param": {"type": "null"},
-            "code": {"type": ["string", "null"]},
-        },
-        "required": ["message", "type", "param", "code"],
-    },
+_ERROR = _object(
+    error=_object(message=_TEXT, type=_TEXT, param={"type": "null"}, code={"type": ["string", "null"]}),
 )
-_ANSWER: Dict = {
-    "type": "object",
-    "properties": {
-        "id": {"type": "string"},
-        "object": {"type": "string"},
-        "created": {"type": "integer"},
-        "model": {"type": "string"},
-        "choices": {"type": "array", "items": {"type": "object"}},
-        "usage": {"type": "object"},
-        "edge_dlf": {"type": "object"},
-    },
-    "required": ["id", "object", "created", "model", "choices", "usage", "edge_dlf"],
-}
-_MODEL: Dict = {
-    "type": "object",
-    "properties": {name: {"type": "string"} for name in ("id", "object", "owned_by")}
-    | {"created": {"type": "integer"}},
-    "required": ["id", "object", "created", "owned_by"],
-}
+_ANSWER = _object(
+    id=_TEXT,
+    object=_TEXT,
+    created=_INTEGER,
+    model=_TEXT,
+    choices={"type": "array", "items": {"type": "object"}},
+    usage={"type": "object"},
+    edge_dlf={"type": "object"},
+)
+_MODEL = _object(id=_TEXT, object=_TEXT, created=_INTEGER, owned_by=_TEXT)
