@@ -24,7 +24,7 @@ from .engine.ensemble import Ensemble
 from .engine.overlap import settle
 from .engine.scheduler import Scheduler
 from .errors import EdgeDLFError, InvalidParameterError
-from .families.files import check_files
+from .families.files import FamilyFiles, check_files
 from .families.members import Members, place, ways_to_overlap
 from .families.spec import FamilySpec
 from .llama import default_n_threads
@@ -82,7 +82,7 @@ class FusedLlama:
         overlap: Overlap | Literal["auto"] = "auto",
     ) -> None:
         self._load(
-            FamilySpec.from_files(large, base, experts),
+            check_files(FamilySpec.from_files(large, base, experts)),
             n_ctx=n_ctx,
             n_gpu_layers=n_gpu_layers,
             main_gpu=main_gpu,
@@ -95,18 +95,19 @@ class FusedLlama:
         )
 
     @classmethod
-    def from_family(cls, family: str | Path, **settings: Any) -> FusedLlama:
-        """Load the family that a `family.toml`, its folder, or a name in the models folder describes.
+    def from_family(cls, family: str | Path | FamilySpec | FamilyFiles, **settings: Any) -> FusedLlama:
+        """Load the family that a `family.toml`, its folder, or a name in the models folder describes, or one that has
+        been read or checked already.
 
         settings: the constructor's keyword arguments from `n_ctx` on. Its `[defaults]` hold for every request.
         """
         llm = cls.__new__(cls)
-        llm._load(FamilySpec.load(family), **settings)
+        llm._load(family if isinstance(family, FamilyFiles) else check_files(family), **settings)
         return llm
 
     def _load(
         self,
-        spec: FamilySpec,
+        files: FamilyFiles,
         *,
         n_ctx: int | None = 4096,
         n_gpu_layers: int | Mapping[str, int] = -1,
@@ -120,9 +121,8 @@ class FusedLlama:
     ) -> None:
         if overlap not in ("auto", *OVERLAPS):
             raise InvalidParameterError(f"overlap must be auto, {', '.join(OVERLAPS)}, not {overlap!r}")
-        files = check_files(spec)
-        n_ctx = n_ctx or min(_MAX_OWN_CTX, files.n_ctx_train or _MAX_OWN_CTX)
-        self.name = spec.name
+        n_ctx = n_ctx or min(_MAX_OWN_CTX, files.models["large"].n_ctx_train or _MAX_OWN_CTX)
+        self.name, self.files = files.spec.name, files
         placement = place(
             files,
             n_ctx=n_ctx,
@@ -152,7 +152,7 @@ class FusedLlama:
             raise
         large = self._members.models[0]
         self._open_preparer: Preparer | None = Preparer(
-            spec.name, spec.defaults, ensemble, Tokenizer(large, files.n_vocab), self._members.is_eog
+            self.name, files.spec.defaults, ensemble, Tokenizer(large, files.n_vocab), self._members.is_eog
         )
         self._ensemble = ensemble
         self._scheduler = Scheduler(decoder)

@@ -20,6 +20,7 @@ from edge_dlf import EdgeDLFError, InvalidParameterError
 from edge_dlf.batch.ids import Ids
 from edge_dlf.batch.intake import Intake, survey
 from edge_dlf.batch.ledger import Ledger, locked, resume
+from edge_dlf.families.files import check_files
 from edge_dlf.families.manifest import Manifest
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.system import durable, jsonl
@@ -353,7 +354,7 @@ class TestIntake:
 class TestManifest:
     def test_there_and_back(self, tiny: Path, tmp_path: Path) -> None:
         parameters = {"stop": ("a", "b"), "logit_bias": {3: -float("inf")}, "alpha": 0.5, "system": "é"}
-        manifest = Manifest.of(FamilySpec.load(tiny), parameters)
+        manifest = Manifest.of(check_files(tiny), parameters)
         manifest.save(tmp_path / "m")
         assert Manifest.load(tmp_path / "m") == manifest
         assert manifest.differences(manifest) == []
@@ -374,7 +375,7 @@ class TestManifest:
             FamilySpec.from_files(large, tiny / "base.gguf", {"e": tiny / "lora.gguf"})
             for large in (tiny / "large.gguf", tmp_path / "elsewhere.gguf")
         ]
-        first, second = (Manifest.of(spec, {}) for spec in specs)
+        first, second = (Manifest.of(check_files(spec), {}) for spec in specs)
         assert first != second
         assert first.differences(second) == []
 
@@ -384,17 +385,17 @@ class TestManifest:
         content = bytearray((tiny / "large.gguf").read_bytes())
         path.write_bytes(content)
         spec = FamilySpec.from_files(path, tiny / "base.gguf", {"e": tiny / "lora.gguf"})
-        before = Manifest.of(spec, {})
+        before = Manifest.of(check_files(spec), {})
         template = content.index(b"add_generation_prompt")
         position = {"header": template, "first weight": len(content) // 2, "last weight": -1}[where]
         content[position] ^= 1
         path.write_bytes(content)
-        (found,) = before.differences(Manifest.of(spec, {}))
+        (found,) = before.differences(Manifest.of(check_files(spec), {}))
         assert found.startswith("large was large.gguf (")
 
     def test_members_and_scales(self, tiny: Path) -> None:
         def family(**experts: Any) -> Manifest:
-            return Manifest.of(FamilySpec.from_files(tiny / "large.gguf", tiny / "base.gguf", experts), {})
+            return Manifest.of(check_files(FamilySpec.from_files(tiny / "large.gguf", tiny / "base.gguf", experts)), {})
 
         lora, tuned = tiny / "lora.gguf", tiny / "tuned.gguf"
         assert family(a=lora, b=tuned).differences(family(b=tuned, a=lora)) == [

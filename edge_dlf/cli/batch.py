@@ -202,4 +202,4 @@ def _manifest(options: Options, raw: bool) -> Manifest:
         "type_v": loading.get("type_v", "f16"),
     }
     del parameters["draft"]
-    return Manifest.of(options.spec, parameters)
+    return Manifest.of(options.files, parameters)

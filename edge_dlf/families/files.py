@@ -1,4 +1,4 @@
-"""The files behind a family: what each of them holds, and that they fit together."""
+"""The files of a family: `check_files` reads each header once, and checks that the files fit together."""
 
 from __future__ import annotations
 
@@ -19,22 +19,20 @@ _PADDING = re.compile(rb"(\[PAD\d+\]|<pad\d*>|<\|?(unused|extra|reserved|dummy)[
 
 @dataclass(frozen=True)
 class FamilyFiles:
-    """A family's files, checked.
+    """A family and the headers of its files, which fit together. Whatever needs a header takes it from here.
 
-    models: role -> its GGUF; a LoRA expert has the base's. loras: LoRA expert -> its (file, scale) pairs.
+    spec: the family.
+    infos: file -> its header, LoRA adapters included.
+    models: role -> header of its model; a LoRA expert has the base's.
+    loras: LoRA expert -> its (file, scale) pairs.
     n_vocab: tokens that all models share; longer lists only add padding.
     """
 
+    spec: FamilySpec
+    infos: Mapping[Path, GGUFInfo]
     models: Mapping[str, GGUFInfo]
     loras: Mapping[str, tuple[tuple[Path, float], ...]]
     n_vocab: int
-
-    @property
-    def n_ctx_train(self) -> int | None:
-        """Positions that the large model was trained for, where its file says so."""
-        large = self.models["large"]
-        n_ctx = large.metadata.get(f"{large.architecture}.context_length")
-        return n_ctx if isinstance(n_ctx, int) else None
 
     def layers(self, n_gpu_layers: int | Mapping[str, int]) -> dict[str, int]:
         """Layers to offload for each role; members that a mapping leaves out are offloaded whole.
@@ -86,8 +84,12 @@ class FamilyFiles:
         return {name: value.get(name) for name in self.models}
 
 
-def check_files(spec: FamilySpec) -> FamilyFiles:
-    """Read the header of every file of `spec`. Raises ModelFileError, FamilyError or VocabMismatchError."""
+def check_files(family: FamilySpec | str | Path) -> FamilyFiles:
+    """Read the header of every file of a family, given as `FamilySpec.load` takes it or loaded already.
+
+    Raises ModelFileError, FamilyError or VocabMismatchError.
+    """
+    spec = family if isinstance(family, FamilySpec) else FamilySpec.load(family)
     spec.check_is_here()
     infos: dict[Path, GGUFInfo] = {}
 
@@ -112,7 +114,7 @@ def check_files(spec: FamilySpec) -> FamilyFiles:
         models[expert.name], loras[expert.name] = base, pairs
     for model in {id(model): model for model in models.values() if model is not large}.values():
         _check_one_tokenizer(large, model)
-    return FamilyFiles(models, loras, min(map(_n_vocab, models.values())))
+    return FamilyFiles(spec, infos, models, loras, min(map(_n_vocab, models.values())))
 
 
 def _source(expert: ExpertSpec) -> Path:

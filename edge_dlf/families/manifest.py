@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidParameterError
-from ..gguf.info import GGUFInfo, read_info
+from ..gguf.info import GGUFInfo
 from ..system.durable import file_error, replacing
-from .files import check_files
-from .spec import FamilySpec
+from .files import FamilyFiles
 
 _FORMAT = 1
 _SAMPLE_BYTES = 1 << 16
@@ -32,9 +31,9 @@ class Manifest:
     input: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, spec: FamilySpec, parameters: Mapping[str, Any]) -> Manifest:
-        """Reads headers and samples of the family's files. Raises LoadError where they make no family."""
-        return cls(_family(spec), {name: _plain(value) for name, value in parameters.items()})
+    def of(cls, files: FamilyFiles, parameters: Mapping[str, Any]) -> Manifest:
+        """Describe checked files, by samples of their contents, and parameters."""
+        return cls(_family(files), {name: _plain(value) for name, value in parameters.items()})
 
     @classmethod
     def load(cls, path: Path) -> Manifest | None:
@@ -75,8 +74,8 @@ class Manifest:
         return found
 
 
-def _family(spec: FamilySpec) -> dict[str, list[dict[str, Any]]]:
-    files, digests = check_files(spec), {}
+def _family(files: FamilyFiles) -> dict[str, list[dict[str, Any]]]:
+    digests: dict[Path, str] = {}
 
     def entries(info: GGUFInfo) -> Iterator[dict[str, Any]]:
         header_bytes = info.file_bytes - info.tensor_bytes
@@ -91,7 +90,7 @@ def _family(spec: FamilySpec) -> dict[str, list[dict[str, Any]]]:
         family[role] = (
             list(entries(info))
             if loras is None
-            else [{**entry, "scale": scale} for path, scale in loras for entry in entries(read_info(path))]
+            else [{**entry, "scale": scale} for path, scale in loras for entry in entries(files.infos[path])]
         )
     return family
 

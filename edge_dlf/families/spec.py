@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import FamilyError, InvalidParameterError
+from ..gguf.shards import shard_names
 from ..params import METHODS, RESERVED_NAMES, FusionParams, SamplingParams
 from ..system.paths import CATALOGUE, expanded, models_dir, shipped_dir
-from .hub_cache import cached, check_names, shards
+from .hub_cache import cached, check_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,15 +50,22 @@ class ModelSource:
     sha256: tuple[str, ...] = ()
 
     @property
-    def place(self) -> Path | None:
-        """The file on this machine; None where it is yet to be downloaded."""
+    def local_file(self) -> Path | None:
+        """The file on this machine; None if it is yet to be downloaded."""
         if self.repo and self.file:
             return cached(self.repo, self.file, self.revision)
         return self.path
 
+    @property
+    def local_files(self) -> tuple[Path, ...]:
+        """Every file of the model that is on this machine; a split model has several."""
+        path = self.local_file
+        paths = [path.with_name(name) for name in shard_names(path.name)] if path else []
+        return tuple(path for path in paths if path.is_file())
+
     def local_path(self) -> Path:
-        """The file on this machine. Raises FamilyError where it is yet to be downloaded."""
-        path = self.place
+        """The file on this machine. Raises FamilyError if it is yet to be downloaded."""
+        path = self.local_file
         if path is None:
             raise FamilyError(f"{self.file} of {self.repo} is not on this machine; `edge-dlf pull` downloads it")
         return path
@@ -89,14 +97,32 @@ class FamilySpec:
     origin: str | None = field(default=None, compare=False)
 
     @property
+    def members(self) -> tuple[tuple[str, ModelSource, float | None], ...]:
+        """(role, file, scale) of every file in the order large, base, experts; None for a file without a scale."""
+        experts: list[tuple[str, ModelSource, float | None]] = []
+        for expert in self.experts:
+            experts += [(expert.name, expert.source, None)] if expert.source else []
+            experts += [(expert.name, lora, scale) for lora, scale in expert.loras]
+        return (("large", self.large, None), ("base", self.base, None), *experts)
+
+    @property
     def sources(self) -> tuple[ModelSource, ...]:
-        """Every file: of large, of base, of each expert in turn."""
-        experts = [[expert.source] if expert.source else [lora for lora, _ in expert.loras] for expert in self.experts]
-        return (self.large, self.base, *(source for sources in experts for source in sources))
+        """Every file, in the order of `members`."""
+        return tuple(source for _, source, _ in self.members)
+
+    @property
+    def local_files(self) -> list[Path | None]:
+        """The file of each source on this machine; None for one that is yet to be downloaded."""
+        return [source.local_file for source in self.sources]
+
+    @property
+    def is_downloaded(self) -> bool:
+        """Whether no file is yet to be downloaded."""
+        return None not in self.local_files
 
     def check_is_here(self) -> None:
         """Raise FamilyError where a file is yet to be downloaded."""
-        missing = [source for source in dict.fromkeys(self.sources) if source.place is None]
+        missing = [source for source in dict.fromkeys(self.sources) if source.local_file is None]
         if missing:
             more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
             raise FamilyError(
@@ -270,8 +296,8 @@ def _source(table: Table, folder: Path, where: str, also: frozenset[str] = froze
     repo, file, revision = texts["repo"], texts["file"], texts.get("revision")
     check_names(repo, file, revision)
     hashes = _sha256(table, where)
-    is_complete = len(hashes) in (0, len(shards(file)))
-    _require(is_complete, f"{where} has {len(hashes)} in sha256 and {len(shards(file))} files")
+    is_complete = len(hashes) in (0, len(shard_names(file)))
+    _require(is_complete, f"{where} has {len(hashes)} in sha256 and {len(shard_names(file))} files")
     return ModelSource(None, repo, file, revision, hashes)
 
 

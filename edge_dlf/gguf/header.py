@@ -187,6 +187,8 @@ class _Cursor:
             n_left -= len(starts)
             self.pos += int(starts[-1])
             self.text(what, _MAX_HEADER_BYTES)
+        if len(known) == n + 1 == len(like) + 1:
+            return like
         ends = np.array([self.pos - begin], np.int64)
         return Texts(self.buffer[begin : self.pos], np.concatenate([*parts, ends]))
 
