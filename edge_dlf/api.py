@@ -122,7 +122,7 @@ class FusedLlama:
         if overlap not in ("auto", *OVERLAPS):
             raise InvalidParameterError(f"overlap must be auto, {', '.join(OVERLAPS)}, not {overlap!r}")
         n_ctx = n_ctx or min(_MAX_OWN_CTX, files.models["large"].n_ctx_train or _MAX_OWN_CTX)
-        self.name, self.files = files.spec.name, files
+        self.name, self.files, self.cache_types = files.spec.name, files, (type_k or "f16", type_v or "f16")
         placement = place(
             files,
             n_ctx=n_ctx,

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from ..errors import EdgeDLFError, InvalidParameterError
-
-if TYPE_CHECKING:
-    from ..families.manifest import Manifest
-    from ..system.durable import Appender
-    from .ledger import Ledger
+from ..families.manifest import Manifest
+from ..system.durable import Appender
+from .intake import survey
+from .ledger import Ledger, is_begun, locked, resume
 
 STDIO = "-"
 _AGAIN = "; give the same again, or --restart, which keeps the earlier file and begins anew"
@@ -73,14 +72,6 @@ class Targets:
             self.manifest.rename(_manifest(_numbered(self.output, number)))
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Where a batch stands. n_rows: of the input, None where it is a stream."""
-
-    ledger: Ledger
-    n_rows: int | None
-
-
 @contextmanager
 def open_outputs(
     targets: Targets,
@@ -90,13 +81,12 @@ def open_outputs(
     restart: bool,
     retry_errors: bool,
     notice: Callable[[str], None],
-) -> Iterator[Outputs]:
+) -> Iterator[tuple[Ledger, int | None]]:
     """Lock the files, compare them with this run's `manifest`, and open them at their ends.
 
+    Yields a ledger that knows the rows of earlier runs, and how many rows the input has, None if it is a stream.
     Raises EdgeDLFError where another run writes to them, InvalidParameterError where they are not this run's.
     """
-    from .ledger import Ledger, is_begun, locked, resume
-
     ledger, n_rows = Ledger(), None
     with ExitStack() as stack:
         stack.enter_context(locked(targets.files))
@@ -115,14 +105,11 @@ def open_outputs(
             return stack.enter_context(_Stream(path))
 
         ledger.write_to(sink(targets.output), sink(targets.errors) if targets.errors else None)
-        yield Outputs(ledger, n_rows)
+        yield ledger, n_rows
 
 
 def _compare(targets: Targets, begun: list[Path], input: IO[bytes], now: Manifest) -> int | None:
     """Whether what is there was made of the same; writes the manifest. Returns how many rows the input has."""
-    from ..families.manifest import Manifest
-    from .intake import survey
-
     assert targets.output
     errors = os.path.relpath(targets.errors, targets.output.parent) if targets.errors else None
     now = replace(now, parameters={**now.parameters, "errors": errors})
