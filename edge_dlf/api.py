@@ -25,7 +25,7 @@ from .engine.overlap import settle
 from .engine.scheduler import Scheduler
 from .errors import EdgeDLFError, InvalidParameterError
 from .families.files import FamilyFiles, check_files
-from .families.members import Members, place, ways_to_overlap
+from .families.members import Members, plan_memory, ways_to_overlap
 from .families.spec import FamilySpec
 from .llama import default_n_threads
 from .params import OVERLAPS, Overlap
@@ -123,7 +123,7 @@ class FusedLlama:
             raise InvalidParameterError(f"overlap must be auto, {', '.join(OVERLAPS)}, not {overlap!r}")
         n_ctx = n_ctx or min(_MAX_OWN_CTX, files.models["large"].n_ctx_train or _MAX_OWN_CTX)
         self.name, self.files, self.cache_types = files.spec.name, files, (type_k or "f16", type_v or "f16")
-        placement = place(
+        plan = plan_memory(
             files,
             n_ctx=n_ctx,
             n_parallel=n_parallel,
@@ -137,7 +137,7 @@ class FusedLlama:
         background = ThreadPoolExecutor(1)
         fuser = background.submit(_ready_fuser, files.n_vocab, n_threads or default_n_threads())
         background.shutdown(wait=False)
-        self._members = Members(files, placement, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
+        self._members = Members(files, plan, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
         try:
             ensemble = Ensemble(self._members.backends, files.n_vocab, self._members.lanes)
             decoder = Decoder(ensemble, fuser.result())

@@ -23,6 +23,7 @@ from edge_dlf.engine.pace import FUSION
 from edge_dlf.engine.scheduler import Scheduler
 from edge_dlf.families import members
 from edge_dlf.families.files import check_files
+from edge_dlf.families.plan import Plan, Planner
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.params import OVERLAPS, Overlap
@@ -335,16 +336,16 @@ def test_what_members_that_overlap_cost_adds_up(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_the_choice_depends_on(tiny: Path) -> None:
     files = check_files(FamilySpec.load(tiny))
-    placement = members.Placement(1, 512, dict.fromkeys(files.models, -1), dict.fromkeys(files.models, ()))
-    key = members._key(files, placement, 2, None, None)
+    plan = Planner(files, Machine(10**9)).plan(512)
+    key = members._key(files, plan, 2, None, None)
     others = [
-        members._key(files, dataclasses.replace(placement, n_seq_max=2), 2, None, None),
-        members._key(files, dataclasses.replace(placement, layers=dict.fromkeys(files.models, 1)), 2, None, None),
-        members._key(files, placement, 1, None, None),
-        members._key(files, placement, 2, "q8_0", None),
+        members._key(files, dataclasses.replace(plan, n_seqs=2), 2, None, None),
+        members._key(files, dataclasses.replace(plan, layers=dict.fromkeys(files.models, 1)), 2, None, None),
+        members._key(files, plan, 1, None, None),
+        members._key(files, plan, 2, "q8_0", None),
     ]
     (tiny / "large.gguf").touch()
-    others.append(members._key(files, placement, 2, None, None))
+    others.append(members._key(files, plan, 2, None, None))
     assert len({key, *others}) == 6
     assert str(tiny / "lora.gguf") in key
 
@@ -352,12 +353,7 @@ def test_what_the_choice_depends_on(tiny: Path) -> None:
 @pytest.fixture
 def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every member but `tuned` is taken to be on a GPU of its own."""
-    place = members.place
-
-    def placed(*arguments: Any, **settings: Any) -> members.Placement:
-        return dataclasses.replace(place(*arguments, **settings), on_gpu=frozenset({"large", "base", "lora"}))
-
-    monkeypatch.setattr(api, "place", placed)
+    monkeypatch.setattr(Plan, "on_gpu", frozenset({"large", "base", "lora"}))
 
 
 @pytest.mark.usefixtures("as_on_gpus")

@@ -268,13 +268,13 @@ def test_room_for_many_sequences_pushes_no_layer_off_the_gpu(
     assert planned(files, machine, 32 * 512, n_seqs=32).layers["large"] < 7
     monkeypatch.setattr(members, "this_machine", lambda _: machine)
     asked: dict[str, Any] = dict.fromkeys(("main_gpu", "tensor_split", "type_k", "type_v"))
-    placement = members.place(files, n_ctx=512, n_parallel=32, n_gpu_layers=-1, **asked)
-    assert set(placement.layers.values()) == {-1}
-    assert placement.on_gpu == {"large", "base", "lora"}
-    assert 512 < placement.n_cells < 32 * 512
-    layers = members.place(files, n_ctx=32 * 512, n_parallel=32, n_gpu_layers=-1, **asked)
-    assert layers.n_cells >= 32 * 512
-    assert layers.layers["large"] < 7
+    plan = members.plan_memory(files, n_ctx=512, n_parallel=32, n_gpu_layers=-1, **asked)
+    assert set(plan.layers.values()) == {-1}
+    assert plan.on_gpu == {"large", "base", "lora"}
+    assert 512 < plan.n_cells < 32 * 512
+    longer = members.plan_memory(files, n_ctx=32 * 512, n_parallel=32, n_gpu_layers=-1, **asked)
+    assert longer.n_cells >= 32 * 512
+    assert longer.layers["large"] < 7
 
 
 def several(*free: int) -> Machine:

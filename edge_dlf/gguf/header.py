@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata, and the name, type, shape and place of every tensor.
+"""The header of a GGUF file: metadata, and the name, type, shape and offset of every tensor.
 
 Every count, length and offset is first held against the file's size. The file is read with ordinary reads, never
 mapped: a file that shrinks under a mapping kills its reader.
