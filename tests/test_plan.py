@@ -19,7 +19,7 @@ from edge_dlf.engine.backend import N_ROWS
 from edge_dlf.families import members
 from edge_dlf.families.files import FamilyFiles, check_files
 from edge_dlf.families.footprint import CACHE_TYPES, footprint
-from edge_dlf.families.plan import Plan, Planner, _gpu_of
+from edge_dlf.families.plan import Plan, Planner, gpu_of_layer
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.gguf.header import Array
 from edge_dlf.gguf.info import GGUFInfo, read_info
@@ -349,7 +349,7 @@ def test_gpus_and_shares_that_cannot_be(files: FamilyFiles, settings: dict[str, 
     [((1.0, 1.0), 8, (4, 4)), ((3.0, 1.0), 8, (6, 2)), ((1.0, 0.0, 1.0), 5, (3, 0, 2)), ((0.0, 2.0), 3, (0, 3))],
 )
 def test_layers_are_shared_out_as_llama_cpp_does(split: tuple[float, ...], n_gpu: int, counts: tuple[int, ...]) -> None:
-    gpus = [_gpu_of(number, n_gpu, split) for number in range(n_gpu)]
+    gpus = [gpu_of_layer(number, n_gpu, split) for number in range(n_gpu)]
     assert tuple(gpus.count(gpu) for gpu in range(len(split))) == counts
     assert gpus == sorted(gpus)
 

@@ -1,4 +1,4 @@
-"""The files that a batch writes: which they are, whether this run may go on with them, and where a new one begins."""
+"""The files that a batch writes: names, locks, and whether this run may continue what is in them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _AGAIN = "; give the same again, or --restart, which keeps the earlier file and 
 
 @dataclass(frozen=True)
 class Targets:
-    """output, errors: real paths, None for stdout and for errors that have no file of their own."""
+    """Paths, links resolved.
+
+    output: None for stdout.
+    errors: None if failed rows go to the output.
+    """
 
     output: Path | None
     errors: Path | None
@@ -48,7 +52,7 @@ class Targets:
 
     @property
     def can_resume(self) -> bool:
-        """Whether what was written can be read again."""
+        """Whether a later run can read the output."""
         return self.output is not None and _is_file(self.output)
 
     @property
@@ -58,7 +62,7 @@ class Targets:
 
     @property
     def files(self) -> list[Path]:
-        """Those that stay, which streams do not."""
+        """Output and errors, without streams."""
         return [path for path in (self.output, self.errors) if path and _is_file(path)]
 
     def set_aside(self) -> None:
@@ -109,7 +113,7 @@ def open_outputs(
 
 
 def _compare(targets: Targets, begun: list[Path], input: IO[bytes], now: Manifest) -> int | None:
-    """Whether what is there was made of the same; writes the manifest. Returns how many rows the input has."""
+    """Check that the files were begun with the same manifest, and save it. Returns how many rows the input has."""
     assert targets.output
     errors = os.path.relpath(targets.errors, targets.output.parent) if targets.errors else None
     now = replace(now, parameters={**now.parameters, "errors": errors})

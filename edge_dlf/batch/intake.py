@@ -1,4 +1,4 @@
-"""What goes into a batch: the rows of the input that are still to be run, each under an id of its own."""
+"""The input of a batch: requests that are still to be run, each with an id of its own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ _OPENAI = {"custom_id", "url", "body"}
 
 @dataclass(frozen=True)
 class Survey:
-    """What an input holds. n_rows: its lines that are not blank. digest: of all its n_bytes. earlier_digest: of as many
-    bytes at its beginning as an earlier survey saw, None where there are fewer."""
+    """Size and digest of an input.
+
+    n_rows: lines that are not blank.
+    digest: of all its n_bytes.
+    earlier_digest: of as many bytes at its beginning as an earlier survey read; None if there are fewer now.
+    """
 
     n_rows: int
     n_bytes: int
@@ -58,10 +62,10 @@ def _blocks(file: IO[bytes], boundary: int) -> Iterator[bytes]:
 
 
 class Intake:
-    """Iterates over the requests in `lines` whose ids are not in `ids`; the other rows are finished.
+    """Iterates over the requests in `lines` that have no finished row in `ids`.
 
-    A request without an id gets the number of its line for one, as a text. Lines that are no requests are given to
-    `reject` as rows with an error.
+    A request without an id gets the number of its line, as text. Lines that are no requests are given to `reject` as
+    rows with an error.
     """
 
     def __init__(self, lines: Iterable[Line], ids: Ids, reject: Callable[[dict[str, Any]], None]) -> None:

@@ -68,9 +68,8 @@ def _pull_family(spec: FamilySpec, screen: Screen, offline: bool) -> FamilySpec:
         except FamilyError as error:
             raise FamilyError(f"{error}, where the network may be used") from error
     else:
-        planned = plan_pull(spec)
-        _download(planned.files, screen)
-        pinned = planned.spec
+        pinned, files = plan_pull(spec)
+        _download(files, screen)
         note_revisions(spec, pinned)
     check_files(pinned)
     screen.say(f"{spec.name} is complete: its files share one tokenizer")

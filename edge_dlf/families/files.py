@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FamilyError, InvalidParameterError, VocabMismatchError
 from ..gguf.header import show
 from ..gguf.info import GGUFInfo, check_lora_fits, read_info
-from .spec import ExpertSpec, FamilySpec
+from .spec import FamilySpec
 
 _UNUSED = 5  # GGUF's type of a token that never occurs
 _PADDING = re.compile(rb"(\[PAD\d+\]|<pad\d*>|<\|?(unused|extra|reserved|dummy)[\w-]*\|?>)", re.IGNORECASE)
@@ -105,9 +105,10 @@ def check_files(family: FamilySpec | str | Path) -> FamilyFiles:
     models = {"large": large, "base": base}
     loras: dict[str, tuple[tuple[Path, float], ...]] = {}
     for expert in spec.experts:
-        pairs = _loras(expert, info)
-        if pairs is None:
-            models[expert.name] = info(_source(expert))
+        sources = expert.loras or ((expert.source, 1.0),)
+        pairs = tuple((source.local_path(), scale) for source, scale in sources if source)
+        if expert.source and not info(pairs[0][0]).is_adapter:
+            models[expert.name] = info(pairs[0][0])
             continue
         for path, _ in pairs:
             check_lora_fits(info(path), base)
@@ -115,19 +116,6 @@ def check_files(family: FamilySpec | str | Path) -> FamilyFiles:
     for model in {id(model): model for model in models.values() if model is not large}.values():
         _check_one_tokenizer(large, model)
     return FamilyFiles(spec, infos, models, loras, min(map(_n_vocab, models.values())))
-
-
-def _source(expert: ExpertSpec) -> Path:
-    assert expert.source is not None, "an expert has a source or LoRAs"
-    return expert.source.local_path()
-
-
-def _loras(expert: ExpertSpec, info: Callable[[Path], GGUFInfo]) -> tuple[tuple[Path, float], ...] | None:
-    """(file, scale) for each LoRA of `expert`; None where it is a whole model."""
-    if expert.loras:
-        return tuple((source.local_path(), scale) for source, scale in expert.loras)
-    path = _source(expert)
-    return ((path, 1.0),) if info(path).is_adapter else None
 
 
 def _check_one_tokenizer(a: GGUFInfo, b: GGUFInfo) -> None:

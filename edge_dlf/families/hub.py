@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub: what a repository holds, and how it comes into the cache, checked and only once."""
+"""The Hugging Face hub: listing the GGUF files of a repository, and downloading them into the cache, checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub's cache on this machine: what of it is here, where, and how it leaves.
+"""The Hugging Face hub's cache on this machine: finding and removing files.
 
 The layout is huggingface-hub's documented one (`HF_HOME`, `HF_HUB_CACHE`), shared with every program that uses it. It
 is read here without that library's clients, whose import would take 0.2 s of every start. Nothing here uses a network.
@@ -24,7 +24,7 @@ _UNSAFE_IN_NAME = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
 
 
 def check_names(repo: str, file: str, revision: str | None) -> None:
-    """Raise InvalidParameterError where one of the names could lead out of the cache, or is none of the hub's."""
+    """Raise InvalidParameterError if a name is not one of the hub's, or could lead out of the cache."""
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
         raise InvalidParameterError(f"{repo!r} is no repository of the hub; those are named OWNER/NAME")
     parts = PurePosixPath(file).parts
@@ -64,7 +64,7 @@ class CachedFile(NamedTuple):
 
 
 def commit_of(repo: str, revision: str | None) -> str | None:
-    """The commit that the cache has for a branch, a tag or a commit; None where it has none."""
+    """The commit in the cache for a branch, a tag or a commit; None if there is none."""
     revision = revision or "main"
     if COMMIT.fullmatch(revision):
         return revision
@@ -76,7 +76,7 @@ def commit_of(repo: str, revision: str | None) -> str | None:
 
 
 def note_revision(repo: str, revision: str | None, commit: str) -> None:
-    """Keep which commit a branch or a tag stood for when it was downloaded."""
+    """Record the commit that a branch or a tag stood for when it was downloaded."""
     if revision != commit:
         ref = folder(repo) / "refs" / (revision or "main")
         ref.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def cached_models() -> list[CachedFile]:
 
 
 def partial_downloads(repo: str) -> list[Path]:
-    """What downloads that broke off have left."""
+    """Files of downloads that broke off."""
     return sorted((folder(repo) / "blobs").glob("*.incomplete"))
 
 

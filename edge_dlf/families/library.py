@@ -1,4 +1,4 @@
-"""The families on this machine: which there are, how one of the hub's comes here, and how one leaves."""
+"""The families on this machine: listing, pinning to the hub, writing and removing them."""
 
 from __future__ import annotations
 
@@ -66,16 +66,11 @@ def installed() -> list[Installed]:
     return list(families.values())
 
 
-@dataclass(frozen=True)
-class Pull:
-    """What a pull brings: `spec` with its revisions and hashes pinned, and its files on the hub."""
+def plan_pull(spec: FamilySpec) -> tuple[FamilySpec, list[HubFile]]:
+    """Ask the hub for the files of `spec`, and pin it to their revisions and hashes; nothing is downloaded yet.
 
-    spec: FamilySpec
-    files: tuple[HubFile, ...]
-
-
-def plan_pull(spec: FamilySpec) -> Pull:
-    """Ask the hub for the files of `spec`; nothing is downloaded yet. Raises DownloadError."""
+    Raises DownloadError.
+    """
     repos: dict[tuple[str, str | None], Repo] = {}
     files: dict[HubFile, None] = {}
 
@@ -96,7 +91,7 @@ def plan_pull(spec: FamilySpec) -> Pull:
         hashes = tuple(file.sha256 for file in found if file.sha256)
         return replace(source, revision=repos[key].commit, sha256=hashes if len(hashes) == len(found) else ())
 
-    return Pull(change_sources(spec, pinned), tuple(files))
+    return change_sources(spec, pinned), list(files)
 
 
 def change_sources(spec: FamilySpec, change: Callable[[ModelSource], ModelSource]) -> FamilySpec:
@@ -164,12 +159,9 @@ def write_family(spec: FamilySpec) -> Path:
 def _table(source: ModelSource) -> dict[str, Any]:
     if source.repo is None:
         return {"path": str(source.path)}
-    table: dict[str, Any] = {"repo": source.repo, "file": source.file}
-    if source.revision:
-        table["revision"] = source.revision
-    if source.sha256:
-        table["sha256"] = source.sha256[0] if len(source.sha256) == 1 else list(source.sha256)
-    return table
+    sha256 = source.sha256[0] if len(source.sha256) == 1 else list(source.sha256)
+    table = {"repo": source.repo, "file": source.file, "revision": source.revision, "sha256": sha256}
+    return {key: value for key, value in table.items() if value}
 
 
 def _expert_table(expert: ExpertSpec) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What an output was made of: the family, the parameters and the input, in a small file beside it."""
+"""The manifest of an output: family, parameters and input that it was made from, in a small file beside it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ _MAX_HEADER_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Manifest:
-    """family: role -> its files, each with its name, size and digest. parameters: whatever else answers depend on.
-    input: its size and digest, None where it was a stream."""
+    """What answers depend on.
+
+    family: role -> its files, each with name, size and digest.
+    parameters: settings by name.
+    input: size and digest; None if the input is a stream.
+    """
 
     family: Mapping[str, Sequence[Mapping[str, Any]]]
     parameters: Mapping[str, Any]
@@ -37,7 +41,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> Manifest | None:
-        """None where there is no such file. Raises InvalidParameterError for one that cannot be read."""
+        """Read the manifest; None if there is no such file. Raises InvalidParameterError if it cannot be read."""
         try:
             saved = json.loads(path.read_bytes())
             is_ours = saved.pop("format") == _FORMAT
@@ -58,7 +62,7 @@ class Manifest:
             file.write(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, ensure_ascii=False).encode() + b"\n")
 
     def differences(self, now: Manifest) -> list[str]:
-        """What has changed in family and parameters."""
+        """List what has changed in family and parameters."""
         if list(self.family) != list(now.family):
             found = [f"the members were {', '.join(self.family)}, now {', '.join(now.family)}"]
         else:
@@ -96,7 +100,7 @@ def _family(files: FamilyFiles) -> dict[str, list[dict[str, Any]]]:
 
 
 def _sampled_digest(path: Path, header_bytes: int) -> str:
-    """Of a file's header and of blocks spread over the rest of it, the last one included: quick at any size."""
+    """Digest a file's header and 64 blocks spread over the rest, the last one included: quick at any size."""
     digest = blake2b(digest_size=16)
     with path.open("rb") as file:
         n_bytes = file.seek(0, 2)
@@ -111,7 +115,7 @@ def _sampled_digest(path: Path, header_bytes: int) -> str:
 
 
 def _identity(entry: Mapping[str, Any]) -> list[Any]:
-    """What counts of a file: not its name, for it may have been moved."""
+    """What makes two files the same: not the name, for a file may have been moved."""
     return [entry.get("bytes"), entry.get("digest"), entry.get("scale")]
 
 

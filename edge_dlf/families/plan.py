@@ -117,7 +117,7 @@ class _Model:
         host += n_members * (compute if n_low else 4 * n_rows * own.n_vocab)
         each = [n_members * compute + self.lora_bytes if share > 0 else 0 for share in split]
         for number, n_bytes in enumerate([*layers[n_low:], own.output]):
-            each[_gpu_of(number, n_gpu, split)] += n_bytes
+            each[gpu_of_layer(number, n_gpu, split)] += n_bytes
         return _Layout(n_gpu, tuple(split), host, tuple(each))
 
 
@@ -134,7 +134,7 @@ class _Layout:
         return all(n_bytes <= room for n_bytes, room in zip(self.each_gpu_bytes, rooms, strict=True))
 
 
-def _gpu_of(number: int, n_gpu: int, split: Sequence[float]) -> int:
+def gpu_of_layer(number: int, n_gpu: int, split: Sequence[float]) -> int:
     """The GPU that llama.cpp gives the layer `number` of `n_gpu` to: the first whose shares, with all before it, exceed
     its part of the way through them."""
     total, before = math.fsum(split), 0.0
