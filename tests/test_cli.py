@@ -258,7 +258,7 @@ class TestOptions:
             llm = FakeLlama(experts=["a", "b"])
             assert run(llm, *args, stdin="Hi\n").exit_code == 0
             assert llm.options
-            assert {expert.name: expert.source for expert in llm.options.spec.experts} == {
+            assert {role: source for role, source, _ in llm.options.spec.members[2:]} == {
                 "a": ModelSource(Path("1")),
                 "b": ModelSource(Path("2 3")),
             }

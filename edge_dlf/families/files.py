@@ -105,11 +105,11 @@ def check_files(family: FamilySpec | str | Path) -> FamilyFiles:
     models = {"large": large, "base": base}
     loras: dict[str, tuple[tuple[Path, float], ...]] = {}
     for expert in spec.experts:
-        sources = expert.loras or ((expert.source, 1.0),)
-        pairs = tuple((source.local_path(), scale) for source, scale in sources if source)
-        if expert.source and not info(pairs[0][0]).is_adapter:
-            models[expert.name] = info(pairs[0][0])
+        ((source, scale), *_) = expert.files
+        if scale is None and not info(source.local_path()).is_adapter:
+            models[expert.name] = info(source.local_path())
             continue
+        pairs = tuple((source.local_path(), 1.0 if scale is None else scale) for source, scale in expert.files)
         for path, _ in pairs:
             check_lora_fits(info(path), base)
         models[expert.name], loras[expert.name] = base, pairs

@@ -96,16 +96,11 @@ def plan_pull(spec: FamilySpec) -> tuple[FamilySpec, list[HubFile]]:
 
 def change_sources(spec: FamilySpec, change: Callable[[ModelSource], ModelSource]) -> FamilySpec:
     """The same family with `change` applied to each source."""
-    large, base = change(spec.large), change(spec.base)
-    experts = [
-        replace(
-            expert,
-            source=change(expert.source) if expert.source else None,
-            loras=tuple((change(source), scale) for source, scale in expert.loras),
-        )
+    experts = tuple(
+        replace(expert, files=tuple((change(source), scale) for source, scale in expert.files))
         for expert in spec.experts
-    ]
-    return replace(spec, large=large, base=base, experts=tuple(experts))
+    )
+    return replace(spec, large=change(spec.large), base=change(spec.base), experts=experts)
 
 
 def note_revisions(asked: FamilySpec, pinned: FamilySpec) -> None:
@@ -165,9 +160,9 @@ def _table(source: ModelSource) -> dict[str, Any]:
 
 
 def _expert_table(expert: ExpertSpec) -> dict[str, Any]:
-    if expert.source:
-        return {"name": expert.name, **_table(expert.source)}
-    loras, scales = zip(*expert.loras, strict=True)
+    loras, scales = zip(*expert.files, strict=True)
+    if scales == (None,):
+        return {"name": expert.name, **_table(loras[0])}
     return {"name": expert.name, "lora": [str(source.path) for source in loras], "scale": list(scales)}
 
 

@@ -73,11 +73,13 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """One expert: a `source`, which may turn out to be a model or a LoRA over the base, or LoRAs with their scales."""
+    """One expert: a model, a LoRA over the base, or several LoRAs with scales.
+
+    files: (file, scale) pairs. A file without a scale is the only one; its header tells whether it is a LoRA.
+    """
 
     name: str
-    source: ModelSource | None = None
-    loras: tuple[tuple[ModelSource, float], ...] = ()
+    files: tuple[tuple[ModelSource, float | None], ...]
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,7 @@ class FamilySpec:
     @property
     def members(self) -> tuple[tuple[str, ModelSource, float | None], ...]:
         """(role, file, scale) of every file in the order large, base, experts; None for a file without a scale."""
-        experts: list[tuple[str, ModelSource, float | None]] = []
-        for expert in self.experts:
-            experts += [(expert.name, expert.source, None)] if expert.source else []
-            experts += [(expert.name, lora, scale) for lora, scale in expert.loras]
+        experts = [(expert.name, source, scale) for expert in self.experts for source, scale in expert.files]
         return (("large", self.large, None), ("base", self.base, None), *experts)
 
     @property
@@ -163,13 +162,9 @@ class FamilySpec:
         folder = Path()
         specs = []
         for name, files in experts.items():
-            if isinstance(files, str | os.PathLike):
-                specs.append(ExpertSpec(name, source=_local(files, folder, f"expert {name!r}")))
-            else:
-                pairs = _pairs(name, files)
-                specs.append(
-                    ExpertSpec(name, loras=tuple((_local(f, folder, f"expert {name!r}"), s) for f, s in pairs))
-                )
+            pairs = [(files, None)] if isinstance(files, str | os.PathLike) else _pairs(name, files)
+            where = f"expert {name!r}"
+            specs.append(ExpertSpec(name, tuple((_local(file, folder, where), scale) for file, scale in pairs)))
         _check_names([spec.name for spec in specs])
         return cls(Path(large).stem, _local(large, folder, "large"), _local(base, folder, "base"), tuple(specs))
 
@@ -313,14 +308,14 @@ def _expert(table: Table, folder: Path) -> ExpertSpec:
     name = str(table["name"])
     where = f"expert {name!r}"
     if "lora" not in table:
-        return ExpertSpec(name, source=_source(table, folder, where, frozenset({"name"})))
+        return ExpertSpec(name, ((_source(table, folder, where, frozenset({"name"})), None),))
     _known(table, {"name", "lora", "scale"}, f"{where}, which has a lora,")
     loras = table["lora"] if isinstance(table["lora"], list) else [table["lora"]]
     scales = table.get("scale", [1.0] * len(loras))
     scales = scales if isinstance(scales, list) else [scales]
     _require(len(scales) == len(loras), f"{where} has {len(loras)} in lora and {len(scales)} in scale")
     pairs = _pairs(name, list(zip(loras, scales, strict=True)))
-    return ExpertSpec(name, loras=tuple((_local(lora, folder, where), scale) for lora, scale in pairs))
+    return ExpertSpec(name, tuple((_local(lora, folder, where), scale) for lora, scale in pairs))
 
 
 def _pairs(name: Any, files: Any) -> list[tuple[Any, float]]:
