@@ -42,10 +42,6 @@ def run_file(
     output: str | Path,
     *,
     errors: str | Path | None = None,
-    ordered: bool = False,
-    raw: bool = True,
-    system: str | None = None,
-    seed: int | None = None,
     restart: bool = False,
     retry_errors: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
@@ -60,20 +56,17 @@ def run_file(
     input: JSON lines, each a request of OpenAI's batches or the short form, as in `FusedLlama.batch`.
     output: one line a row, written as the row finishes. The manifest is beside it.
     errors: a file for rows that failed, in place of the output.
-    ordered: write rows in the order of the input.
-    raw, system: as in `FusedLlama.batch`.
-    seed: seeds of sampled rows are made from this and the row's id; None takes the family's own, else 0.
     restart: begin anew; earlier files are kept under a number.
     retry_errors: run rows again that failed in an earlier run.
     on_progress: called after each row.
-    settings: further arguments of `FusedLlama.batch`.
+    settings: arguments of `FusedLlama.batch`, such as `raw`, `ordered` or `seed`; without a seed the family's own is
+        taken, else 0.
 
     Returns how much was done. Raises InvalidParameterError if the output belongs to something else, EdgeDLFError if it
     cannot be written or another run writes to it, and what `FusedLlama.batch` raises; what is finished stays.
     """
     spec = llm.files.spec
-    seed = int(spec.defaults.get("seed", 0)) if seed is None else seed
-    settings |= {"ordered": ordered, "raw": raw, "system": system, "seed": seed}
+    settings = {"seed": spec.defaults.get("seed", 0), "raw": True, "system": None, **settings}
     type_k, type_v = llm.cache_types
     with (
         Path(input).open("rb") as file,

@@ -76,11 +76,10 @@ def batch(
     options, screen = Options.of(ctx, shared), Screen()
     if raw and options.system:
         raise InvalidParameterError("a system prompt needs the chat template: leave out --raw or --system")
-    seed = int(options.settings.get("seed", options.spec.defaults.get("seed", 0)))
-    settings = {**options.settings, "seed": seed, "system": options.system, "raw": raw, "ordered": ordered}
+    own = {"system": options.system, "raw": raw, "ordered": ordered}
+    settings = {"seed": options.spec.defaults.get("seed", 0), **options.settings, **own}
     file = ctx.with_resource(click.open_file(input, "rb"))
-    targets, status = Targets.of(output, errors, file), "failed"
-    progress: ProgressLine | None = None
+    targets, status, progress = Targets.of(output, errors, file), "failed", None
     try:
         with (
             tracing(trace, options.spec.name) as tracer,
