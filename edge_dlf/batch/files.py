@@ -13,7 +13,6 @@ from typing import IO, Any
 
 from ..errors import EdgeDLFError, InvalidParameterError
 from ..families.manifest import Manifest
-from ..system.durable import Appender
 from .intake import survey
 from .ledger import Ledger, is_begun, locked, resume
 
@@ -103,12 +102,12 @@ def open_outputs(
         elif begun:
             raise InvalidParameterError(f"{begun[0]}: exists; --restart keeps it under another name")
 
-        def sink(path: Path | None) -> Appender | _Stream:
+        def opened(path: Path | None) -> Callable[[bytes], None]:
             if path and _is_file(path):
-                return stack.enter_context(resume(ledger, path, retry_errors=retry_errors, notice=notice))
-            return stack.enter_context(_Stream(path))
+                return stack.enter_context(resume(ledger, path, retry_errors=retry_errors, notice=notice)).append
+            return stack.enter_context(_Stream(path)).append
 
-        ledger.write_to(sink(targets.output), sink(targets.errors) if targets.errors else None)
+        ledger.write_to(opened(targets.output), opened(targets.errors) if targets.errors else None)
         yield ledger, n_rows
 
 

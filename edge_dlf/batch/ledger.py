@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from filelock import FileLock, Timeout
 
@@ -19,12 +19,6 @@ _BLOCK_BYTES = 1 << 20
 Row: TypeAlias = Mapping[str, Any]
 
 
-class Sink(Protocol):
-    """Takes whole lines."""
-
-    def append(self, line: bytes) -> None: ...
-
-
 class Ledger:
     """Writes finished rows, and counts them.
 
@@ -35,22 +29,19 @@ class Ledger:
     def __init__(self) -> None:
         self.ids = Ids()
         self.n_completed = self.n_failed = 0
-        self._output: Sink | None = None
-        self._errors: Sink | None = None
+        self._append: dict[bool, Callable[[bytes], None]] = {}
 
     @property
     def n_rows(self) -> int:
         return self.n_completed + self.n_failed
 
-    def write_to(self, output: Sink, errors: Sink | None = None) -> None:
-        """Set where rows go: rows with an error to `errors` if there is such a file, all others to `output`."""
-        self._output, self._errors = output, errors or output
+    def write_to(self, output: Callable[[bytes], None], errors: Callable[[bytes], None] | None = None) -> None:
+        """Set what takes the lines: `errors` those of rows with an error, if it is given, `output` all others."""
+        self._append = {False: output, True: errors or output}
 
     def write(self, row: Row) -> None:
         """Add a row that is finished. Raises EdgeDLFError where it cannot be written."""
-        sink = self._errors if row["error"] else self._output
-        assert sink is not None, "write_to comes first"
-        sink.append(dump_line(row))
+        self._append[bool(row["error"])](dump_line(row))
         self.count(row)
 
     def count(self, row: Row) -> None:

@@ -120,13 +120,14 @@ def show(family: str, ctx_size: int, json: bool) -> None:
     into this machine's memory. FAMILY is a name, a family.toml, or the folder of one.
     """
     from ..families.catalogue import read_catalogue
+    from ..families.library import is_installed
     from ..families.spec import FamilySpec
 
     screen, entry = Screen(), read_catalogue().get(family)
     try:
         spec = FamilySpec.load(family)
     except FamilyError:
-        if entry is None or _is_here(family):
+        if entry is None or is_installed(family):
             raise
         spec = entry.spec
     about = _about(spec, entry)
@@ -141,12 +142,6 @@ def show(family: str, ctx_size: int, json: bool) -> None:
         screen.show(printable(line))
     if not about["complete"]:
         screen.say(f"`edge-dlf pull {family}` downloads what is missing; more can be shown then")
-
-
-def _is_here(family: str) -> bool:
-    from ..families.library import installed
-
-    return family in {one.name for one in installed()}
 
 
 def _about(spec: FamilySpec, entry: Entry | None) -> dict[str, Any]:

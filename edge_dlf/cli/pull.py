@@ -37,7 +37,7 @@ def pull(target: str, offline: bool) -> None:
     from huggingface_hub import constants
 
     from ..families.catalogue import read_catalogue
-    from ..families.library import installed, parse_repo, write_family
+    from ..families.library import is_installed, parse_repo, write_family
     from ..families.spec import FILE_NAME, FamilySpec, find_family
 
     screen, offline = Screen(), offline or constants.HF_HUB_OFFLINE
@@ -45,7 +45,7 @@ def pull(target: str, offline: bool) -> None:
     is_path = path.is_file() or (path / FILE_NAME).is_file()
     repo, catalogue = parse_repo(target), read_catalogue()
     with _hub_notices(screen):
-        if is_path or target in {family.name for family in installed()}:
+        if is_path or is_installed(target):
             _pull_family(FamilySpec.load(target), screen, offline)
             screen.show(str(find_family(target)))
         elif target in catalogue:

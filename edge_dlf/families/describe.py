@@ -1,4 +1,4 @@
-"""What a family's headers say to a person: kinds, quantization, tokenizer, template, licence and memory."""
+"""Describes a family for people, by its headers: kinds, quantization, tokenizer, template, licence and memory."""
 
 from __future__ import annotations
 

@@ -44,10 +44,10 @@ class FamilyFiles:
     def splits(
         self, main_gpu: int | Mapping[str, int] | None, tensor_split: Sequence[float] | None, n_gpus: int
     ) -> dict[str, tuple[float, ...]]:
-        """Share of its layers that each of n_gpus GPUs gets, for each role that something is asked for; nothing is
-        where there is no GPU. A member with a GPU of its own in `main_gpu` is there alone, all others are split.
+        """Shares of n_gpus GPUs that were asked for, by role. A member named in `main_gpu` is on that GPU alone, the
+        others are divided by `tensor_split`. Empty without a GPU.
 
-        Raises InvalidParameterError for GPUs that do not exist, shares that are none, and both for all members.
+        Raises InvalidParameterError for GPUs that do not exist, impossible shares, and both settings for all members.
         """
         own = self._each("main_gpu", main_gpu)
         shares = [] if tensor_split is None else [float(share) for share in tensor_split]
@@ -71,9 +71,9 @@ class FamilyFiles:
         return {name: each for name, each in split.items() if each}
 
     def _each(self, setting: str, value: int | Mapping[str, int] | None) -> dict[str, int | None]:
-        """A setting's number for each role, None where it says nothing of a member. A LoRA has its base's.
+        """Value of a setting for each role; None if it does not name the role.
 
-        Raises InvalidParameterError for a name that has none of its own.
+        Raises InvalidParameterError for unknown names, and for a LoRA, which has the base's value.
         """
         if not isinstance(value, Mapping):
             return dict.fromkeys(self.models, value)

@@ -162,10 +162,10 @@ def _key(shards: Sequence[Path], loras: Adapters) -> str:
 
 
 def _state(shards: Sequence[Path], loras: Adapters) -> list[Any]:
-    """What a result holds for: size and time of every file, the build of llama.cpp, what is tried."""
+    """What a result is valid for: size and time of every file, the build of llama.cpp, what is tried."""
     return [system_info(), _attentions(), *states([*shards, *(lora for lora, _ in loras)])]
 
 
 def _attentions() -> list[int | None]:
-    """Of each kind of attention that a member may have here, the tokens at a time, as `MemberPlan` has them."""
+    """`n_ubatch`, as in `MemberPlan`, of each kind of attention that a member may use on this machine."""
     return [None] if gpus() else [None, PLAIN_TOKENS[0]]

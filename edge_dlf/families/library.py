@@ -66,6 +66,11 @@ def installed() -> list[Installed]:
     return list(families.values())
 
 
+def is_installed(name: str) -> bool:
+    """Whether a family of that name is in the models folder or ships with edge-dlf, readable or not."""
+    return name in {family.name for family in installed()}
+
+
 def plan_pull(spec: FamilySpec) -> tuple[FamilySpec, list[HubFile]]:
     """Ask the hub for the files of `spec`, and pin it to their revisions and hashes; nothing is downloaded yet.
 

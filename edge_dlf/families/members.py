@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 MAX_PARALLEL = 256
 """Sequences that llama.cpp can tell apart."""
 _AUTO_PARALLEL = 16, 32
-"""Sequences decoded at once where nobody says how many: on a CPU, and on a GPU."""
+"""Default number of sequences decoded at once: on a CPU, and on a GPU."""
 _THREAD_SAFE = ("CUDA", "ROCm", "MTL")
-"""Names of devices, as they begin."""
+"""Prefixes of the names of devices whose contexts may be used from several threads."""
 _STREAM = 256
-"""Positions of which llama.cpp makes a stream of a KV cache a multiple."""
+"""llama.cpp rounds the positions of a stream of a KV cache up to a multiple of this."""
 _STREAMS_WEIGHTS = 64 * 2**20
-"""Bytes of the large model from which on streams pay: of less, a batch in parts costs more than they save."""
+"""The smallest large model, in bytes, for which a KV stream for each sequence is faster."""
 _MOVED_BYTES = 128 * 2**20
-"""Keys and values of one text, of which two are in memory once more while they change places."""
+"""Most bytes of one sequence's KV stream: two streams are copied while they are swapped."""
 _CELLS_PER_SEQUENCE = 1024
-"""Positions of the shared KV cache for each sequence; one that grows beyond takes what others leave."""
+"""Positions of the shared KV cache for each sequence; a longer sequence uses what others leave free."""
 
 
 def plan_memory(
@@ -78,9 +78,13 @@ def plan_memory(
 class Members:
     """Models and contexts of `files`, loaded.
 
-    models: each file once, the large model's first. backends: role -> its context. lanes: roles by what computes them,
-    a GPU for one at a time, and the CPU, whose cores the others share. key: what their speed depends on. interrupt:
-    stops them all.
+    models: each file once, the large model's first.
+    backends: role -> its context.
+    lanes: groups of roles that run one after the other: each member that is wholly on GPUs alone, and all others, which
+        share the CPU, together.
+    key: text that identifies everything that their speed depends on.
+    interrupt: stops them all.
+
     n_ctx, n_threads, type_k, type_v: as in FusedLlama. Raises LoadError, OutOfMemoryError or InvalidParameterError.
     """
 
@@ -144,8 +148,8 @@ class Members:
 
 
 def ways_to_overlap() -> tuple[Overlap, ...]:
-    """Ways to overlap that are safe to try here. llama.cpp tests contexts in several threads on these backends; of
-    others, crashes are reported."""
+    """Ways to overlap that are safe here: llama.cpp is tested with contexts in several threads on some backends only;
+    on others crashes are reported."""
     return OVERLAPS if all(gpu.name.startswith(_THREAD_SAFE) for gpu in gpus()) else ("off", "queue")
 
 

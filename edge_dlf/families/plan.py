@@ -29,11 +29,13 @@ _PIPELINE_COPIES = 4  # of what goes into a graph, where llama.cpp spreads one o
 
 @dataclass(frozen=True)
 class MemberPlan:
-    """What one member takes, on the host and on GPUs together.
+    """Memory and layers of one member, on the host and on GPUs together.
 
-    weights_bytes: 0 where it shares those of `shares_with`; LoRA adapters are its own. n_gpu_layers: of n_layers, the
-    head counted as one. split: share of these that each GPU holds. n_ubatch: tokens to evaluate at a time with plain
-    attention, if each sequence has a cache of its own; None for flash attention.
+    weights_bytes: LoRA adapters included; 0 for a model that is shared with the member `shares_with`.
+    n_layers, n_gpu_layers: all layers, the head counted as one, and those of them on GPUs.
+    split: share of these that each GPU holds.
+    n_ubatch: tokens to evaluate at a time with plain attention, if each sequence has a cache of its own; None for flash
+        attention.
     """
 
     name: str
@@ -76,21 +78,24 @@ class Plan:
 
     @property
     def gpu_bytes(self) -> int:
-        """What it takes on GPUs together."""
+        """Bytes on all GPUs together."""
         return sum(self.each_gpu_bytes)
 
     @property
     def n_bytes(self) -> int:
-        """All that it takes."""
+        """Bytes of all members."""
         return sum(member.weights_bytes + member.cache_bytes + member.buffer_bytes for member in self.members)
 
 
 @dataclass(frozen=True)
 class _Model:
-    """One file, and the members that are contexts over it. wanted: n_gpu_layers asked for, -1 for as many as fit.
-    split: shares of GPUs asked for."""
+    """One file, and the members that are contexts over it.
 
-    print: Footprint
+    wanted: n_gpu_layers asked for, -1 for as many as fit.
+    split: shares of GPUs asked for.
+    """
+
+    size: Footprint
     members: tuple[str, ...]
     lora_bytes: int
     wanted: int
@@ -98,11 +103,11 @@ class _Model:
 
     @property
     def n_layers(self) -> int:
-        return len(self.print.layers) + 1
+        return len(self.size.layers) + 1
 
     def layout(self, n_gpu: int, split: Sequence[float], n_cells: int, n_rows: int, n_seqs: int) -> _Layout:
-        """With the head and the last n_gpu - 1 layers on GPUs, shared out by `split`."""
-        own, n_members = self.print, len(self.members)
+        """Put the head and the last n_gpu - 1 layers on GPUs, divided by `split`."""
+        own, n_members = self.size, len(self.members)
         n_low = len(own.layers) - max(n_gpu - 1, 0)
         cells = rounded(n_cells)
         caches = [int(kv * cells) + n_seqs * own.state // len(own.layers) for kv in own.kv]
@@ -147,7 +152,7 @@ def gpu_of_layer(number: int, n_gpu: int, split: Sequence[float]) -> int:
 
 @dataclass(frozen=True)
 class _Arrangement:
-    """Layouts of all models, and what they take. left_bytes: room that is left on each GPU, below 0 if too little."""
+    """Layouts of all models, and their bytes. left_bytes: what is left on each GPU, below 0 if too little."""
 
     layouts: tuple[_Layout, ...]
     host_bytes: int
@@ -167,8 +172,11 @@ class _Arrangement:
 class Planner:
     """Plans a family for one machine.
 
-    n_gpu_layers, main_gpu, tensor_split: as FusedLlama has them; -1 layers are all that fit. n_rows: rows of logits
-    that one decode may ask for. n_seqs: sequences at once. repacks: whether the CPU keeps weights twice.
+    n_gpu_layers, main_gpu, tensor_split: as in FusedLlama; -1 layers are all that fit.
+    n_rows: rows of logits that one decode may ask for.
+    n_seqs: sequences decoded at once.
+    repacks: whether the CPU keeps weights twice.
+
     Raises InvalidParameterError for cache types, names of members and GPUs that do not exist.
     """
 
@@ -218,7 +226,7 @@ class Planner:
         return Plan(self._n_seqs, n_cells, in_order, layers, best.host_bytes, best.each_gpu_bytes)
 
     def _member(self, name: str, model: _Model, layout: _Layout, n_cells: int) -> MemberPlan:
-        own, shares = model.print, model.members[0] if name != model.members[0] else None
+        own, shares = model.size, model.members[0] if name != model.members[0] else None
         loras = sum(path.stat().st_size for path, _ in self._files.loras.get(name, ()))
         copy = own.output if own.is_tied and layout.n_gpu else 0
         return MemberPlan(
@@ -235,8 +243,10 @@ class Planner:
         )
 
     def largest_n_cells(self, at_most: int, least: int = 0) -> int:
-        """The largest context up to `at_most` that fits; 0 where not even the smallest does. least: a context beyond
-        which one counts only if it drives no layer off a GPU that this one leaves there."""
+        """The largest context up to `at_most` that fits; 0 if not even the smallest does.
+
+        least: a larger context than this counts only if it moves no more layers off the GPUs than this one does.
+        """
         n_on_gpu = self._arranged(least).n_on_gpu if least else 0
         low, high = 0, at_most // _LEAST_CELLS
         while low < high:
@@ -255,7 +265,7 @@ class Planner:
         """
         wanted = [model.wanted if n_wanted is None else n_wanted for model in self._models]
         left = [max(0, gpu.free_bytes - _GPU_RESERVE_BYTES) for gpu in self.machine.gpus]
-        sizes = [sum(model.print.layers) + model.print.output for model in self._models]
+        sizes = [sum(model.size.layers) + model.size.output for model in self._models]
         order = sorted(range(len(wanted)), key=lambda number: (wanted[number] < 0, sizes[number]))
         layouts: dict[int, _Layout] = {}
         for number in order:
@@ -275,8 +285,8 @@ class Planner:
         return _Arrangement(tuple(layouts[n] for n in range(len(wanted))), host + KERNELS_BYTES, each, tuple(left))
 
     def _layouts(self, model: _Model, n_gpu: int, left: Sequence[int], n_cells: int) -> Iterator[_Layout]:
-        """Ways to have `n_gpu` layers of a model on GPUs, best first: as asked for; on one GPU, the fullest first, so
-        that a larger model finds one that is free; spread by the room that is left."""
+        """Layouts with `n_gpu` layers of a model on GPUs, best first: as asked for; on one GPU, the fullest first, so
+        that a larger model finds an empty one; spread by the memory that is left."""
         numbers = range(len(left))
         splits = [model.split] if model.split else [_only(n, len(left)) for n in sorted(numbers, key=left.__getitem__)]
         if not model.split and len(left) > 1 and sum(room > 0 for room in left) > 1:
@@ -293,15 +303,15 @@ class Planner:
         )
 
     def _address_bytes(self, best: _Arrangement) -> int:
-        """Address space it takes: repacked weights stand there twice."""
-        on_host = [model.print for model, layout in zip(self._models, best.layouts, strict=True) if not layout.n_gpu]
+        """Address space that is needed: repacked weights count twice."""
+        on_host = [model.size for model, layout in zip(self._models, best.layouts, strict=True) if not layout.n_gpu]
         copies = sum(own.repacked for own in on_host) if self._repacks else 0
         return best.host_bytes + copies + _KERNELS_ADDRESS_BYTES
 
     def _why(self, best: _Arrangement, n_cells: int) -> str:
         """What is missing, and what would fit."""
         members = tuple(name for model in self._models for name in model.members)
-        caches = sum(len(model.members) * model.print.cache(n_cells) for model in self._models)
+        caches = sum(len(model.members) * model.size.cache(n_cells) for model in self._models)
         names = f"{', '.join(members[:-1])} and {members[-1]}"
         if not best.fits_gpus:
             number = min(range(len(best.left_bytes)), key=best.left_bytes.__getitem__)

@@ -170,7 +170,7 @@ class FamilySpec:
 
 
 def is_name(text: str) -> bool:
-    """Whether a family may be named so."""
+    """Whether `text` may be the name of a family."""
     return bool(_NAME.fullmatch(text))
 
 

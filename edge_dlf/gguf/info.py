@@ -1,4 +1,4 @@
-"""What a GGUF model or LoRA adapter holds, and why it cannot be used, before llama.cpp sees it.
+"""Reads a GGUF model or LoRA adapter by its header, and refuses what cannot be used, before llama.cpp sees it.
 
 llama.cpp aborts the whole process on some files. `read_info` refuses those that can be told by their header, in bounded
 time and memory; weights are never read.
@@ -20,7 +20,7 @@ from .shards import shard_names
 
 @dataclass(frozen=True)
 class GGUFInfo:
-    """What the header of a GGUF says, all shards of a split model together.
+    """The header of a GGUF, all shards of a split model together.
 
     architecture: such as "llama" or "qwen2". is_adapter: a LoRA, to be put over a model of the same architecture.
     n_vocab: length of the token list, padding included; None for an adapter.
