@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import IO, Any
 
-from ..system.jsonl import BOM, MAX_LINE_BYTES, Line, parse_object
+from ..system.jsonl import MAX_LINE_BYTES, Line, parse_object, read_lines
 from .ids import Ids
 
 _BLOCK_BYTES = 1 << 20
@@ -30,25 +30,17 @@ class Survey:
 
 
 def survey(file: IO[bytes], n_earlier_bytes: int = 0) -> Survey:
-    """Read `file` once from its beginning to its end, and go back to the beginning."""
+    """Digest and count all of `file`, and go back to its beginning."""
     digest = blake2b(digest_size=16)
-    n_rows = n_bytes = 0
-    is_row = False
     earlier_digest = None if n_earlier_bytes else digest.hexdigest()
     file.seek(0)
     for block in _blocks(file, n_earlier_bytes):
         digest.update(block)
-        n_bytes += len(block)
-        if n_bytes == n_earlier_bytes:
+        if file.tell() == n_earlier_bytes:
             earlier_digest = digest.hexdigest()
-        first, *rest = block.split(b"\n")
-        is_row = is_row or bool(first.strip())
-        for part in rest:
-            n_rows += is_row
-            is_row = bool(part.strip())
+    n_bytes = file.tell()
     file.seek(0)
-    start = file.readline(_BLOCK_BYTES)
-    n_rows += is_row - (start.startswith(BOM) and not start.removeprefix(BOM).strip())
+    n_rows = sum(1 for _ in read_lines(file))
     file.seek(0)
     return Survey(n_rows, n_bytes, digest.hexdigest(), earlier_digest)
 

@@ -95,29 +95,21 @@ def _remembered(shards: Sequence[Path]) -> Trial | None:
 
 
 def _run(question: Mapping[str, Any], patience_s: float) -> Trial:
-    # Its own session: Ctrl-C in the terminal is for this process, which then ends it.
-    process = subprocess.Popen(
-        [sys.executable, "-c", _TRY, json.dumps(sys.path), json.dumps(question)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-    )
+    command = [sys.executable, "-c", _TRY, json.dumps(sys.path), json.dumps(question)]
+    env = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     try:
-        output, complaints = process.communicate(timeout=patience_s)
+        # Its own session: Ctrl-C in the terminal is for this process, which then ends it.
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=patience_s, start_new_session=True, env=env
+        )
     except subprocess.TimeoutExpired:
         return Trial(False, f"did not answer within {patience_s:.0f} s", is_final=False)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            process.communicate()
     with suppress(ValueError, TypeError, IndexError):
-        return Trial(**json.loads(output.splitlines()[-1]))
-    code = process.returncode
+        return Trial(**json.loads(done.stdout.splitlines()[-1]))
+    code = done.returncode
     if -code in _CRASHES:
         name = signal.Signals(-code).name
-        last = complaints.decode("utf-8", "replace").strip().splitlines()[-1:]
+        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
         return Trial(False, f"llama.cpp {_CRASHES[signal.Signals(-code)]} ({': '.join([name, *last])})")
     if code == -signal.SIGKILL:
         return Trial(False, "its process was killed, as the system does where memory runs out", is_final=False)
