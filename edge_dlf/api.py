@@ -60,6 +60,7 @@ class FusedLlama:
     remembers it. Members on the CPU are decoded in turn.
     n_parallel: requests that `batch` decodes at once; "auto" is 16, or 32 on a GPU. They share as many positions of a
     KV cache as memory allows, n_ctx at least.
+    Its attribute `files` holds the headers of the family's files, `cache_types` the types of the KV cache.
 
     Raises LoadError (ModelFileError, FamilyError, VocabMismatchError) or OutOfMemoryError. One request at a time: a new
     one ends the one before. A context manager.

@@ -37,15 +37,15 @@ class Targets:
         if errors == STDIO:
             raise InvalidParameterError("--errors must be a file")
         targets = cls(_real(output) if output != STDIO else None, _real(errors) if errors else None)
-        reading, writing = _status(input), _status(targets.output or sys.stdout)
+        reading, writing = status_of(input), status_of(targets.output or sys.stdout)
         for path in filter(None, (targets.output, targets.errors)):
             if path.is_dir():
                 raise InvalidParameterError(f"{path}: is a folder")
-            if _same(reading, _status(path)):
+            if _same(reading, status_of(path)):
                 raise InvalidParameterError(f"{path}: is the input; write the answers elsewhere")
         if targets.output is None and _same(reading, writing):
             raise InvalidParameterError("stdout is the input; write the answers elsewhere")
-        if targets.errors and (targets.errors == targets.output or _same(writing, _status(targets.errors))):
+        if targets.errors and (targets.errors == targets.output or _same(writing, status_of(targets.errors))):
             raise InvalidParameterError(f"{targets.errors}: is both the output and the file of errors")
         return targets
 
@@ -126,7 +126,7 @@ def _compare(targets: Targets, begun: list[Path], input: IO[bytes], now: Manifes
         raise InvalidParameterError(f"{targets.output}: was begun with something else: {'; '.join(found)}{_AGAIN}")
     n_rows = None
     earlier = before.input if before else None
-    if _is_regular(_status(input)) and input is not sys.stdin.buffer:
+    if _is_regular(status_of(input)) and input is not sys.stdin.buffer:
         seen = survey(input, earlier["bytes"] if earlier else 0)
         if earlier and seen.earlier_digest != earlier["blake2b"]:
             raise InvalidParameterError(
@@ -177,16 +177,11 @@ def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.{number}")
 
 
-def _status(file: Any) -> os.stat_result | None:
-    """Of a path or an open file; None where there is none."""
+def status_of(file: Any) -> os.stat_result | None:
+    """Status of a path or an open file; None if there is no such file of the system's."""
     with suppress(OSError, AttributeError):
         return file.stat() if isinstance(file, Path) else os.fstat(file.fileno())
     return None
-
-
-def has_descriptor(file: Any) -> bool:
-    """Whether it is a file of the system's."""
-    return _status(file) is not None
 
 
 def _is_regular(status: os.stat_result | None) -> bool:
@@ -195,7 +190,7 @@ def _is_regular(status: os.stat_result | None) -> bool:
 
 def _is_file(path: Path) -> bool:
     """Whether it is a file that stays, or nothing yet."""
-    status = _status(path)
+    status = status_of(path)
     return status is None or _is_regular(status)
 
 

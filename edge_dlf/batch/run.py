@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from ..answers.batch import LATER
 from ..families.files import FamilyFiles
 from ..families.manifest import Manifest
 from ..params import FusionParams, SamplingParams
 from ..system.jsonl import Pipe, read_lines
-from .files import Targets, has_descriptor, open_outputs
+from .files import Targets, open_outputs, status_of
 from .intake import Intake
 from .ledger import Ledger, Row
 from .progress import Progress
@@ -28,12 +28,6 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 _DEFAULTS = {field.name: field.default for kind in (FusionParams, SamplingParams) for field in dataclasses.fields(kind)}
-
-
-class Engine(Protocol):
-    """Answers requests as `FusedLlama.batch` does."""
-
-    def batch(self, requests: Iterable[Any], **settings: Any) -> Iterator[dict[str, Any]]: ...
 
 
 def run_file(
@@ -96,7 +90,7 @@ def run_rows(
     input: IO[bytes],
     ledger: Ledger,
     finish: Callable[[Row], None],
-    load: Callable[[], AbstractContextManager[Engine]],
+    load: Callable[[], AbstractContextManager[FusedLlama]],
     settings: Mapping[str, Any],
     *,
     is_stream: bool = False,
@@ -111,7 +105,7 @@ def run_rows(
     takes_later: whether the engine goes on with running rows while the next line is waited for (`LATER`).
     waiting: entered while a line is waited for.
     """
-    pipe = Pipe(input.fileno()) if is_stream and has_descriptor(input) else None
+    pipe = Pipe(input.fileno()) if is_stream and status_of(input) else None
     intake = Intake(_each(waiting, read_lines(pipe or input)), ledger.ids, finish)
     requests = _as_they_come(intake, pipe) if pipe and takes_later else iter(intake)
     first = next(requests, None)
