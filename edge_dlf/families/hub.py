@@ -190,9 +190,8 @@ def _fetch(file: HubFile) -> None:
         file.partial.unlink()
     url = hf_hub_url(file.repo, file.name, revision=file.commit, endpoint=constants.ENDPOINT)
     headers = build_hf_headers(library_name="edge-dlf")
-    while (
-        True
-    ):  # http_get resumes after most errors by itself; this covers the rest, such as a connection that is reset
+    # http_get itself resumes after most errors; the loop is for the rest, such as a connection that is reset.
+    while True:
         with file.partial.open("ab") as target:
             had = target.tell()
             try:
