@@ -175,7 +175,7 @@ def _timed(work: Callable[[], object]) -> float:
 def measured(spec: FamilySpec, batches: Sequence[int], n_steps: int, bandwidth: float | None) -> dict[str, str]:
     """A column of the table."""
     files = check_files(spec)
-    experts = {expert.name: expert.source.local_path() for expert in spec.experts if expert.source}
+    experts = {role: source.local_path() for role, source, scale in spec.members[2:] if scale is None}
     n_threads = default_n_threads()
     gpu = next(iter(gpus()), None)
     memory = bandwidth or (bench.gpu_bytes_s(gpu) if gpu else bench.memory_bytes_s(n_threads))

@@ -23,8 +23,8 @@ from .engine.decoder import Decoder
 from .engine.ensemble import Ensemble
 from .engine.overlap import choose_overlap
 from .errors import EdgeDLFError, InvalidParameterError
-from .families.files import check_files
-from .families.members import Members, place, ways_to_overlap
+from .families.files import FamilyFiles, check_files
+from .families.members import Members, plan_memory, ways_to_overlap
 from .families.spec import FamilySpec
 from .llama import default_n_threads
 from .params import OVERLAPS, Overlap
@@ -59,6 +59,7 @@ class FusedLlama:
     remembers it. Members on the CPU are decoded in turn.
     n_parallel: requests that `batch` decodes at once; "auto" is 16, or 32 on a GPU. They share as many positions of a
     KV cache as memory allows, n_ctx at least.
+    Its attribute `files` holds the headers of the family's files, `cache_types` the types of the KV cache.
 
     Raises LoadError (ModelFileError, FamilyError, VocabMismatchError) or OutOfMemoryError. One request at a time: a new
     one ends the one before. A context manager.
@@ -81,7 +82,7 @@ class FusedLlama:
         overlap: Overlap | Literal["auto"] = "auto",
     ) -> None:
         self._load(
-            FamilySpec.from_files(large, base, experts),
+            check_files(FamilySpec.from_files(large, base, experts)),
             n_ctx=n_ctx,
             n_gpu_layers=n_gpu_layers,
             main_gpu=main_gpu,
@@ -94,18 +95,19 @@ class FusedLlama:
         )
 
     @classmethod
-    def from_family(cls, family: str | Path, **settings: Any) -> FusedLlama:
-        """Load the family that a `family.toml`, its folder, or a name in the models folder describes.
+    def from_family(cls, family: str | Path | FamilySpec | FamilyFiles, **settings: Any) -> FusedLlama:
+        """Load the family that a `family.toml`, its folder, or a name in the models folder describes, or one that has
+        been read or checked already.
 
         settings: the constructor's keyword arguments from `n_ctx` on. Its `[defaults]` hold for every request.
         """
         llm = cls.__new__(cls)
-        llm._load(FamilySpec.load(family), **settings)
+        llm._load(family if isinstance(family, FamilyFiles) else check_files(family), **settings)
         return llm
 
     def _load(
         self,
-        spec: FamilySpec,
+        files: FamilyFiles,
         *,
         n_ctx: int | None = 4096,
         n_gpu_layers: int | Mapping[str, int] = -1,
@@ -119,10 +121,9 @@ class FusedLlama:
     ) -> None:
         if overlap not in ("auto", *OVERLAPS):
             raise InvalidParameterError(f"overlap must be auto, {', '.join(OVERLAPS)}, not {overlap!r}")
-        files = check_files(spec)
-        n_ctx = n_ctx or min(_MAX_OWN_CTX, files.n_ctx_train or _MAX_OWN_CTX)
-        self.name = spec.name
-        placement = place(
+        n_ctx = n_ctx or min(_MAX_OWN_CTX, files.models["large"].n_ctx_train or _MAX_OWN_CTX)
+        self.name, self.files, self.cache_types = files.spec.name, files, (type_k or "f16", type_v or "f16")
+        plan = plan_memory(
             files,
             n_ctx=n_ctx,
             n_parallel=n_parallel,
@@ -136,7 +137,7 @@ class FusedLlama:
         background = ThreadPoolExecutor(1)
         fuser = background.submit(_ready_fuser, files.n_vocab, n_threads or default_n_threads())
         background.shutdown(wait=False)
-        self._members = Members(files, placement, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
+        self._members = Members(files, plan, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
         try:
             ensemble = Ensemble(self._members.backends, files.n_vocab, self._members.lanes)
             decoder = Decoder(ensemble, fuser.result())
@@ -151,7 +152,7 @@ class FusedLlama:
             raise
         large = self._members.models[0]
         self._open_preparer: Preparer | None = Preparer(
-            spec.name, spec.defaults, ensemble, Tokenizer(large, files.n_vocab), self._members.is_eog
+            self.name, files.spec.defaults, ensemble, Tokenizer(large, files.n_vocab), self._members.is_eog
         )
         self._ensemble = ensemble
         self._driver = Driver(decoder)

@@ -17,9 +17,11 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from edge_dlf import DecodeError, OutOfMemoryError
-from edge_dlf.cli import main, progress
+from edge_dlf.batch import progress
+from edge_dlf.cli import main
+from edge_dlf.cli import progress as cli_progress
 from edge_dlf.cli.options import Options
-from edge_dlf.cli.progress import Progress, duration
+from edge_dlf.cli.progress import ProgressLine, duration
 from edge_dlf.cli.screen import Screen
 from edge_dlf.system import durable, jsonl
 
@@ -479,7 +481,7 @@ class TestProgress:
         monkeypatch.setattr(progress, "time", clock)
         return clock
 
-    def finish(self, shown: Progress, n_rows: int) -> None:
+    def finish(self, shown: ProgressLine, n_rows: int) -> None:
         """Rows of 20 tokens; the first of them fails."""
         body = {"usage": {"prompt_tokens": 3, "completion_tokens": 20}}
         shown.add({"error": {"code": "c"}, "response": None})
@@ -487,8 +489,7 @@ class TestProgress:
             shown.add({"error": None, "response": {"body": body}})
 
     def test_figures(self, now: SimpleNamespace) -> None:
-        shown = Progress()
-        shown.begin(1660, 660, 0)
+        shown = ProgressLine(1660, 660, 0)
         now.s = 9.0
         assert shown.figures() == "660/1,660 rows · 9.0 s so far"
         shown.n_picked = lambda: 90
@@ -512,20 +513,19 @@ class TestProgress:
 
     def test_rows_that_are_not_finished_count_in_the_time_left(self, now: SimpleNamespace) -> None:
         """Of many rows at once the first to finish is early: not all others take as long after one another."""
-        shown = Progress()
-        shown.begin(102, 0, 0)
+        shown = ProgressLine(102)
         now.s = 60.0
         self.finish(shown, 2)  # of 20 tokens in all, so 10 a row
         shown.n_picked = lambda: 280
         assert shown.figures() == "2/102 rows · 1 failed · 5.0 tokens/s · 2 min 24 s left"
-        shown.begin(10, 0, 0)
+        shown = ProgressLine(10)
         self.finish(shown, 8)
         now.s = 120.0
         shown.n_picked = lambda: 280  # the longest come last: how long they will go on is not known
         assert shown.left_s == pytest.approx(60 * 1 / 9)
 
     def test_a_stream_has_no_end_in_sight(self, now: SimpleNamespace) -> None:
-        shown = Progress()
+        shown = ProgressLine()
         now.s = 1.0
         self.finish(shown, 2)
         assert shown.figures() == "2 rows · 1 failed · 20.0 tokens/s"
@@ -556,8 +556,7 @@ class TestProgress:
         monkeypatch.setattr("sys.stderr", terminal)
         monkeypatch.setenv("COLUMNS", "80")
         monkeypatch.setenv("TERM", "xterm")
-        shown = Progress()
-        shown.begin(4, 0, 0)
+        shown = ProgressLine(4)
         with shown.shown(Screen()):
             self.finish(shown, 4)
             Screen().say("note: kept above")
@@ -567,8 +566,7 @@ class TestProgress:
 
     @pytest.mark.parametrize("width", [20, 80])
     def test_one_line_whatever_the_width(self, width: int) -> None:
-        shown = Progress()
-        shown.begin(1000, 0, 0)
+        shown = ProgressLine(1000)
         self.finish(shown, 500)
         console = Console(file=io.StringIO(), width=width)
         console.print(shown._line())
@@ -583,9 +581,8 @@ class TestProgress:
                 lines.append(message)
                 said.release()
 
-        monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
-        shown = Progress()
-        shown.begin(9, 2, 0)
+        monkeypatch.setattr(cli_progress, "_LINE_EVERY_S", 0.0)
+        shown = ProgressLine(9, 2, 0)
         with shown.shown(Listening()):
             assert said.acquire(timeout=30)
             assert said.acquire(timeout=30)

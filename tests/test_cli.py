@@ -21,6 +21,9 @@ from edge_dlf import DecodeError, FusedLlama, ModelFileError, SamplingParams, Vo
 from edge_dlf.cli import main
 from edge_dlf.cli.compare import Answer, show_columns
 from edge_dlf.cli.options import Options
+from edge_dlf.families import spec
+from edge_dlf.families.spec import ModelSource
+from edge_dlf.gguf import info
 
 from .fake_llm import FakeLlama
 
@@ -256,7 +259,10 @@ class TestOptions:
             llm = FakeLlama(experts=["a", "b"])
             assert run(llm, *args, stdin="Hi\n").exit_code == 0
             assert llm.options
-            assert llm.options.experts == {"a": Path("1"), "b": Path("2 3")}
+            assert {role: source for role, source, _ in llm.options.spec.members[2:]} == {
+                "a": ModelSource(Path("1")),
+                "b": ModelSource(Path("2 3")),
+            }
             assert llm.options.loading == {"n_ctx": 77}
             assert llm.requests[0][1].items() >= {"temperature": 0.5, "stop": ("a b",)}.items()
 
@@ -271,17 +277,35 @@ class TestOptions:
             assert result.exit_code == 0, result.stderr
             assert llm.requests[0][1] == {"seed": 2}
 
-    def test_a_family_is_loaded_from_its_file(self, monkeypatch: pytest.MonkeyPatch, family: Path) -> None:
-        seen = []
+    @pytest.mark.parametrize(
+        ("args", "stdin"),
+        [
+            (["generate", "--max-tokens", "2", "Hi"], None),
+            (["chat", "--max-tokens", "2"], "Hi\n"),
+            (["compare", "--max-tokens", "2", "Hi"], None),
+            (["batch", "in", "-o", "out"], None),
+        ],
+    )
+    def test_a_family_is_read_once(
+        self, monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path, args: list[str], stdin: str | None
+    ) -> None:
+        """The command and what it loads share one reading of family.toml and of every header, LoRA adapters too."""
+        read = []
 
-        def from_family(name: str, **loading: Any) -> FakeLlama:
-            seen.append((name, loading))
-            return FakeLlama()
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(path: Path, *more: Any) -> Any:
+                read.append(path.name)
+                return function(path, *more)
 
-        monkeypatch.setattr(FusedLlama, "from_family", from_family)
-        result = CliRunner().invoke(main, ["generate", "-f", str(family), "--ctx-size", "9", "Hi"])
-        assert result.exit_code == 0
-        assert seen == [(str(family), {"n_ctx": 9})]
+            return call
+
+        for module, name in ((info, "read_header"), (spec, "read_toml")):
+            monkeypatch.setattr(module, name, counted(getattr(module, name)))
+        monkeypatch.chdir(tmp_path)
+        Path("in").write_text('{"prompt": "Hi", "max_tokens": 2}\n')
+        result = CliRunner().invoke(main, [*args, "-f", str(tiny), "--ctx-size", "128", "--threads", "1"], input=stdin)
+        assert result.exit_code == 0, result.stderr
+        assert sorted(read) == ["base.gguf", "family.toml", "large.gguf", "lora.gguf", "tuned.gguf"]
 
     def test_a_family_that_is_not_there(self, run: Callable[..., Result], tmp_path: Path) -> None:
         result = run(FakeLlama(), "generate", "-f", str(tmp_path / "none"), "Hi")

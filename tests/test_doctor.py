@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from edge_dlf import llama
 from edge_dlf.cli import main
 from edge_dlf.evidence import doctor
 from edge_dlf.families import guard
-from edge_dlf.families.guard import Verdict
+from edge_dlf.families.guard import Trial
 from edge_dlf.system import remembered
 from edge_dlf.system.machine import GPU, Machine
 
@@ -26,7 +27,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_DLF_MODELS", str(tmp_path / "models"))
     monkeypatch.delenv("EDGE_DLF_FAMILY", raising=False)
     monkeypatch.setattr(remembered.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
-    monkeypatch.setattr(guard, "_run", lambda *_: Verdict(True, tps=12.0))
+    monkeypatch.setattr(guard, "try_model", lambda *_, **__: Trial(True, tps=12.0))
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
@@ -80,11 +81,11 @@ def test_a_family_in_numbers(tiny: Path) -> None:
 def test_every_member_is_tried_with_its_own_adapter(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def run(model: Path, loras: list[tuple[Path, float]], *_: object) -> Verdict:
-        tried.append((model.name, [path.name for path, _ in loras]))
-        return Verdict(not loras, "llama.cpp crashed (SIGSEGV)" if loras else "")
+    def try_model(shards: Sequence[Path], loras: Sequence[tuple[Path, float]], **_: object) -> Trial:
+        tried.append((shards[0].name, [path.name for path, _ in loras]))
+        return Trial(not loras, "llama.cpp crashed (SIGSEGV)" if loras else "")
 
-    monkeypatch.setattr(guard, "_run", run)
+    monkeypatch.setattr(guard, "try_model", try_model)
     found = checks(tiny)
     assert tried == [("large.gguf", []), ("base.gguf", []), ("base.gguf", ["lora.gguf"]), ("tuned.gguf", [])]
     assert found["decode lora"]["verdict"] == "problem"

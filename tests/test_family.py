@@ -41,7 +41,7 @@ def test_examples_and_the_hash_of_a_local_file(tmp_path: Path) -> None:
     spec = FamilySpec.load(tmp_path)
     assert spec.examples == ("Why?", "How?")
     assert (spec.large.sha256, spec.base.sha256) == ((), (sha256,))
-    assert spec.experts[0].source == ModelSource(tmp_path / "maths.gguf", sha256=(sha256,))
+    assert spec.experts[0].files == ((ModelSource(tmp_path / "maths.gguf", sha256=(sha256,)), None),)
 
 
 def test_a_family(tmp_path: Path) -> None:
@@ -58,10 +58,10 @@ def test_a_family(tmp_path: Path) -> None:
     assert spec.name == "f"
     assert (spec.large, spec.base) == (ModelSource(tmp_path / "large.gguf"), ModelSource(tmp_path / "base.gguf"))
     assert spec.experts == (
-        ExpertSpec("maths", source=ModelSource(tmp_path / "maths.gguf")),
-        ExpertSpec("law", loras=((ModelSource(tmp_path / "law.gguf"), 0.5),)),
-        ExpertSpec("both", loras=((ModelSource(tmp_path / "a.gguf"), 1.0), (ModelSource(Path("/b.gguf")), -2.5))),
-        ExpertSpec("hub", source=ModelSource(repo="o/r", file="x.gguf", revision="main")),
+        ExpertSpec("maths", ((ModelSource(tmp_path / "maths.gguf"), None),)),
+        ExpertSpec("law", ((ModelSource(tmp_path / "law.gguf"), 0.5),)),
+        ExpertSpec("both", ((ModelSource(tmp_path / "a.gguf"), 1.0), (ModelSource(Path("/b.gguf")), -2.5))),
+        ExpertSpec("hub", ((ModelSource(repo="o/r", file="x.gguf", revision="main"), None),)),
     )
     assert spec.defaults == {
         "method": "law",
@@ -202,8 +202,8 @@ def test_a_family_of_files() -> None:
     )
     assert (spec.name, spec.large, spec.base) == ("l", ModelSource(Path("l.gguf")), ModelSource(Path("b.gguf")))
     assert spec.experts == (
-        ExpertSpec("maths", source=ModelSource(Path("m.gguf"))),
-        ExpertSpec("both", loras=((ModelSource(Path("x.gguf")), 1.0), (ModelSource(Path("y.gguf")), 0.5))),
+        ExpertSpec("maths", ((ModelSource(Path("m.gguf")), None),)),
+        ExpertSpec("both", ((ModelSource(Path("x.gguf")), 1.0), (ModelSource(Path("y.gguf")), 0.5))),
     )
     assert spec.defaults == {}
 

@@ -1,16 +1,17 @@
-"""A try in a process of its own: whatever happens there, a verdict comes back, and is remembered where it is final."""
+"""A trial in a process of its own: whatever happens there, a result comes back, and is remembered if it is final."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from edge_dlf import FusedLlama, ModelFileError
 from edge_dlf.families import guard
-from edge_dlf.families.guard import Verdict, attempt, require_harmless, verdict
+from edge_dlf.families.guard import Trial, require_runs, try_model
 from edge_dlf.gguf.info import read_info
 from edge_dlf.system import remembered
 
@@ -20,7 +21,7 @@ from .tiny import tiny_lora, tiny_model
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(remembered.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
-    return tmp_path / "cache" / "verdicts.json"
+    return tmp_path / "cache" / "trials.json"
 
 
 @pytest.fixture
@@ -28,95 +29,135 @@ def model(tmp_path: Path) -> Path:
     return tiny_model(tmp_path / "model.gguf")
 
 
+class FakePython:
+    """Runs in place of Python: a shell script. n_runs: how often it ran."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._path, self._log = folder / "python", folder / "runs"
+        monkeypatch.setattr(sys, "executable", str(self._path))
+
+    def does(self, script: str) -> None:
+        self._path.write_text(f"#!/bin/sh\necho >> {self._log}\n{script}\n")
+        self._path.chmod(0o755)
+
+    def finds(self, trial: str) -> None:
+        self.does(f"echo '{trial}'")
+
+    @property
+    def n_runs(self) -> int:
+        return len(self._log.read_bytes()) if self._log.exists() else 0
+
+
+@pytest.fixture
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakePython:
+    return FakePython(tmp_path, monkeypatch)
+
+
 def test_a_model_and_its_adapter_run(model: Path, tmp_path: Path, cache: Path) -> None:
-    found = attempt([model], [(tiny_lora(tmp_path / "lora.gguf"), 0.5)])
+    found = try_model([model], [(tiny_lora(tmp_path / "lora.gguf"), 0.5)])
     assert found.ok, found.reason
     assert found.tps > 0
     assert list(json.loads(cache.read_bytes())) == [f"{model}\n{tmp_path / 'lora.gguf'}"]
 
 
 def test_what_llama_cpp_refuses_is_the_reason(tmp_path: Path) -> None:
-    found = attempt([tiny_model(tmp_path / "nan.gguf", nan=True)])
-    assert found == Verdict(False, "its logits are not numbers")
+    found = try_model([tiny_model(tmp_path / "nan.gguf", nan=True)])
+    assert found == Trial(False, "its logits are not numbers")
     unknown = tiny_model(tmp_path / "unknown.gguf", arch="nonesuch")
-    assert "unknown.gguf: llama.cpp cannot load it" in attempt([unknown]).reason
+    assert "unknown.gguf: llama.cpp cannot load it" in try_model([unknown]).reason
 
 
 @pytest.mark.parametrize(
-    ("code", "reason", "is_final"),
+    ("script", "reason", "is_final"),
     [
-        ("import os; os.kill(os.getpid(), 11)", r"llama.cpp crashed (SIGSEGV)", True),
+        ("kill -SEGV $$", "llama.cpp crashed (SIGSEGV)", True),
         (
-            "import os, sys; print('GGML_ASSERT(n > 0) failed', file=sys.stderr, flush=True); os.abort()",
+            "echo 'GGML_ASSERT(n > 0) failed' >&2; kill -ABRT $$",
             "llama.cpp gave up (SIGABRT: GGML_ASSERT(n > 0) failed)",
             True,
         ),
-        ("import os; os.kill(os.getpid(), 9)", "its process was killed, as the system does where memory ru", False),
-        ("import os; os._exit(7)", "its process ended with code 7", False),
-        ("print('no verdict')", "its process ended with code 0", False),
-        ("import threading; threading.Event().wait()", "did not answer within 1 s", False),
+        ("kill -KILL $$", "its process was killed, as the system does where memory runs out", False),
+        ("exit 7", "its process ended with code 7", False),
+        ("echo no result", "its process ended with code 0", False),
+        ("exec sleep 60", "did not answer within 1 s", False),
     ],
 )
 def test_a_process_that_dies_or_hangs(
-    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str, is_final: bool
+    model: Path, cache: Path, python: FakePython, script: str, reason: str, is_final: bool
 ) -> None:
-    monkeypatch.setattr(guard, "_TRY", code)
-    found = attempt([model], patience_s=None if "wait" not in code else 1.0)
-    assert not found.ok
-    assert found.reason.startswith(reason)
-    assert found.is_final == is_final == cache.exists()
+    python.does(script)
+    found = try_model([model], patience_s=1.0 if "sleep" in script else None)
+    assert found == Trial(False, reason, is_final=is_final)
+    assert is_final == cache.exists()
 
 
-def test_a_verdict_holds_for_the_file_and_the_build(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tries = []
+class TestRemembering:
+    @pytest.fixture
+    def untried(self, tmp_path: Path) -> Path:
+        """A model of an architecture that the header rules were not tested with."""
+        return tiny_model(tmp_path / "untried.gguf", arch="nonesuch")
 
-    def run(*_: object) -> Verdict:
-        tries.append(1)
-        return Verdict(True, tps=float(len(tries)))
+    @staticmethod
+    def check(model: Path, times: int = 2) -> None:
+        for _ in range(times):
+            require_runs(read_info(model), -1)
 
-    monkeypatch.setattr(guard, "_run", run)
-    assert [verdict([model]).tps for _ in range(3)] == [1, 1, 1]
-    os.utime(model, ns=(1, 1))
-    assert [verdict([model]).tps for _ in range(2)] == [2, 2]
-    monkeypatch.setattr(guard, "system_info", lambda: "another build")
-    assert [verdict([model]).tps for _ in range(2)] == [3, 3]
-    assert attempt([model]).tps == 4
-    shard = model.with_name("shard")
-    shard.touch()
-    assert [verdict([model, shard]).tps for _ in range(2)] == [5, 5]
-    shard.write_bytes(b"x")
-    assert verdict([model, shard]).tps == 6
-    for damage in (b"{", b"[1]", b'{"%s": 7}' % os.fsencode(model), b"\xff"):
-        cache.write_bytes(damage)
-        assert verdict([model]).ok
-    cache.unlink()
-    cache.mkdir()
-    assert verdict([model]).ok
+    def test_one_trial_for_a_file_and_a_build(
+        self, untried: Path, python: FakePython, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        python.finds('{"ok": true, "tps": 1}')
+        self.check(untried, 3)
+        assert python.n_runs == 1
+        os.utime(untried, ns=(1, 1))
+        self.check(untried)
+        assert python.n_runs == 2
+        monkeypatch.setattr(guard, "system_info", lambda: "another build")
+        self.check(untried)
+        assert python.n_runs == 3
+        assert try_model([untried]).ok
+        assert python.n_runs == 4
 
+    def test_every_shard_counts(self, untried: Path, python: FakePython, cache: Path) -> None:
+        python.finds('{"ok": true}')
+        shard = untried.with_name("shard")
+        shard.touch()
+        try_model([untried, shard])
+        (before,) = json.loads(cache.read_bytes()).values()
+        shard.write_bytes(b"x")
+        try_model([untried, shard])
+        (after,) = json.loads(cache.read_bytes()).values()
+        assert before["state"] != after["state"]
 
-def test_a_verdict_beside_a_gpu_says_nothing_of_plain_attention(
-    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(guard, "_run", lambda *_: Verdict(True, tps=1.0))
-    monkeypatch.setattr(guard, "gpus", lambda: ("gpu",))
-    assert verdict([model]).tps == 1
-    monkeypatch.setattr(guard, "_run", lambda *_: Verdict(True, tps=2.0))
-    assert verdict([model]).tps == 1
-    monkeypatch.setattr(guard, "gpus", lambda: ())
-    assert verdict([model]).tps == 2
+    def test_a_damaged_memory_is_forgotten(self, untried: Path, python: FakePython, cache: Path) -> None:
+        python.finds('{"ok": true}')
+        cache.parent.mkdir()
+        for damage in (b"{", b"[1]", b'{"%s": 7}' % os.fsencode(untried), b"\xff"):
+            cache.write_bytes(damage)
+            self.check(untried)
+        cache.unlink()
+        cache.mkdir()
+        self.check(untried)
+        assert python.n_runs == 4 + 2
 
+    def test_a_trial_beside_a_gpu_says_nothing_of_plain_attention(
+        self, untried: Path, python: FakePython, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        python.finds('{"ok": true}')
+        monkeypatch.setattr(guard, "gpus", lambda: ("gpu",))
+        self.check(untried)
+        assert python.n_runs == 1
+        monkeypatch.setattr(guard, "gpus", lambda: ())
+        self.check(untried)
+        assert python.n_runs == 2
 
-def test_only_an_architecture_without_rules_is_tried(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "_run", lambda *_: Verdict(False, "llama.cpp crashed (SIGSEGV)"))
-    info = read_info(model)
-    require_harmless(info, -1)
-    monkeypatch.setattr(guard, "TRIED", frozenset({"qwen2"}))
-    with pytest.raises(ModelFileError, match=r"as a try in another process showed: llama.cpp crashed \(SIGSEGV\)"):
-        require_harmless(info, -1)
+    def test_only_an_architecture_without_rules_is_tried(self, untried: Path, model: Path, python: FakePython) -> None:
+        python.does("kill -SEGV $$")
+        self.check(model)
+        assert python.n_runs == 0
+        with pytest.raises(ModelFileError, match=r"as a try in another process showed: llama.cpp crashed \(SIGSEGV\)"):
+            self.check(untried)
 
-
-def test_a_family_is_not_loaded_before_the_try(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "_run", lambda *_: Verdict(False, "llama.cpp crashed (SIGSEGV)"))
-    monkeypatch.setattr(guard, "TRIED", frozenset())
-    with pytest.raises(ModelFileError, match=r"large\.gguf: cannot be used"):
-        FusedLlama.from_family(tiny, n_ctx=256)
+    def test_a_family_is_not_loaded_before_the_trial(self, untried: Path, tiny: Path, python: FakePython) -> None:
+        python.does("kill -SEGV $$")
+        with pytest.raises(ModelFileError, match=r"untried\.gguf: cannot be used"):
+            FusedLlama(untried, tiny / "base.gguf", {"lora": tiny / "lora.gguf"}, n_ctx=256)

@@ -217,7 +217,7 @@ def test_room_is_checked_before(server: HubServer, monkeypatch: pytest.MonkeyPat
 def test_a_disk_that_fills_up_meanwhile(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     file = the_file()
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "_partial", lambda _: Path("/dev/full"))
+        patch.setattr(hub.HubFile, "partial", Path("/dev/full"))
         with pytest.raises(DownloadError, match="the disk of .* is full .* then the same command goes on") as caught:
             hub.download(file)
     assert "\n" not in str(caught.value)

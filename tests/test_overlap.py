@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import dataclasses
 import functools
 import json
 import threading
@@ -22,6 +21,7 @@ from edge_dlf.engine.overlap import choose_overlap, fastest
 from edge_dlf.engine.scheduler import Scheduler
 from edge_dlf.engine.threads import GroupThreads
 from edge_dlf.families import members
+from edge_dlf.families.plan import Plan
 from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.params import OVERLAPS, Overlap
 from edge_dlf.system import remembered
@@ -325,12 +325,7 @@ def test_the_times_of_members_add_up_to_that_of_the_batch(overlap: Overlap, grou
 @pytest.fixture
 def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every member but `tuned` is taken to be on a GPU of its own."""
-    place = members.place
-
-    def placed(*arguments: Any, **settings: Any) -> members.Placement:
-        return dataclasses.replace(place(*arguments, **settings), on_gpu=frozenset({"large", "base", "lora"}))
-
-    monkeypatch.setattr(api, "place", placed)
+    monkeypatch.setattr(Plan, "on_gpu", frozenset({"large", "base", "lora"}))
 
 
 @pytest.mark.usefixtures("as_on_gpus")

@@ -19,7 +19,7 @@ from edge_dlf.engine.backend import N_ROWS
 from edge_dlf.families import members
 from edge_dlf.families.files import FamilyFiles, check_files
 from edge_dlf.families.footprint import CACHE_TYPES, footprint
-from edge_dlf.families.plan import Plan, Planner, _gpu_of
+from edge_dlf.families.plan import Plan, Planner, gpu_of_layer
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.gguf.header import Array
 from edge_dlf.gguf.info import GGUFInfo, read_info
@@ -268,13 +268,13 @@ def test_room_for_many_sequences_pushes_no_layer_off_the_gpu(
     assert planned(files, machine, 32 * 512, n_seqs=32).layers["large"] < 7
     monkeypatch.setattr(members, "this_machine", lambda _: machine)
     asked: dict[str, Any] = dict.fromkeys(("main_gpu", "tensor_split", "type_k", "type_v"))
-    placement = members.place(files, n_ctx=512, n_parallel=32, n_gpu_layers=-1, **asked)
-    assert set(placement.layers.values()) == {-1}
-    assert placement.on_gpu == {"large", "base", "lora"}
-    assert 512 < placement.n_cells < 32 * 512
-    layers = members.place(files, n_ctx=32 * 512, n_parallel=32, n_gpu_layers=-1, **asked)
-    assert layers.n_cells >= 32 * 512
-    assert layers.layers["large"] < 7
+    plan = members.plan_memory(files, n_ctx=512, n_parallel=32, n_gpu_layers=-1, **asked)
+    assert set(plan.layers.values()) == {-1}
+    assert plan.on_gpu == {"large", "base", "lora"}
+    assert 512 < plan.n_cells < 32 * 512
+    longer = members.plan_memory(files, n_ctx=32 * 512, n_parallel=32, n_gpu_layers=-1, **asked)
+    assert longer.n_cells >= 32 * 512
+    assert longer.layers["large"] < 7
 
 
 def several(*free: int) -> Machine:
@@ -349,7 +349,7 @@ def test_gpus_and_shares_that_cannot_be(files: FamilyFiles, settings: dict[str, 
     [((1.0, 1.0), 8, (4, 4)), ((3.0, 1.0), 8, (6, 2)), ((1.0, 0.0, 1.0), 5, (3, 0, 2)), ((0.0, 2.0), 3, (0, 3))],
 )
 def test_layers_are_shared_out_as_llama_cpp_does(split: tuple[float, ...], n_gpu: int, counts: tuple[int, ...]) -> None:
-    gpus = [_gpu_of(number, n_gpu, split) for number in range(n_gpu)]
+    gpus = [gpu_of_layer(number, n_gpu, split) for number in range(n_gpu)]
     assert tuple(gpus.count(gpu) for gpu in range(len(split))) == counts
     assert gpus == sorted(gpus)
 

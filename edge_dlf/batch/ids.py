@@ -35,7 +35,7 @@ class Ids:
         return True
 
     def meet(self, id: str | int) -> Literal["new", "finished", "repeated"]:
-        """What the input's next id is: one to be run, one whose row is finished, or one that the input has had."""
+        """Classify the next id of the input: to be run, finished by an earlier run, or repeated in the input."""
         digest = _digest(id)
         slot = self._find(digest)
         found = self._slots[slot]

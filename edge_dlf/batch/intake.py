@@ -1,4 +1,4 @@
-"""What goes into a batch: the rows of the input that are still to be run, each under an id of its own."""
+"""The input of a batch: requests that are still to be run, each with an id of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import IO, Any
 
-from ..system.jsonl import BOM, MAX_LINE_BYTES, Line, parse_object
+from ..system.jsonl import MAX_LINE_BYTES, Line, parse_object, read_lines
 from .ids import Ids
 
 _BLOCK_BYTES = 1 << 20
@@ -16,8 +16,12 @@ _OPENAI = {"custom_id", "url", "body"}
 
 @dataclass(frozen=True)
 class Survey:
-    """What an input holds. n_rows: its lines that are not blank. digest: of all its n_bytes. earlier_digest: of as many
-    bytes at its beginning as an earlier survey saw, None where there are fewer."""
+    """Size and digest of an input.
+
+    n_rows: lines that are not blank.
+    digest: of all its n_bytes.
+    earlier_digest: of as many bytes at its beginning as an earlier survey read; None if there are fewer now.
+    """
 
     n_rows: int
     n_bytes: int
@@ -26,25 +30,17 @@ class Survey:
 
 
 def survey(file: IO[bytes], n_earlier_bytes: int = 0) -> Survey:
-    """Read `file` once from its beginning to its end, and go back to the beginning."""
+    """Digest and count all of `file`, and go back to its beginning."""
     digest = blake2b(digest_size=16)
-    n_rows = n_bytes = 0
-    is_row = False
     earlier_digest = None if n_earlier_bytes else digest.hexdigest()
     file.seek(0)
     for block in _blocks(file, n_earlier_bytes):
         digest.update(block)
-        n_bytes += len(block)
-        if n_bytes == n_earlier_bytes:
+        if file.tell() == n_earlier_bytes:
             earlier_digest = digest.hexdigest()
-        first, *rest = block.split(b"\n")
-        is_row = is_row or bool(first.strip())
-        for part in rest:
-            n_rows += is_row
-            is_row = bool(part.strip())
+    n_bytes = file.tell()
     file.seek(0)
-    start = file.readline(_BLOCK_BYTES)
-    n_rows += is_row - (start.startswith(BOM) and not start.removeprefix(BOM).strip())
+    n_rows = sum(1 for _ in read_lines(file))
     file.seek(0)
     return Survey(n_rows, n_bytes, digest.hexdigest(), earlier_digest)
 
@@ -58,10 +54,10 @@ def _blocks(file: IO[bytes], boundary: int) -> Iterator[bytes]:
 
 
 class Intake:
-    """Iterates over the requests in `lines` whose ids are not in `ids`; the other rows are finished.
+    """Iterates over the requests in `lines` that have no finished row in `ids`.
 
-    A request without an id gets the number of its line for one, as a text. Lines that are no requests are given to
-    `reject` as rows with an error.
+    A request without an id gets the number of its line, as text. Lines that are no requests are given to `reject` as
+    rows with an error.
     """
 
     def __init__(self, lines: Iterable[Line], ids: Ids, reject: Callable[[dict[str, Any]], None]) -> None:

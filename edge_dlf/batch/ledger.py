@@ -1,11 +1,11 @@
-"""Where the finished rows of a batch go: files of JSON lines that a later run reads, repairs and goes on with."""
+"""The finished rows of a batch: files of JSON lines that a later run reads, repairs and continues."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from filelock import FileLock, Timeout
 
@@ -19,40 +19,33 @@ _BLOCK_BYTES = 1 << 20
 Row: TypeAlias = Mapping[str, Any]
 
 
-class Sink(Protocol):
-    """Takes whole lines."""
-
-    def append(self, line: bytes) -> None: ...
-
-
 class Ledger:
-    """Takes rows, those with an error apart where there is a place for them.
+    """Writes finished rows, and counts them.
 
-    ids: those whose rows are finished. n_completed, n_failed: rows there, earlier runs included.
+    ids: those whose rows are finished.
+    n_completed, n_failed: rows in the files, earlier runs included.
     """
 
     def __init__(self) -> None:
         self.ids = Ids()
         self.n_completed = self.n_failed = 0
-        self._output: Sink | None = None
-        self._errors: Sink | None = None
+        self._append: dict[bool, Callable[[bytes], None]] = {}
 
     @property
     def n_rows(self) -> int:
         return self.n_completed + self.n_failed
 
-    def write_to(self, output: Sink, errors: Sink | None = None) -> None:
-        """Where rows go from now on; without `errors` all go to `output`."""
-        self._output, self._errors = output, errors or output
+    def write_to(self, output: Callable[[bytes], None], errors: Callable[[bytes], None] | None = None) -> None:
+        """Set what takes the lines: `errors` those of rows with an error, if it is given, `output` all others."""
+        self._append = {False: output, True: errors or output}
 
     def write(self, row: Row) -> None:
         """Add a row that is finished. Raises EdgeDLFError where it cannot be written."""
-        sink = self._errors if row["error"] else self._output
-        assert sink is not None, "write_to comes first"
-        sink.append(dump_line(row))
+        self._append[bool(row["error"])](dump_line(row))
         self.count(row)
 
     def count(self, row: Row) -> None:
+        """Count a row that is in a file."""
         if row["error"]:
             self.n_failed += 1
         else:
@@ -84,10 +77,10 @@ def is_begun(path: Path) -> bool:
 
 
 def resume(ledger: Ledger, path: Path, *, retry_errors: bool, notice: Callable[[str], None]) -> Appender:
-    """Enter the rows of an earlier run, if there are any, and open the file at their end.
+    """Enter the rows of an earlier run into the ledger, and open the file at their end.
 
-    A torn last line is cut off. Lines that are no rows, rows whose id has come before and, with `retry_errors`, rows
-    with an error are left out: the file is replaced by one without them.
+    A torn last line is cut off. The file is replaced by one without lines that are no rows, without rows whose id is
+    repeated, and, with `retry_errors`, without rows with an error.
     """
     new_name(path).unlink(missing_ok=True)
     try:
@@ -108,7 +101,7 @@ def resume(ledger: Ledger, path: Path, *, retry_errors: bool, notice: Callable[[
 def _enter(
     ledger: Ledger, file: IO[bytes], retry_errors: bool, notice: Callable[[str], None]
 ) -> tuple[int, list[tuple[int, int]]]:
-    """Enter the rows of `file`; returns where the last whole line ends, and what is to be left out before it."""
+    """Enter the rows of `file`; returns where the last whole line ends, and the byte ranges to leave out before it."""
     end = n_damaged = 0
     gaps: list[tuple[int, int]] = []
     for line in read_lines(file):
@@ -135,7 +128,7 @@ def _enter(
 
 
 def _row(line: Line) -> Row | None:
-    """The row in a line of an output; None where it is none."""
+    """Parse a line of an output; None if it is no row."""
     try:
         row = parse_object(line.content or b"")
     except ValueError:
@@ -148,13 +141,13 @@ def _row(line: Line) -> Row | None:
 
 
 def _id(row: Row) -> str | int:
-    """What a row is known by: its id, or the number of an input line that has none."""
+    """The row's id, or the number of its input line if it has none."""
     id = row["custom_id"]
     return id if isinstance(id, str) else int(row["error"]["line"])
 
 
 def _between(gaps: Sequence[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
-    """What `gaps` leave of the bytes up to `end`."""
+    """The byte ranges up to `end` that are outside `gaps`."""
     start = 0
     for gap_start, gap_end in [*gaps, (end, end)]:
         if start < gap_start:

@@ -35,11 +35,11 @@ Result: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Row:
-    """A request in the batch, its place in its share, and where its result goes, or what ended the batch."""
+    """A request in the batch, its number in its share, and where its result goes, or what ended the batch."""
 
     custom_id: str
     request: Any
-    place: int
+    index: int
     results: queue.SimpleQueue[tuple[int, Result] | EdgeDLFError]
 
 
@@ -95,16 +95,16 @@ class Worker:
         results: list[Result] = [{}] * len(share)
         answers: queue.SimpleQueue[tuple[int, Result] | EdgeDLFError] = queue.SimpleQueue()
         n_waiting = 0
-        for place, (custom_id, request) in enumerate(share):
+        for index, (custom_id, request) in enumerate(share):
             try:
                 parse_line(request)
             except EdgeDLFError as error:
-                results[place] = failure(custom_id, error)
+                results[index] = failure(custom_id, error)
                 continue
             with self._failing:
                 if self._failure:
                     return self._failure
-                self._rows.put(_Row(custom_id, _named(request, custom_id), place, answers))
+                self._rows.put(_Row(custom_id, _named(request, custom_id), index, answers))
             n_waiting += 1
         for _ in range(n_waiting):
             answer = answers.get()
@@ -120,7 +120,7 @@ class Worker:
                 row = self._running[result["custom_id"]].pop(0)
                 if not self._running[row.custom_id]:
                     del self._running[row.custom_id]
-                row.results.put((row.place, result))
+                row.results.put((row.index, result))
         except Exception as error:
             self._fail(error)
 

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, nullcontext
-from itertools import chain
+from contextlib import ExitStack, contextmanager, nullcontext
 from json import dumps
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from ..batch.outputs import Outputs, Targets, has_descriptor, open_outputs
 from ..errors import InvalidParameterError
-from ..params import DEFAULTS
-from .interrupts import Stop, interruptible
+from .interrupts import interruptible
 from .opening import open_family
 from .options import DEFAULT_N_CTX, EPILOG, PARALLEL, Options, form_options, method_option, shared_options
-from .progress import Progress
 from .screen import Screen
 from .tracing import Tracer, trace_option, tracing
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
-    from ..batch.intake import Intake
+    from ..batch.ledger import Ledger, Row
     from ..families.manifest import Manifest
-    from ..system.jsonl import Line, Pipe
+    from .progress import ProgressLine
 
 
 @click.command(
@@ -74,35 +70,39 @@ def batch(
     A row is a request as in OpenAI's batches, or {"prompt": …} or {"messages": …}, with an "id" if you like. Given
     again, the same command goes on where an earlier run was stopped, by whatever it was.
     """
-    options, screen, progress = Options.of(ctx, shared), Screen(), Progress()
+    from ..batch.files import Targets, open_outputs
+    from .progress import ProgressLine
+
+    options, screen = Options.of(ctx, shared), Screen()
     if raw and options.system:
         raise InvalidParameterError("a system prompt needs the chat template: leave out --raw or --system")
-    settings = {**options.settings, "seed": _seed(options), "system": options.system, "raw": raw, "ordered": ordered}
+    own = {"system": options.system, "raw": raw, "ordered": ordered}
+    settings = {"seed": options.spec.defaults.get("seed", 0), **options.settings, **own}
     file = ctx.with_resource(click.open_file(input, "rb"))
-    targets, status = Targets.of(output, errors, file), "failed"
+    targets, status, progress = Targets.of(output, errors, file), "failed", None
     try:
         with (
             tracing(trace, options.spec.name) as tracer,
             open_outputs(
                 targets,
                 file,
-                lambda: _manifest(options, raw),
+                lambda: _manifest(options, settings),
                 restart=restart,
                 retry_errors=retry_errors,
                 notice=lambda what: None if quiet else screen.say(f"note: {what}"),
-            ) as outputs,
+            ) as (ledger, n_rows),
         ):
-            progress.begin(outputs.n_rows, outputs.ledger.n_rows, outputs.ledger.n_failed)
-            _run(options, settings | tracer.settings, file, outputs, tracer, progress, screen, quiet)
+            progress = ProgressLine(n_rows, ledger.n_rows, ledger.n_failed)
+            _run(options, settings | tracer.settings, file, ledger, tracer, progress, screen, quiet)
         status = "completed"
     except (KeyboardInterrupt, SystemExit):
         status = "interrupted"
-        if progress.has_begun:
+        if progress:
             goes_on = "; the same command goes on from here" if targets.can_resume else ""
             screen.say(f"stopped: {progress.summary()}{goes_on}")
         raise
     finally:
-        if json and progress.has_begun:
+        if json and progress:
             names = {"output": str(targets.output or output), "errors": targets.errors and str(targets.errors)}
             click.echo(dumps({**progress.report(status), **names}, ensure_ascii=False), err=targets.output is None)
     if not quiet:
@@ -116,89 +116,45 @@ def _run(
     options: Options,
     settings: Mapping[str, Any],
     input: IO[bytes],
-    outputs: Outputs,
+    ledger: Ledger,
     tracer: Tracer,
-    progress: Progress,
+    progress: ProgressLine,
     screen: Screen,
     quiet: bool,
 ) -> None:
-    """Run every row that is not finished; nothing is loaded where there is none."""
-    from ..batch.intake import Intake
-    from ..system.jsonl import Pipe, read_lines
+    """Run every row that is not finished, until a signal comes; nothing is loaded if there is none."""
+    from ..batch.run import run_rows
 
     llm: FusedLlama | None = None
 
-    def interrupt() -> None:
-        if llm:
-            llm.interrupt()
-
-    def finish(row: Mapping[str, Any]) -> None:
+    def finish(row: Row) -> None:
         if row["response"]:
             tracer.add_result(row["custom_id"], row["response"]["body"])
-        outputs.ledger.write(row)
+        ledger.write(row)
         progress.add(row)
+        stop.check()
 
-    with ExitStack() as stack:
-        stop = stack.enter_context(interruptible(screen, interrupt, (signal.SIGINT, signal.SIGTERM)))
-        pipe = Pipe(input.fileno()) if outputs.n_rows is None and has_descriptor(input) else None
-        intake = Intake(_until(stop, read_lines(pipe or input)), outputs.ledger.ids, finish)
-        requests = _as_they_come(intake, pipe) if pipe and not options.ray else iter(intake)
-        first = next(requests, None)
-        if first is None:
-            return
-        with stop.at_once():
-            llm = stack.enter_context(open_family(options, screen))
-        progress.n_picked = llm.n_picked
-        stack.enter_context(nullcontext() if quiet else progress.shown(screen))
-        for row in llm.batch(chain([first], requests), **settings):
-            finish(intake.finished(row))
-            stop.check()
+    @contextmanager
+    def load() -> Iterator[FusedLlama]:
+        nonlocal llm
+        with ExitStack() as stack:
+            with stop.at_once():
+                llm = stack.enter_context(open_family(options, screen))
+            progress.n_picked = llm.n_picked
+            stack.enter_context(nullcontext() if quiet else progress.shown(screen))
+            yield llm
 
-
-def _until(stop: Stop, lines: Iterator[Line]) -> Iterator[Line]:
-    """`lines`, until a signal comes: also while the next one is waited for."""
-    while True:
-        with stop.at_once():
-            line = next(lines, None)
-        if line is None:
-            return
-        yield line
+    signals = (signal.SIGINT, signal.SIGTERM)
+    with interruptible(screen, lambda: llm.interrupt() if llm else None, signals) as stop:
+        is_stream, takes_later = progress.n_total is None, options.ray is None
+        run_rows(
+            input, ledger, finish, load, settings, is_stream=is_stream, takes_later=takes_later, waiting=stop.at_once
+        )
 
 
-def _as_they_come(intake: Intake, pipe: Pipe) -> Iterator[Any]:
-    """The requests in `pipe`; while the next one is waited for, those that run go on."""
-    from ..answers.batch import LATER
+def _manifest(options: Options, settings: Mapping[str, Any]) -> Manifest:
+    from ..batch.run import manifest_of
 
-    requests = iter(intake)
-    while True:
-        if intake.n_running and pipe.would_wait():
-            yield LATER
-        elif request := next(requests, None):
-            yield request
-        else:
-            return
-
-
-def _seed(options: Options) -> int:
-    """What the seeds of sampled rows are made from, with their ids."""
-    return int(options.settings.get("seed", options.spec.defaults.get("seed", 0)))
-
-
-def _manifest(options: Options, raw: bool) -> Manifest:
-    """The family, and every parameter that can change an answer."""
-    from ..families.manifest import Manifest
-
-    loading = options.loading
-    parameters = {
-        **DEFAULTS,
-        **options.spec.defaults,
-        **options.settings,
-        "seed": _seed(options),
-        "system": options.system,
-        "raw": raw,
-        "n_ctx": loading.get("n_ctx", DEFAULT_N_CTX),
-        "type_k": loading.get("type_k", "f16"),
-        "type_v": loading.get("type_v", "f16"),
-    }
-    del parameters["draft"]
-    return Manifest.of(options.spec, parameters)
+    n_ctx = options.loading.get("n_ctx", DEFAULT_N_CTX)
+    type_k, type_v = (options.loading.get(name, "f16") for name in ("type_k", "type_v"))
+    return manifest_of(options.files, settings, n_ctx=n_ctx, type_k=type_k, type_v=type_v)

@@ -39,13 +39,12 @@ def bench(ctx: click.Context, /, json: bool, **values: Any) -> None:
     """
     options, screen = Options.of(ctx, values), Screen()
     from ..evidence.bench import N_CTX, PARALLEL, measure
-    from ..families.files import check_files
     from ..llama import default_n_threads
 
     n_threads = options.loading.get("n_threads") or default_n_threads()
     options.loading.update(n_ctx=N_CTX, n_parallel=max(PARALLEL))
     cache_types = options.loading.get("type_k"), options.loading.get("type_v")
-    files = check_files(options.spec)
+    files = options.files
     with open_family(options, screen) as llm, interruptible(screen, llm.interrupt):
 
         def tell(what: str) -> None:

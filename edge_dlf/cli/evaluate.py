@@ -150,4 +150,4 @@ def _manifest(options: Options, settings: Mapping[str, Any]) -> Manifest:
         "type_k": loading.get("type_k", "f16"),
         "type_v": loading.get("type_v", "f16"),
     }
-    return Manifest.of(options.spec, parameters)
+    return Manifest.of(options.files, parameters)

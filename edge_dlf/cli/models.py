@@ -18,7 +18,7 @@ from .screen import Screen, printable
 
 if TYPE_CHECKING:
     from ..families.catalogue import Entry
-    from ..families.spec import FamilySpec, ModelSource
+    from ..families.spec import FamilySpec
 
 _CONTEXT = 4096
 
@@ -28,20 +28,20 @@ _CONTEXT = 4096
 def list_(json: bool) -> None:
     """List the families on this machine, those of the catalogue, and single models pulled from the hub."""
     from ..families.catalogue import read_catalogue
-    from ..families.hub_cache import cached_models, shards, snapshot
+    from ..families.hub_cache import cached_models
     from ..families.library import installed
 
     screen, families = Screen(), installed()
-    used = {source.place for family in families if family.spec for source in family.spec.sources}
+    used = {path for family in families if family.spec for path in family.spec.local_files}
     models: list[dict[str, Any]] = [
         {
-            "repo": repo,
-            "file": file,
-            "path": str(folder / file),
-            "bytes": _total(folder / name for name in shards(file)),
+            "repo": model.repo,
+            "file": model.file,
+            "path": str(model.path),
+            "bytes": _total(shard.path for shard in model.shards),
         }
-        for repo, file, commit in cached_models()
-        if (folder := snapshot(repo, commit)) / file not in used
+        for model in cached_models()
+        if model.path not in used
     ]
     here: list[dict[str, Any]] = [
         {
@@ -75,7 +75,7 @@ def list_(json: bool) -> None:
 
 
 def _total(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths if path.is_file())
+    return sum(path.stat().st_size for path in paths)
 
 
 def _state(row: dict[str, Any]) -> str:
@@ -120,18 +120,19 @@ def show(family: str, ctx_size: int, json: bool) -> None:
     into this machine's memory. FAMILY is a name, a family.toml, or the folder of one.
     """
     from ..families.catalogue import read_catalogue
+    from ..families.library import is_installed
     from ..families.spec import FamilySpec
 
     screen, entry = Screen(), read_catalogue().get(family)
     try:
         spec = FamilySpec.load(family)
     except FamilyError:
-        if entry is None or _is_here(family):
+        if entry is None or is_installed(family):
             raise
         spec = entry.spec
     about = _about(spec, entry)
-    if all(source.place for source in spec.sources):
-        about |= _measured(spec, ctx_size)
+    if spec.is_downloaded:
+        about |= _measured(spec, about["members"], ctx_size)
     elif entry:
         about["memory"] = _fit({"total": entry.memory_bytes, "n_ctx": _CONTEXT})
     if json:
@@ -143,46 +144,32 @@ def show(family: str, ctx_size: int, json: bool) -> None:
         screen.say(f"`edge-dlf pull {family}` downloads what is missing; more can be shown then")
 
 
-def _is_here(family: str) -> bool:
-    from ..families.library import installed
-
-    return family in {one.name for one in installed()}
-
-
 def _about(spec: FamilySpec, entry: Entry | None) -> dict[str, Any]:
     """What the family's own file and the catalogue say."""
     sizes = entry.n_bytes if entry else {}
-    members = [_member("large", spec.large), _member("base", spec.base)]
-    for expert in spec.experts:
-        pairs = [(expert.source, None)] if expert.source else list(expert.loras)
-        members += [{**_member(expert.name, source), "scale": scale} for source, scale in pairs if source]
-    for member, source in zip(members, spec.sources, strict=True):
-        member["bytes"] = _bytes_of(source) or sizes.get(source)
-    about: dict[str, Any] = {"name": spec.name, "complete": all(source.place for source in spec.sources)}
+    members = [
+        {
+            "member": role,
+            **{key: value for key in ("repo", "file", "revision") if (value := getattr(source, key))},
+            "path": str(source.local_file) if source.local_file else None,
+            "bytes": _total(source.local_files) or sizes.get(source),
+            "scale": scale,
+        }
+        for role, source, scale in spec.members
+    ]
+    about: dict[str, Any] = {"name": spec.name, "complete": spec.is_downloaded}
     about |= {"license": entry.license, "good_at": entry.good_at, "sure": entry.sure} if entry else {}
     return {**about, "defaults": dict(spec.defaults), "members": members}
 
 
-def _member(role: str, source: ModelSource) -> dict[str, Any]:
-    place = source.place
-    hub = {key: getattr(source, key) for key in ("repo", "file", "revision") if getattr(source, key)}
-    return {"member": role, **hub, "path": str(place) if place else None}
-
-
-def _bytes_of(source: ModelSource) -> int | None:
-    from ..families.hub_cache import shards
-
-    place = source.place
-    return _total(place.with_name(name) for name in shards(place.name)) if place else None
-
-
-def _measured(spec: FamilySpec, n_ctx: int) -> dict[str, Any]:
+def _measured(spec: FamilySpec, members: Sequence[dict[str, Any]], n_ctx: int) -> dict[str, Any]:
     """What the headers of the files say; they are checked to fit together. Raises what `check_files` raises."""
     from ..families.describe import describe, memory_bytes
     from ..families.files import check_files
 
     files = check_files(spec)
-    told = {key: value for key, value in asdict(describe(spec, files)).items() if value is not None}
+    told = {key: value for key, value in asdict(describe(files)).items() if value is not None}
+    told["members"] = [{**member, **own} for member, own in zip(members, told["members"], strict=True)]
     return {**told, "memory": _fit(memory_bytes(files, n_ctx))}
 
 
@@ -210,10 +197,8 @@ def _lines(about: dict[str, Any]) -> list[str]:
     if memory := about.get("memory"):
         parts = [f"{name} {size(memory[name])}" for name in ("weights", "kv", "other") if name in memory]
         detail = f" ({', '.join(parts)})" if parts else ""
-        verdict = "fits" if memory["fits"] else "does not fit"
-        text = (
-            f"{size(memory['total'])} with {memory['n_ctx']:,} tokens{detail}; {verdict}, {size(memory['free'])} free"
-        )
+        total, fits = size(memory["total"]), "fits" if memory["fits"] else "does not fit"
+        text = f"{total} with {memory['n_ctx']:,} tokens{detail}; {fits}, {size(memory['free'])} free"
         facts.append(("memory", text))
     rows = [("", "SIZE", "", "FILE")]
     for member in about["members"]:

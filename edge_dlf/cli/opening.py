@@ -41,7 +41,7 @@ def open_family(options: Options, screen: Screen) -> Iterator[FusedLlama]:
 def _sizes(spec: FamilySpec) -> str:
     """Sizes of the family's files, those that there are."""
     sizes = []
-    for path in {source.place: None for source in spec.sources if source.place}:
+    for path in dict.fromkeys(filter(None, spec.local_files)):
         try:
             sizes.append(size(path.stat().st_size))
         except OSError:

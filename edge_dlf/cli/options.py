@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +20,7 @@ from ..system.paths import shipped_dir
 if TYPE_CHECKING:
     from ..api import FusedLlama
     from ..batch.ray import RayLlama
+    from ..families.files import FamilyFiles
     from ..families.spec import FamilySpec
 
 Decorator: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -45,7 +46,7 @@ _WAYS = ("positional_family", "family", "large", "base", "expert")
 class Options:
     """What the shared options say.
 
-    spec: the family. family: its name or path, None where it is made of files. experts: those files by name.
+    spec: the family. family: its name or path, None where it is made of files.
     loading: keyword arguments of FusedLlama from `n_ctx` on. settings: keyword arguments of its requests. Both hold
     only what was given. ray: address of a cluster to run on, "local" for one that starts here; None for this process.
     is_named: whether the user named the family; otherwise it is the one that ships.
@@ -53,7 +54,6 @@ class Options:
 
     spec: FamilySpec
     family: str | None
-    experts: dict[str, Path]
     loading: dict[str, Any]
     settings: dict[str, Any]
     system: str | None
@@ -76,27 +76,32 @@ class Options:
         settings |= _form(values)
         loading = {_LOADING[name]: value for name, value in given.items() if name in _LOADING}
         ray = given.get("ray")
-        return cls(spec, family, experts, loading, settings, given.get("system"), ray, is_named)
+        return cls(spec, family, loading, settings, given.get("system"), ray, is_named)
+
+    @cached_property
+    def files(self) -> FamilyFiles:
+        """The family's files, read and checked once."""
+        from ..families.files import check_files
+
+        return check_files(self.spec)
 
     def load(self) -> FusedLlama:
         """The family, in memory."""
-        return self._loader()(**{"n_ctx": None, **self.loading})
+        from ..api import FusedLlama
+
+        return FusedLlama.from_family(self.files, **{"n_ctx": None, **self.loading})
 
     def load_on_ray(self) -> RayLlama:
         """The family on the machines of the cluster. Raises InvalidParameterError where Ray is not installed."""
+        from ..api import FusedLlama
+
         try:
             from ..batch.ray import RayLlama
         except ImportError as error:
             raise InvalidParameterError(f"--ray needs Ray: pip install 'edge-dlf[ray]' ({error})") from error
-        return RayLlama(self._loader(), address=self.ray, **self.loading)
-
-    def _loader(self) -> Callable[..., FusedLlama]:
-        """What makes the family from the keyword arguments in `loading`."""
-        from ..api import FusedLlama
-
-        if self.family:
-            return partial(FusedLlama.from_family, self.family)
-        return partial(FusedLlama, self.spec.large.local_path(), self.spec.base.local_path(), self.experts)
+        # By its name, for a machine may keep the family in another folder.
+        load = partial(FusedLlama.from_family, self.family or self.spec)
+        return RayLlama(load, address=self.ray, **self.loading)
 
 
 def names_a_family(values: Mapping[str, Any]) -> bool:

@@ -37,7 +37,7 @@ def pull(target: str, offline: bool) -> None:
     from huggingface_hub import constants
 
     from ..families.catalogue import read_catalogue
-    from ..families.library import installed, parse_repo, write_family
+    from ..families.library import is_installed, parse_repo, write_family
     from ..families.spec import FILE_NAME, FamilySpec, find_family
 
     screen, offline = Screen(), offline or constants.HF_HUB_OFFLINE
@@ -45,7 +45,7 @@ def pull(target: str, offline: bool) -> None:
     is_path = path.is_file() or (path / FILE_NAME).is_file()
     repo, catalogue = parse_repo(target), read_catalogue()
     with _hub_notices(screen):
-        if is_path or target in {family.name for family in installed()}:
+        if is_path or is_installed(target):
             _pull_family(FamilySpec.load(target), screen, offline)
             screen.show(str(find_family(target)))
         elif target in catalogue:
@@ -68,9 +68,8 @@ def _pull_family(spec: FamilySpec, screen: Screen, offline: bool) -> FamilySpec:
         except FamilyError as error:
             raise FamilyError(f"{error}, where the network may be used") from error
     else:
-        planned = plan_pull(spec)
-        _download(planned.files, screen)
-        pinned = planned.spec
+        pinned, files = plan_pull(spec)
+        _download(files, screen)
         note_revisions(spec, pinned)
     check_files(pinned)
     screen.say(f"{spec.name} is complete: its files share one tokenizer")
@@ -80,21 +79,20 @@ def _pull_family(spec: FamilySpec, screen: Screen, offline: bool) -> FamilySpec:
 def _pull_model(repo: str, quant: str | None, screen: Screen, offline: bool) -> Path:
     """Bring one model here; returns its path, of a split one that of the first file."""
     from ..families.hub import choose, read_repo
-    from ..families.hub_cache import cached_models, shards, snapshot
+    from ..families.hub_cache import cached_models
     from ..gguf.info import read_info
+    from ..gguf.shards import shard_names
 
     if offline:
-        commits = {file: commit for at, file, commit in cached_models() if at == repo}
-        if not commits:
+        here = {model.file: model for model in cached_models() if model.repo == repo}
+        if not here:
             raise FamilyError(f"{repo} is not on this machine, and the network may not be used")
-        file = choose(repo, commits, quant)
-        return snapshot(repo, commits[file]) / file
+        return here[choose(repo, here, quant)].path
     listing = read_repo(repo)
-    file = choose(repo, listing.files, quant)
-    _download([listing.file(name) for name in shards(file)], screen)
-    path = snapshot(repo, listing.commit) / file
-    read_info(path)
-    return path
+    files = [listing.file(name) for name in shard_names(choose(repo, listing.files, quant))]
+    _download(files, screen)
+    read_info(files[0].path)
+    return files[0].path
 
 
 def _download(files: Sequence[HubFile], screen: Screen) -> None:
@@ -142,8 +140,8 @@ def rm(ctx: click.Context, target: str, yes: bool) -> None:
         screen.say(f"{path}")
     for owner, file, _ in removal.hub_files:
         screen.say(f"{file} of {owner}, in the cache that other programs may use too")
-    for file in removal.kept:
-        screen.say(f"kept: {file}, which another family names")
+    for kept in removal.kept:
+        screen.say(f"kept: {kept.file}, which another family names")
     if not yes and not _confirmed(f"remove {removal.name} and free {size(removal.n_bytes)}?"):
         screen.say("nothing was removed")
         ctx.exit(1)

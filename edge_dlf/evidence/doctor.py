@@ -261,7 +261,7 @@ def _decodes(files: FamilyFiles, planner: Planner, n_ctx: int) -> Iterator[Check
     except EdgeDLFError:
         plan = planner.plan(256)
     for name, info in files.models.items():
-        found = guard.attempt(
+        found = guard.try_model(
             info.shards, files.loras.get(name, ()), n_gpu_layers=plan.layers[name], split=plan.splits[name]
         )
         facts = {"member": name, "tps": found.tps}

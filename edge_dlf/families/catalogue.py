@@ -52,7 +52,7 @@ def read_catalogue(path: Path | None = None) -> dict[str, Entry]:
 
 
 def _entry(table: dict[str, Any], folder: Path) -> Entry:
-    """One entry: a family.toml's table, with what is told of the whole and with `n_bytes` for each file."""
+    """Parse one entry: the table of a family.toml, with more facts, and with `n_bytes` for each file."""
     about = {key: table.pop(key) for key in ("good_at", "license", "sure", "memory_gb")}
     if about["sure"] not in SURENESS:
         raise InvalidParameterError(f"sure must be one of {', '.join(SURENESS)}, not {about['sure']!r}")

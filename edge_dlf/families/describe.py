@@ -1,4 +1,4 @@
-"""What a family's headers say to a person: kinds, quantization, tokenizer, template, licence and memory."""
+"""Describes a family for people, by its headers: kinds, quantization, tokenizer, template, licence and memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 
 from ..engine.backend import N_ROWS
 from ..gguf.header import Array, Scalar
-from ..gguf.info import GGUFInfo, read_info
+from ..gguf.info import GGUFInfo
 from .files import FamilyFiles
 from .footprint import footprint
 from .plan import KERNELS_BYTES
-from .spec import FamilySpec
 
 _FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
@@ -28,9 +27,10 @@ _FILE_TYPES = {
 class Description:
     """A family as its files describe it.
 
-    tokenizer: kind, n_vocab (tokens that all share) and the sha256 of their texts. template: the large model's.
-    n_ctx_train: the shortest context that a member was made for. members: one for each file, in the order of
-    `FamilySpec.sources`.
+    tokenizer: kind, n_vocab (tokens that all share) and the sha256 of their texts.
+    template: the large model's.
+    n_ctx_train: the shortest context that a member was made for.
+    members: kind, quantization, n_vocab and license of each file, in the order of `FamilySpec.members`.
     """
 
     license: str | None
@@ -40,36 +40,27 @@ class Description:
     members: list[dict[str, Any]]
 
 
-def describe(spec: FamilySpec, files: FamilyFiles) -> Description:
-    """Read once more the headers of the files that are behind `files`."""
-    infos = [read_info(source.local_path()) for source in spec.sources]
-    roles = ["large", "base", *(expert.name for expert in spec.experts for _ in (expert.loras or (None,)))]
-    scales = [None, None, *(scale for expert in spec.experts for _, scale in (expert.loras or ((None, None),)))]
+def describe(files: FamilyFiles) -> Description:
+    """Take from the headers what a person wants to know."""
     members = [
         {
-            "member": role,
-            **{key: value for key in ("repo", "file", "revision") if (value := getattr(source, key))},
-            "path": str(info.path),
-            "bytes": info.file_bytes,
             "kind": f"LoRA over {info.architecture}" if info.is_adapter else info.architecture,
             "quantization": quantization(info),
             "n_vocab": info.n_vocab,
-            "scale": scale,
             "license": _text(info.metadata.get("general.license")),
         }
-        for role, source, info, scale in zip(roles, spec.sources, infos, scales, strict=True)
+        for info in (files.infos[source.local_path()] for source in files.spec.sources)
     ]
     large = files.models["large"]
     texts = large.vocabulary.tokens
     shared = hashlib.sha256(texts.data[: int(texts.starts[files.n_vocab])])
     kind = _text(large.metadata.get("tokenizer.ggml.model"))
-    contexts = [model.metadata.get(f"{model.architecture}.context_length") for model in files.models.values()]
-    licenses = dict.fromkeys(member["license"] for member in members if member["license"])
+    licenses = dict.fromkeys(str(member["license"]) for member in members if member["license"])
     return Description(
         license=", ".join(licenses) or None,
         tokenizer={"kind": kind, "n_vocab": files.n_vocab, "sha256": shared.hexdigest()},
         template=_text(large.metadata.get("tokenizer.chat_template")),
-        n_ctx_train=min((n_ctx for n_ctx in contexts if isinstance(n_ctx, int)), default=None),
+        n_ctx_train=min((n_ctx for model in files.models.values() if (n_ctx := model.n_ctx_train)), default=None),
         members=members,
     )
 

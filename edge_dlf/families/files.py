@@ -1,17 +1,17 @@
-"""The files behind a family: what each of them holds, and that they fit together."""
+"""The files of a family: `check_files` reads each header once, and checks that the files fit together."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FamilyError, InvalidParameterError, VocabMismatchError
 from ..gguf.header import show
 from ..gguf.info import GGUFInfo, check_lora_fits, read_info
-from .spec import ExpertSpec, FamilySpec
+from .spec import FamilySpec
 
 _UNUSED = 5  # GGUF's type of a token that never occurs
 _PADDING = re.compile(rb"(\[PAD\d+\]|<pad\d*>|<\|?(unused|extra|reserved|dummy)[\w-]*\|?>)", re.IGNORECASE)
@@ -19,22 +19,20 @@ _PADDING = re.compile(rb"(\[PAD\d+\]|<pad\d*>|<\|?(unused|extra|reserved|dummy)[
 
 @dataclass(frozen=True)
 class FamilyFiles:
-    """A family's files, checked.
+    """A family and the headers of its files, which fit together. Whatever needs a header takes it from here.
 
-    models: role -> its GGUF; a LoRA expert has the base's. loras: LoRA expert -> its (file, scale) pairs.
+    spec: the family.
+    infos: file -> its header, LoRA adapters included.
+    models: role -> header of its model; a LoRA expert has the base's.
+    loras: LoRA expert -> its (file, scale) pairs.
     n_vocab: tokens that all models share; longer lists only add padding.
     """
 
+    spec: FamilySpec
+    infos: Mapping[Path, GGUFInfo]
     models: Mapping[str, GGUFInfo]
     loras: Mapping[str, tuple[tuple[Path, float], ...]]
     n_vocab: int
-
-    @property
-    def n_ctx_train(self) -> int | None:
-        """Positions that the large model was trained for, where its file says so."""
-        large = self.models["large"]
-        n_ctx = large.metadata.get(f"{large.architecture}.context_length")
-        return n_ctx if isinstance(n_ctx, int) else None
 
     def layers(self, n_gpu_layers: int | Mapping[str, int]) -> dict[str, int]:
         """Layers to offload for each role; members that a mapping leaves out are offloaded whole.
@@ -46,10 +44,10 @@ class FamilyFiles:
     def splits(
         self, main_gpu: int | Mapping[str, int] | None, tensor_split: Sequence[float] | None, n_gpus: int
     ) -> dict[str, tuple[float, ...]]:
-        """Share of its layers that each of n_gpus GPUs gets, for each role that something is asked for; nothing is
-        where there is no GPU. A member with a GPU of its own in `main_gpu` is there alone, all others are split.
+        """Shares of n_gpus GPUs that were asked for, by role. A member named in `main_gpu` is on that GPU alone, the
+        others are divided by `tensor_split`. Empty without a GPU.
 
-        Raises InvalidParameterError for GPUs that do not exist, shares that are none, and both for all members.
+        Raises InvalidParameterError for GPUs that do not exist, impossible shares, and both settings for all members.
         """
         own = self._each("main_gpu", main_gpu)
         shares = [] if tensor_split is None else [float(share) for share in tensor_split]
@@ -73,9 +71,9 @@ class FamilyFiles:
         return {name: each for name, each in split.items() if each}
 
     def _each(self, setting: str, value: int | Mapping[str, int] | None) -> dict[str, int | None]:
-        """A setting's number for each role, None where it says nothing of a member. A LoRA has its base's.
+        """Value of a setting for each role; None if it does not name the role.
 
-        Raises InvalidParameterError for a name that has none of its own.
+        Raises InvalidParameterError for unknown names, and for a LoRA, which has the base's value.
         """
         if not isinstance(value, Mapping):
             return dict.fromkeys(self.models, value)
@@ -86,8 +84,12 @@ class FamilyFiles:
         return {name: value.get(name) for name in self.models}
 
 
-def check_files(spec: FamilySpec) -> FamilyFiles:
-    """Read the header of every file of `spec`. Raises ModelFileError, FamilyError or VocabMismatchError."""
+def check_files(family: FamilySpec | str | Path) -> FamilyFiles:
+    """Read the header of every file of a family, given as `FamilySpec.load` takes it or loaded already.
+
+    Raises ModelFileError, FamilyError or VocabMismatchError.
+    """
+    spec = family if isinstance(family, FamilySpec) else FamilySpec.load(family)
     spec.check_is_here()
     infos: dict[Path, GGUFInfo] = {}
 
@@ -103,29 +105,17 @@ def check_files(spec: FamilySpec) -> FamilyFiles:
     models = {"large": large, "base": base}
     loras: dict[str, tuple[tuple[Path, float], ...]] = {}
     for expert in spec.experts:
-        pairs = _loras(expert, info)
-        if pairs is None:
-            models[expert.name] = info(_source(expert))
+        ((source, scale), *_) = expert.files
+        if scale is None and not info(source.local_path()).is_adapter:
+            models[expert.name] = info(source.local_path())
             continue
+        pairs = tuple((source.local_path(), 1.0 if scale is None else scale) for source, scale in expert.files)
         for path, _ in pairs:
             check_lora_fits(info(path), base)
         models[expert.name], loras[expert.name] = base, pairs
     for model in {id(model): model for model in models.values() if model is not large}.values():
         _check_one_tokenizer(large, model)
-    return FamilyFiles(models, loras, min(map(_n_vocab, models.values())))
-
-
-def _source(expert: ExpertSpec) -> Path:
-    assert expert.source is not None, "an expert has a source or LoRAs"
-    return expert.source.local_path()
-
-
-def _loras(expert: ExpertSpec, info: Callable[[Path], GGUFInfo]) -> tuple[tuple[Path, float], ...] | None:
-    """(file, scale) for each LoRA of `expert`; None where it is a whole model."""
-    if expert.loras:
-        return tuple((source.local_path(), scale) for source, scale in expert.loras)
-    path = _source(expert)
-    return ((path, 1.0),) if info(path).is_adapter else None
+    return FamilyFiles(spec, infos, models, loras, min(map(_n_vocab, models.values())))
 
 
 def _check_one_tokenizer(a: GGUFInfo, b: GGUFInfo) -> None:

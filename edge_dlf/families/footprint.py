@@ -34,13 +34,17 @@ def rounded(n_cells: int) -> int:
 class Footprint:
     """Bytes of one model and of its contexts.
 
-    layers: weights of each layer. input: of the token embeddings, which stay on the host. output: of the head, a copy
-    of the embeddings where it has no weights of its own. is_tied: whether it has none. read: of the weights, what
-    decoding one token reads. repacked: weights that a CPU
-    build keeps a second copy of. vocabulary: of llama.cpp's own token tables.
-    kv: of one cell in each layer. state: of one sequence, in models that keep a state in place of a cache.
-    n_embd, n_ff: widths of what is computed for one token. n_masks: attention masks over all cells. n_heads: rows of
-    attention scores for each token; 0 where only flash attention, which keeps none, does for the model and its cache.
+    layers: weights of each layer.
+    input: token embeddings, which stay on the host.
+    output: the head; a copy of the embeddings if it has no weights of its own (is_tied).
+    read: weights that decoding one token reads.
+    repacked: weights that a CPU build keeps a second copy of.
+    vocabulary: llama.cpp's own token tables.
+    kv: KV cache of one cell in each layer.
+    state: recurrent state of one sequence.
+    n_embd, n_ff: widths of what is computed for one token.
+    n_masks: attention masks over all cells.
+    n_heads: attention heads; 0 if plain attention is not equivalent to flash attention.
     """
 
     layers: tuple[int, ...]
@@ -81,11 +85,11 @@ class Footprint:
         return max(layer, head) + inputs + scores + work + 4 * n_rows * self.n_vocab
 
     def n_ubatch(self, n_ctx: int, n_seqs: int = 1) -> int | None:
-        """Tokens for a CPU to evaluate at a time with plain attention, where each of `n_seqs` sequences has a cache of
-        `n_ctx` positions; None for flash attention: where only that can be, or plain attention would take more memory,
-        or take a step of all sequences in parts.
+        """Tokens for a CPU to evaluate at a time with plain attention, if each of `n_seqs` sequences has a cache of
+        `n_ctx` positions. None for flash attention: if plain attention is not equivalent, would need more memory, or
+        would split a step of all sequences.
 
-        llama.cpp's flash attention on a CPU is good at long batches; of a few tokens it takes one after the other.
+        llama.cpp's flash attention on a CPU is fast for long batches, and evaluates short ones token by token.
         """
         sizes = [n for n in PLAIN_TOKENS if n >= n_seqs] if self.n_heads else []
         most = self.compute(n_ctx, N_ROWS)
@@ -134,10 +138,10 @@ def footprint(info: GGUFInfo, type_k: str | None = None, type_v: str | None = No
 
 
 def _plain_heads(info: GGUFInfo, n_layers: int, type_k: str | None, type_v: str | None) -> int:
-    """Heads that plain attention scores; 0 where it is not to be had as it is with flash attention.
+    """Attention heads; 0 if plain attention is not equivalent to flash attention.
 
-    Without flash attention llama.cpp pads V to the widest layer's, copies it at each step where it is a part of K, and
-    of attention that picks its cells by an indexer computes all.
+    Without flash attention llama.cpp pads V to the width of the widest layer, copies V at each step if it is a part of
+    K, and computes all cells of attention that selects cells by an indexer.
     """
     is_quantized = not {type_k, type_v} <= {*_NOT_QUANTIZED}
     is_padded = len({n_heads * v for n_heads, _, v in _kv_heads(info, n_layers)}) > 1
@@ -147,7 +151,7 @@ def _plain_heads(info: GGUFInfo, n_layers: int, type_k: str | None, type_v: str 
 
 
 def _idle(info: GGUFInfo, n_layers: int) -> int:
-    """Bytes of the feed-forward experts that one token leaves aside."""
+    """Bytes of the feed-forward experts that one token does not use."""
     n_experts, n_used = _number(info, "expert_count"), _number(info, "expert_used_count")
     matches = ((_LAYER.match(name), name, tensor) for name, tensor in info.tensors.items())
     n_bytes = sum(t.n_bytes for match, name, t in matches if match and int(match[1]) < n_layers and "_exps." in name)
@@ -210,12 +214,12 @@ def _cache_bytes(kind: str | None) -> float:
 
 
 def _number(info: GGUFInfo, key: str, default: int = 0) -> int:
-    """The number that a key of the architecture has; the largest where it has one for each layer."""
+    """Value of a key of the architecture; the largest if there is one for each layer."""
     return max(_numbers(info, key, 1, default))
 
 
 def _numbers(info: GGUFInfo, key: str, n_layers: int, default: int = 0) -> Sequence[int]:
-    """Numbers that a key of the architecture has, for `n_layers` layers at least."""
+    """Values of a key of the architecture, one for each of `n_layers` layers."""
     value = info.metadata.get(f"{info.architecture}.{key}")
     if isinstance(value, Array) and len(value.values) >= n_layers:
         return [int(number) for number in value.values]

@@ -1,6 +1,6 @@
-"""A model is loaded and run in a process that may crash, before it is trusted in this one.
+"""Runs a model in a process that may crash before it is loaded in this one.
 
-llama.cpp ends its process on some files that no rule here foresees. What came of a try is remembered by the file's
+llama.cpp ends its process on some files that no rule here foresees. The result of a trial is remembered by the file's
 path, size and time and by the build of llama.cpp, so that each file is tried once.
 """
 
@@ -27,7 +27,7 @@ from ..system.remembered import recall, remember, states
 
 Adapters = Sequence[tuple[Path, float]]
 
-_COLLECTION = "verdicts"
+_COLLECTION = "trials"
 _PATIENCE_S = 120.0
 _SLOWEST_DISK = 20e6  # bytes a second
 _N_TOKENS = 8
@@ -37,8 +37,13 @@ _CRASHES = {signal.SIGSEGV: "crashed", signal.SIGABRT: "gave up", signal.SIGBUS:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What came of a try. tps: tokens a second that it decoded. is_final: whether another try would end the same."""
+class Trial:
+    """The end of a trial run.
+
+    reason: why it failed.
+    tps: tokens a second that the model decoded.
+    is_final: whether another trial would end the same.
+    """
 
     ok: bool
     reason: str = ""
@@ -46,95 +51,87 @@ class Verdict:
     is_final: bool = True
 
 
-def require_harmless(info: GGUFInfo, n_gpu_layers: int, split: Sequence[float] = ()) -> None:
-    """Try a model of an architecture that the rules of `gguf_rules` were not tried on, its layers where `Model` is told
-    to have them.
+def require_runs(info: GGUFInfo, n_gpu_layers: int, split: Sequence[float] = ()) -> None:
+    """Try a model whose architecture `gguf.rules` was not tested with, its layers on the GPUs that `Model` will use.
 
-    Raises ModelFileError where it does not run.
+    The result of an earlier trial holds as long as the files and the build of llama.cpp are the same.
+    Raises ModelFileError if the model does not run.
     """
     if info.architecture in TRIED:
         return
-    found = verdict(info.shards, n_gpu_layers=n_gpu_layers, split=split)
+    found = _remembered(info.shards) or try_model(info.shards, n_gpu_layers=n_gpu_layers, split=split)
     if not found.ok:
         raise ModelFileError(info.path, f"cannot be used, as a try in another process showed: {found.reason}")
 
 
-def verdict(
-    shards: Sequence[Path], loras: Adapters = (), *, n_gpu_layers: int = -1, split: Sequence[float] = ()
-) -> Verdict:
-    """The remembered verdict on the model in `shards` with `loras` over it; where there is none, a try's."""
-    known = recall(_COLLECTION, _key(shards, loras))
-    if isinstance(known, dict) and known.get("state") == _state(shards, loras):
-        with suppress(KeyError, TypeError):
-            return Verdict(**known["verdict"])
-    return attempt(shards, loras, n_gpu_layers=n_gpu_layers, split=split)
-
-
-def attempt(
+def try_model(
     shards: Sequence[Path],
     loras: Adapters = (),
     *,
     n_gpu_layers: int = -1,
     split: Sequence[float] = (),
     patience_s: float | None = None,
-) -> Verdict:
-    """Load the model in `shards`, `loras` over it, in another process, decode a few tokens, and remember the end."""
+) -> Trial:
+    """Load the model in `shards`, `loras` over it, in another process, decode a few tokens, and remember the result."""
     state = _state(shards, loras)
     patience_s = patience_s or _PATIENCE_S + sum(path.stat().st_size for path in shards) / _SLOWEST_DISK
-    placed = {"n_gpu_layers": n_gpu_layers, "split": list(split)}
-    found = _run(shards[0], loras, placed, patience_s)
+    question = {
+        "model": str(shards[0]),
+        "loras": [(str(path), scale) for path, scale in loras],
+        "gpu": {"n_gpu_layers": n_gpu_layers, "split": list(split)},
+    }
+    found = _run(question, patience_s)
     if found.is_final:
-        remember(_COLLECTION, _key(shards, loras), {"state": state, "verdict": asdict(found)})
+        remember(_COLLECTION, _key(shards, loras), {"state": state, "trial": asdict(found)})
     return found
 
 
-def _run(model: Path, loras: Adapters, placed: Mapping[str, Any], patience_s: float) -> Verdict:
-    question = {"model": str(model), "loras": [(str(path), scale) for path, scale in loras], "placed": placed}
-    # Its own session: Ctrl-C in the terminal is for this process, which then ends it.
-    process = subprocess.Popen(
-        [sys.executable, "-c", _TRY, json.dumps(sys.path), json.dumps(question)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-    )
+def _remembered(shards: Sequence[Path]) -> Trial | None:
+    known = recall(_COLLECTION, _key(shards, ()))
+    if isinstance(known, dict) and known.get("state") == _state(shards, ()):
+        with suppress(KeyError, TypeError):
+            return Trial(**known["trial"])
+    return None
+
+
+def _run(question: Mapping[str, Any], patience_s: float) -> Trial:
+    command = [sys.executable, "-c", _TRY, json.dumps(sys.path), json.dumps(question)]
+    env = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     try:
-        output, complaints = process.communicate(timeout=patience_s)
+        # Its own session: Ctrl-C in the terminal is for this process, which then ends it.
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=patience_s, start_new_session=True, env=env
+        )
     except subprocess.TimeoutExpired:
-        return Verdict(False, f"did not answer within {patience_s:.0f} s", is_final=False)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            process.communicate()
+        return Trial(False, f"did not answer within {patience_s:.0f} s", is_final=False)
     with suppress(ValueError, TypeError, IndexError):
-        return Verdict(**json.loads(output.splitlines()[-1]))
-    code = process.returncode
+        return Trial(**json.loads(done.stdout.splitlines()[-1]))
+    code = done.returncode
     if -code in _CRASHES:
         name = signal.Signals(-code).name
-        last = complaints.decode("utf-8", "replace").strip().splitlines()[-1:]
-        return Verdict(False, f"llama.cpp {_CRASHES[signal.Signals(-code)]} ({': '.join([name, *last])})")
+        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return Trial(False, f"llama.cpp {_CRASHES[signal.Signals(-code)]} ({': '.join([name, *last])})")
     if code == -signal.SIGKILL:
-        return Verdict(False, "its process was killed, as the system does where memory runs out", is_final=False)
-    return Verdict(False, f"its process ended with code {code}", is_final=False)
+        return Trial(False, "its process was killed, as the system does where memory runs out", is_final=False)
+    return Trial(False, f"its process ended with code {code}", is_final=False)
 
 
 def main(question: str) -> None:
-    """The other process: print a verdict as one line of JSON."""
+    """Run a trial in this, the other process, and print its result as one line of JSON."""
     asked = json.loads(question)
     try:
-        found = _decode(Path(asked["model"]), [(Path(p), scale) for p, scale in asked["loras"]], asked["placed"])
+        found = _decode(Path(asked["model"]), [(Path(p), scale) for p, scale in asked["loras"]], asked["gpu"])
     except EdgeDLFError as error:
-        found = Verdict(False, str(error), is_final=error.exit_code == 3)
+        found = Trial(False, str(error), is_final=error.exit_code == 3)
     print(json.dumps(asdict(found)), flush=True)
 
 
-def _decode(path: Path, loras: Adapters, placed: Mapping[str, Any]) -> Verdict:
+def _decode(path: Path, loras: Adapters, gpu: Mapping[str, Any]) -> Trial:
     import numpy as np
 
     from ..llama import LlamaBackend, Model
 
-    model = Model(path, **placed, weights=read_info(path).tensors)
+    model = Model(path, **gpu, weights=read_info(path).tensors)
     tokens = model.tokenize(b"The capital of France is", special=True) or [0]
     if model.adds_bos and model.bos is not None:
         tokens.insert(0, model.bos)
@@ -145,11 +142,11 @@ def _decode(path: Path, loras: Adapters, placed: Mapping[str, Any]) -> Verdict:
         for _ in range(_N_TOKENS):
             row = backend.logits()[0]
             if not np.isfinite(row).any() or np.isnan(row).any():
-                return Verdict(False, "its logits are not numbers")
+                return Trial(False, "its logits are not numbers")
             backend.decode([Run(0, [int(row.argmax())], 1)])
         elapsed = time.perf_counter() - started
         backend.close()
-    return Verdict(True, tps=_N_TOKENS / elapsed)
+    return Trial(True, tps=_N_TOKENS / elapsed)
 
 
 def _key(shards: Sequence[Path], loras: Adapters) -> str:
@@ -157,10 +154,10 @@ def _key(shards: Sequence[Path], loras: Adapters) -> str:
 
 
 def _state(shards: Sequence[Path], loras: Adapters) -> list[Any]:
-    """What a verdict holds for: size and time of every file, the build of llama.cpp, what is tried."""
+    """What a result is valid for: size and time of every file, the build of llama.cpp, what is tried."""
     return [system_info(), _attentions(), *states([*shards, *(lora for lora, _ in loras)])]
 
 
 def _attentions() -> list[int | None]:
-    """Of each kind of attention that a member may have here, the tokens at a time, as `MemberPlan` has them."""
+    """`n_ubatch`, as in `MemberPlan`, of each kind of attention that a member may use on this machine."""
     return [None] if gpus() else [None, PLAIN_TOKENS[0]]

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub: what a repository holds, and how it comes into the cache, checked and only once."""
+"""The Hugging Face hub: listing the GGUF files of a repository, and downloading them into the cache, checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from ..errors import DownloadError, InvalidParameterError
-from .hub_cache import COMMIT, check_names, folder, shards, snapshot
+from ..gguf.shards import shard_names
+from .hub_cache import COMMIT, check_names, folder, snapshot
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _CHUNK_BYTES = 1 << 20
@@ -36,6 +37,21 @@ class HubFile:
     n_bytes: int
     blob: str
     sha256: str | None
+
+    @property
+    def path(self) -> Path:
+        """Where the file is once it has been downloaded."""
+        return snapshot(self.repo, self.commit) / self.name
+
+    @property
+    def stored(self) -> Path:
+        """Where its content is then."""
+        return folder(self.repo) / "blobs" / self.blob
+
+    @property
+    def partial(self) -> Path:
+        """Where its content grows meanwhile."""
+        return self.stored.with_name(f"{self.blob}.incomplete")
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ def choose(repo: str, names: Iterable[str], quant: str | None) -> str:
     Without `quant` as llama.cpp's `-hf` does: Q4_K_M, else the first model there is. Raises DownloadError.
     """
     models = [name for name in names if not re.search("mmproj|imatrix", name, re.IGNORECASE)]
-    models = [name for name in models if shards(name)[0] == name]
+    models = [name for name in models if shard_names(name)[0] == name]
     if not models:
         raise DownloadError(f"{repo} has no GGUF model; repositories that do are mostly named …-GGUF")
     found = [name for name in models if of_quant(name, quant or "Q4_K_M")]
@@ -108,18 +124,16 @@ def read_repo(repo: str, revision: str | None = None) -> Repo:
 
 def missing_bytes(file: HubFile) -> int:
     """Bytes of `file` that are yet to be downloaded."""
-    if _blob(file).exists() or (snapshot(file.repo, file.commit) / file.name).is_file():
+    if file.stored.exists() or file.path.is_file():
         return 0
-    partial = _partial(file)
-    return max(file.n_bytes - (partial.stat().st_size if partial.exists() else 0), 0)
+    return max(file.n_bytes - (file.partial.stat().st_size if file.partial.exists() else 0), 0)
 
 
 def check_space(files: Iterable[HubFile]) -> int:
     """Bytes to download for all of `files`. Raises DownloadError where the disk of the cache has no room for them."""
     n_bytes = sum(map(missing_bytes, files))
     cache = Path(constants.HF_HUB_CACHE)
-    existing = next(place for place in (cache, *cache.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())).free
     if n_bytes > free:
         raise DownloadError(
             f"{n_bytes / 1e9:.2f} GB are to be downloaded, and {cache} has {free / 1e9:.2f} GB free: make room, or "
@@ -136,41 +150,32 @@ def download(file: HubFile) -> Path:
     from filelock import FileLock, Timeout
     from huggingface_hub import hf_hub_download
 
-    blob, pointer = _blob(file), snapshot(file.repo, file.commit) / file.name
     lock = Path(constants.HF_HUB_CACHE) / ".locks" / folder(file.repo).name / f"{file.blob}.lock"
     with _explained(f"{file.name} of {file.repo}", file.repo):
-        blob.parent.mkdir(parents=True, exist_ok=True)
+        file.stored.parent.mkdir(parents=True, exist_ok=True)
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(lock, timeout=0):
-                if pointer.is_file() and _is_intact(pointer, file):
-                    return pointer
-                pointer.unlink(missing_ok=True)
-                if blob.exists() and not _is_intact(blob, file):
-                    blob.unlink()
-                if not blob.exists():
-                    _fetch(file, blob)
+                if file.path.is_file() and _is_intact(file.path, file):
+                    return file.path
+                file.path.unlink(missing_ok=True)
+                if file.stored.exists() and not _is_intact(file.stored, file):
+                    file.stored.unlink()
+                if not file.stored.exists():
+                    _fetch(file)
         except Timeout:
             raise DownloadError(f"{file.name} of {file.repo} is being downloaded by another process") from None
         # It finds the file in its store and only links it under the repository's name.
         hf_hub_download(
             file.repo, file.name, revision=file.commit, cache_dir=constants.HF_HUB_CACHE, endpoint=constants.ENDPOINT
         )
-    return pointer
+    return file.path
 
 
-def _blob(file: HubFile) -> Path:
-    return folder(file.repo) / "blobs" / file.blob
+def _fetch(file: HubFile) -> None:
+    """Download the content of `file` into the store, from where an earlier process stopped.
 
-
-def _partial(file: HubFile) -> Path:
-    return folder(file.repo) / "blobs" / f"{file.blob}.incomplete"
-
-
-def _fetch(file: HubFile, blob: Path) -> None:
-    """Download `file` to its place in the store.
-
-    hf_hub_download would begin anew what another process broke off, since huggingface-hub 2.
+    hf_hub_download has begun anew in every process since huggingface-hub 2.
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -181,13 +186,13 @@ def _fetch(file: HubFile, blob: Path) -> None:
             f"{file.name} of {file.repo} is larger than the hub sends in one piece; bring it by "
             f"`hf download {file.repo} {file.name}`, then try again"
         )
-    partial = _partial(file)
-    if partial.exists() and partial.stat().st_size > file.n_bytes:
-        partial.unlink()
+    if file.partial.exists() and file.partial.stat().st_size > file.n_bytes:
+        file.partial.unlink()
     url = hf_hub_url(file.repo, file.name, revision=file.commit, endpoint=constants.ENDPOINT)
     headers = build_hf_headers(library_name="edge-dlf")
+    # http_get itself resumes after most errors; the loop is for the rest, such as a connection that is reset.
     while True:
-        with partial.open("ab") as target:
+        with file.partial.open("ab") as target:
             had = target.tell()
             try:
                 http_get(
@@ -202,13 +207,13 @@ def _fetch(file: HubFile, blob: Path) -> None:
             except _transport_errors():
                 if target.tell() == had:
                     raise
-    if not _is_intact(partial, file):
-        partial.unlink()
+    if not _is_intact(file.partial, file):
+        file.partial.unlink()
         raise DownloadError(
             f"{file.name} of {file.repo} came with another content than its sha256 {file.blob[:12]}… stands for, and "
             f"was removed; try again"
         )
-    partial.replace(blob)
+    file.partial.replace(file.stored)
 
 
 def _is_intact(path: Path, file: HubFile) -> bool:

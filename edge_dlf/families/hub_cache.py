@@ -1,4 +1,4 @@
-"""The Hugging Face hub's cache on this machine: what of it is here, where, and how it leaves.
+"""The Hugging Face hub's cache on this machine: finding and removing files.
 
 The layout is huggingface-hub's documented one (`HF_HOME`, `HF_HUB_CACHE`), shared with every program that uses it. It
 is read here without that library's clients, whose import would take 0.2 s of every start. Nothing here uses a network.
@@ -10,21 +10,21 @@ import os
 import re
 import shutil
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from huggingface_hub import constants
 
 from ..errors import InvalidParameterError
+from ..gguf.shards import shard_names
 
 COMMIT = re.compile("[0-9a-f]{40}")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w./-]{0,199}", re.ASCII)
 _UNSAFE_IN_NAME = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-_MAX_SHARDS = 1000
 
 
 def check_names(repo: str, file: str, revision: str | None) -> None:
-    """Raise InvalidParameterError where one of the names could lead out of the cache, or is none of the hub's."""
+    """Raise InvalidParameterError if a name is not one of the hub's, or could lead out of the cache."""
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
         raise InvalidParameterError(f"{repo!r} is no repository of the hub; those are named OWNER/NAME")
     parts = PurePosixPath(file).parts
@@ -33,15 +33,6 @@ def check_names(repo: str, file: str, revision: str | None) -> None:
         raise InvalidParameterError(f"{file!r} is no name of a GGUF file inside a repository")
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise InvalidParameterError(f"{revision!r} is no revision; that is a branch, a tag or a commit")
-
-
-def shards(name: str) -> tuple[str, ...]:
-    """Every file of the model that `name` is a file of, in order; just `name` where it is whole."""
-    match = _SHARD.fullmatch(name)
-    count = int(match["count"]) if match else 1
-    if match is None or not 1 < count <= _MAX_SHARDS:
-        return (name,)
-    return tuple(f"{match['stem']}-{number:05d}-of-{match['count']}.gguf" for number in range(1, count + 1))
 
 
 def folder(repo: str) -> Path:
@@ -54,8 +45,26 @@ def snapshot(repo: str, commit: str) -> Path:
     return folder(repo) / "snapshots" / commit
 
 
+class CachedFile(NamedTuple):
+    """A file of the cache: its repository, its name there, and the commit."""
+
+    repo: str
+    file: str
+    commit: str
+
+    @property
+    def path(self) -> Path:
+        """Where the file is, if it is there."""
+        return snapshot(self.repo, self.commit) / self.file
+
+    @property
+    def shards(self) -> tuple[CachedFile, ...]:
+        """Every file of the model that this one belongs to."""
+        return tuple(self._replace(file=name) for name in shard_names(self.file))
+
+
 def commit_of(repo: str, revision: str | None) -> str | None:
-    """The commit that the cache has for a branch, a tag or a commit; None where it has none."""
+    """The commit in the cache for a branch, a tag or a commit; None if there is none."""
     revision = revision or "main"
     if COMMIT.fullmatch(revision):
         return revision
@@ -67,7 +76,7 @@ def commit_of(repo: str, revision: str | None) -> str | None:
 
 
 def note_revision(repo: str, revision: str | None, commit: str) -> None:
-    """Keep which commit a branch or a tag stood for when it was downloaded."""
+    """Record the commit that a branch or a tag stood for when it was downloaded."""
     if revision != commit:
         ref = folder(repo) / "refs" / (revision or "main")
         ref.parent.mkdir(parents=True, exist_ok=True)
@@ -75,40 +84,34 @@ def note_revision(repo: str, revision: str | None, commit: str) -> None:
 
 
 def cached(repo: str, file: str, revision: str | None = None) -> Path | None:
-    """Where `file` lies in the cache; None unless it and all further files of its model are there."""
+    """Path of `file` in the cache; None unless it and all other files of its model are there."""
     check_names(repo, file, revision)
     commit = commit_of(repo, revision)
-    if commit is None or not all((snapshot(repo, commit) / name).is_file() for name in shards(file)):
+    if commit is None or not all(shard.path.is_file() for shard in CachedFile(repo, file, commit).shards):
         return None
     return snapshot(repo, commit) / file
 
 
-def locate(path: Path) -> tuple[str, str, str] | None:
-    """The (repo, file, commit) that a path into the cache stands for; None for any other path."""
+def locate(path: Path) -> CachedFile | None:
+    """The file of the cache that a path stands for; None if the path leads elsewhere."""
     try:
-        parts = path.absolute().relative_to(Path(constants.HF_HUB_CACHE).absolute()).parts
+        name, kind, commit, *parts = path.absolute().relative_to(Path(constants.HF_HUB_CACHE).absolute()).parts
+        repo, file = name.removeprefix("models--").replace("--", "/", 1), "/".join(parts)
+        check_names(repo, file, commit)
     except ValueError:
         return None
-    if len(parts) < 4 or not parts[0].startswith("models--") or parts[1] != "snapshots":
-        return None
-    owner, _, name = parts[0].removeprefix("models--").partition("--")
-    repo, file, commit = f"{owner}/{name}", "/".join(parts[3:]), parts[2]
-    try:
-        check_names(repo, file, commit)
-    except InvalidParameterError:
-        return None
-    return (repo, file, commit) if COMMIT.fullmatch(commit) else None
+    is_snapshot = name.startswith("models--") and kind == "snapshots" and COMMIT.fullmatch(commit)
+    return CachedFile(repo, file, commit) if is_snapshot else None
 
 
-def cached_models() -> list[tuple[str, str, str]]:
-    """(repo, file, commit) of every GGUF in the cache; of split ones the first file, where all are there."""
-    paths = sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*/**/*.gguf"))
-    places = [place for place in map(locate, paths) if place]
-    return [place for place in places if shards(place[1])[0] == place[1] and cached(*place)]
+def cached_models() -> list[CachedFile]:
+    """Every GGUF in the cache; of split ones the first file, if all are there."""
+    found = map(locate, sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*/**/*.gguf")))
+    return [model for model in found if model and model.shards[0] == model and cached(*model)]
 
 
 def partial_downloads(repo: str) -> list[Path]:
-    """What downloads that broke off have left."""
+    """Files of downloads that broke off."""
     return sorted((folder(repo) / "blobs").glob("*.incomplete"))
 
 

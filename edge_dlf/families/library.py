@@ -1,8 +1,9 @@
-"""The families on this machine: which there are, how one of the hub's comes here, and how one leaves."""
+"""The families on this machine: listing, pinning to the hub, writing and removing them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import tomli_w
 
 from ..errors import DownloadError, EdgeDLFError, FamilyError, InvalidParameterError
+from ..gguf.shards import shard_names
 from ..system.paths import models_dir, shipped_dir
 from . import hub_cache
 from .catalogue import read_catalogue
 from .hub import HubFile, Repo, of_quant, read_repo
+from .hub_cache import CachedFile
 from .spec import FILE_NAME, ExpertSpec, FamilySpec, ModelSource, is_name
 
 
@@ -29,12 +32,23 @@ class Installed:
     @property
     def is_complete(self) -> bool:
         """Whether all its files are on this machine."""
-        return self.spec is not None and all(source.place and source.place.exists() for source in self.spec.sources)
+        return self.spec is not None and all(file and file.exists() for file in self.spec.local_files)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file of the family that is on this machine."""
+        sources = self.spec.sources if self.spec else ()
+        return list(dict.fromkeys(path for source in sources for path in source.local_files))
 
     @property
     def n_bytes(self) -> int:
         """Size of its files that are on this machine."""
-        return sum(path.stat().st_size for path in _files(self.spec)) if self.spec else 0
+        return sum(path.stat().st_size for path in self.files)
+
+    @property
+    def hub_files(self) -> list[CachedFile]:
+        """Its files that are in the hub's cache."""
+        return [file for file in map(hub_cache.locate, self.files) if file]
 
 
 def installed() -> list[Installed]:
@@ -52,26 +66,16 @@ def installed() -> list[Installed]:
     return list(families.values())
 
 
-def _files(spec: FamilySpec) -> list[Path]:
-    """Every file of the family that is on this machine, the further ones of split models too."""
-    paths = [path.parent / name for path in _places(spec) for name in hub_cache.shards(path.name)]
-    return [path for path in dict.fromkeys(paths) if path.is_file()]
+def is_installed(name: str) -> bool:
+    """Whether a family of that name is in the models folder or ships with edge-dlf, readable or not."""
+    return name in {family.name for family in installed()}
 
 
-def _places(spec: FamilySpec) -> list[Path]:
-    return [source.place for source in spec.sources if source.place]
+def plan_pull(spec: FamilySpec) -> tuple[FamilySpec, list[HubFile]]:
+    """Ask the hub for the files of `spec`, and pin it to their revisions and hashes; nothing is downloaded yet.
 
-
-@dataclass(frozen=True)
-class Pull:
-    """What a pull brings: `spec` with its revisions and hashes pinned, and its files on the hub."""
-
-    spec: FamilySpec
-    files: tuple[HubFile, ...]
-
-
-def plan_pull(spec: FamilySpec) -> Pull:
-    """Ask the hub for the files of `spec`; nothing is downloaded yet. Raises DownloadError."""
+    Raises DownloadError.
+    """
     repos: dict[tuple[str, str | None], Repo] = {}
     files: dict[HubFile, None] = {}
 
@@ -81,7 +85,7 @@ def plan_pull(spec: FamilySpec) -> Pull:
         key = (source.repo, source.revision)
         if key not in repos:
             repos[key] = read_repo(*key)
-        found = [repos[key].file(name) for name in hub_cache.shards(source.file)]
+        found = [repos[key].file(name) for name in shard_names(source.file)]
         for file, sha256 in zip(found, source.sha256, strict=False):
             if file.sha256 != sha256:
                 raise DownloadError(
@@ -92,21 +96,16 @@ def plan_pull(spec: FamilySpec) -> Pull:
         hashes = tuple(file.sha256 for file in found if file.sha256)
         return replace(source, revision=repos[key].commit, sha256=hashes if len(hashes) == len(found) else ())
 
-    return Pull(change_sources(spec, pinned), tuple(files))
+    return change_sources(spec, pinned), list(files)
 
 
 def change_sources(spec: FamilySpec, change: Callable[[ModelSource], ModelSource]) -> FamilySpec:
     """The same family with `change` applied to each source."""
-    large, base = change(spec.large), change(spec.base)
-    experts = [
-        replace(
-            expert,
-            source=change(expert.source) if expert.source else None,
-            loras=tuple((change(source), scale) for source, scale in expert.loras),
-        )
+    experts = tuple(
+        replace(expert, files=tuple((change(source), scale) for source, scale in expert.files))
         for expert in spec.experts
-    ]
-    return replace(spec, large=large, base=base, experts=tuple(experts))
+    )
+    return replace(spec, large=change(spec.large), base=change(spec.base), experts=experts)
 
 
 def note_revisions(asked: FamilySpec, pinned: FamilySpec) -> None:
@@ -130,13 +129,12 @@ def from_cache(spec: FamilySpec) -> FamilySpec:
 def as_hub_source(source: ModelSource) -> ModelSource:
     """A file of the hub's cache by its repository, commit and hash; any other by its full path."""
     assert source.path is not None, "a file on this machine"
-    place = hub_cache.locate(source.path)
-    if place is None:
+    cached = hub_cache.locate(source.path)
+    if cached is None:
         return ModelSource(source.path.absolute())
-    repo, file, commit = place
-    blobs = [(source.path.parent / name).resolve().name for name in hub_cache.shards(source.path.name)]
-    are_hashes = all(len(blob) == 64 and not set(blob) - set("0123456789abcdef") for blob in blobs)
-    return ModelSource(None, repo, file, commit, tuple(blobs) if are_hashes else ())
+    blobs = tuple(shard.path.resolve().name for shard in cached.shards)
+    are_hashes = all(re.fullmatch("[0-9a-f]{64}", blob) for blob in blobs)
+    return ModelSource(None, *cached, blobs if are_hashes else ())
 
 
 def write_family(spec: FamilySpec) -> Path:
@@ -148,52 +146,56 @@ def write_family(spec: FamilySpec) -> Path:
     experts = [_expert_table(expert) for expert in spec.experts]
     table = {"name": spec.name, "large": _table(spec.large), "base": _table(spec.base), "experts": experts}
     if spec.defaults:
-        table["defaults"] = {key: _with_text_keys(value) for key, value in spec.defaults.items()}
+        table["defaults"] = {
+            name: {str(key): each for key, each in value.items()} if isinstance(value, dict) else value
+            for name, value in spec.defaults.items()
+        }
     part = folder / f"{FILE_NAME}.part"
     part.unlink(missing_ok=True)
     part.write_text(tomli_w.dumps(table), "utf-8")
     return part.replace(folder / FILE_NAME)
 
 
-def _with_text_keys(value: Any) -> Any:
-    return {str(key): each for key, each in value.items()} if isinstance(value, dict) else value
-
-
 def _table(source: ModelSource) -> dict[str, Any]:
     if source.repo is None:
         return {"path": str(source.path)}
-    table: dict[str, Any] = {"repo": source.repo, "file": source.file}
-    if source.revision:
-        table["revision"] = source.revision
-    if source.sha256:
-        table["sha256"] = source.sha256[0] if len(source.sha256) == 1 else list(source.sha256)
-    return table
+    sha256 = source.sha256[0] if len(source.sha256) == 1 else list(source.sha256)
+    table = {"repo": source.repo, "file": source.file, "revision": source.revision, "sha256": sha256}
+    return {key: value for key, value in table.items() if value}
 
 
 def _expert_table(expert: ExpertSpec) -> dict[str, Any]:
-    if expert.source:
-        return {"name": expert.name, **_table(expert.source)}
-    loras, scales = zip(*expert.loras, strict=True)
+    loras, scales = zip(*expert.files, strict=True)
+    if scales == (None,):
+        return {"name": expert.name, **_table(loras[0])}
     return {"name": expert.name, "lora": [str(source.path) for source in loras], "scale": list(scales)}
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What goes: `paths`, and `hub_files` (repo, file, commit) of the cache; n_bytes of them together.
+    """What removing `name` deletes.
 
-    folder: where the family's own files are. kept: files of the cache that other families name too.
+    paths: files outside the cache, and partial downloads.
+    hub_files: files of the hub's cache.
+    folder: the family's folder, removed too if nothing else is in it.
+    kept: files of the cache that stay because other families name them.
     """
 
     name: str
     paths: tuple[Path, ...]
-    hub_files: tuple[tuple[str, str, str], ...]
-    n_bytes: int
+    hub_files: tuple[CachedFile, ...] = ()
     folder: Path | None = None
-    kept: tuple[str, ...] = ()
+    kept: tuple[CachedFile, ...] = ()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all files together."""
+        contents = {path.resolve() for path in (*self.paths, *(file.path for file in self.hub_files))}
+        return sum(path.stat().st_size for path in contents if path.is_file())
 
 
 def plan_removal(name: str) -> Removal:
-    """What removing a family by its name means, or what has come of one of the catalogue. Raises FamilyError."""
+    """What removing a family deletes, or what is left of a family of the catalogue. Raises FamilyError."""
     families = {family.name: family for family in installed()}
     family, catalogue = families.get(name), read_catalogue()
     if family is None and name not in catalogue:
@@ -201,63 +203,42 @@ def plan_removal(name: str) -> Removal:
     if family and family.folder.parent != models_dir():
         raise FamilyError(f"{name} ships with edge-dlf and stays")
     if family and family.folder.is_symlink():
-        return Removal(name, (family.folder,), (), 0)
-    spec = family.spec if family else catalogue[name].spec
-    files = _files(spec) if spec else []
-    own = dict.fromkeys(place for place in map(hub_cache.locate, files) if place)
-    used = _hub_files(other for other in families.values() if other.name != name)
-    repos = dict.fromkeys(source.repo for source in (spec.sources if spec else ()) if source.repo)
+        return Removal(name, (family.folder,))
+    listed = family or Installed(name, models_dir() / name, catalogue[name].spec, None)
+    repos = dict.fromkeys(source.repo for source in (listed.spec.sources if listed.spec else ()) if source.repo)
     paths = [path for repo in repos for path in hub_cache.partial_downloads(repo)]
     if family:
-        paths += [family.folder / FILE_NAME, *(path for path in files if path.parent == family.folder)]
-    if not paths and not own:
+        paths += [family.folder / FILE_NAME, *(path for path in family.files if path.parent == family.folder)]
+    if not paths and not listed.hub_files:
         raise FamilyError(f"{name}: is in the catalogue, and not on this machine")
-    return _removal(name, paths, own, used, family.folder if family else None)
+    used = {file for other in families.values() if other.name != name for file in other.hub_files}
+    removed = tuple(file for file in listed.hub_files if file not in used)
+    kept = tuple(file for file in listed.hub_files if file in used)
+    return Removal(name, tuple(paths), removed, family.folder if family else None, kept)
 
 
 def plan_model_removal(repo: str, quant: str | None) -> Removal:
-    """What removing the models of a repository from the cache means, those of `quant` only. Raises FamilyError."""
-    models = [place for place in hub_cache.cached_models() if place[0] == repo]
-    models = [place for place in models if not quant or of_quant(place[1], quant)]
-    own = dict.fromkeys((repo, name, commit) for _, file, commit in models for name in hub_cache.shards(file))
+    """What removing the models of a repository deletes, or only those of `quant`. Raises FamilyError."""
+    models = [model for model in hub_cache.cached_models() if model.repo == repo]
+    files = {file for model in models if not quant or of_quant(model.file, quant) for file in model.shards}
     what = f"{repo}:{quant}" if quant else repo
     partials = [] if quant else hub_cache.partial_downloads(repo)
-    if not own and not partials:
+    if not files and not partials:
         raise FamilyError(f"{what} is not on this machine")
     for family in installed():
-        if _hub_files([family]) & set(own):
+        if files.intersection(family.hub_files):
             raise FamilyError(f"{what} belongs to {family.name}; `edge-dlf rm {family.name}` removes both")
-    return _removal(what, partials, own, set(), None)
-
-
-def _hub_files(families: Iterable[Installed]) -> set[tuple[str, str, str] | None]:
-    """(repo, file, commit) of every file of the cache that one of `families` names."""
-    return {hub_cache.locate(path) for family in families if family.spec for path in _files(family.spec)}
-
-
-def _removal(
-    name: str,
-    paths: Sequence[Path],
-    own: Iterable[tuple[str, str, str]],
-    used: set[tuple[str, str, str] | None],
-    folder: Path | None,
-) -> Removal:
-    hub_files = tuple(place for place in own if place not in used)
-    pointers = [hub_cache.snapshot(repo, commit) / file for repo, file, commit in hub_files]
-    contents = {path.resolve() for path in (*paths, *pointers)}
-    n_bytes = sum(path.stat().st_size for path in contents if path.is_file())
-    kept = tuple(file for repo, file, commit in own if (repo, file, commit) in used)
-    return Removal(name, tuple(paths), hub_files, n_bytes, folder, kept)
+    return Removal(what, tuple(partials), tuple(sorted(files)))
 
 
 def remove(removal: Removal) -> int:
-    """Do it; returns the bytes freed. The folder stays where it holds anything else. Raises FamilyError."""
+    """Delete the files; returns the bytes freed. Raises FamilyError."""
     freed = 0
     try:
         for path in removal.paths:
             freed += 0 if path.is_symlink() else path.stat().st_size
             path.unlink(missing_ok=True)
-        freed += sum(hub_cache.remove(*place) for place in removal.hub_files)
+        freed += sum(hub_cache.remove(*file) for file in removal.hub_files)
         if removal.folder and not any(removal.folder.iterdir()):
             removal.folder.rmdir()
     except OSError as error:

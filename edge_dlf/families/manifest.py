@@ -1,4 +1,4 @@
-"""What an output was made of: the family, the parameters and the input, in a small file beside it."""
+"""The manifest of an output: family, parameters and input that it was made from, in a small file beside it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidParameterError
-from ..gguf.info import GGUFInfo, read_info
+from ..gguf.info import GGUFInfo
 from ..system.durable import file_error, replacing
-from .files import check_files
-from .spec import FamilySpec
+from .files import FamilyFiles
 
 _FORMAT = 1
 _SAMPLE_BYTES = 1 << 16
@@ -24,21 +23,25 @@ _MAX_HEADER_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Manifest:
-    """family: role -> its files, each with its name, size and digest. parameters: whatever else answers depend on.
-    input: its size and digest, None where it was a stream."""
+    """What answers depend on.
+
+    family: role -> its files, each with name, size and digest.
+    parameters: settings by name.
+    input: size and digest; None if the input is a stream.
+    """
 
     family: Mapping[str, Sequence[Mapping[str, Any]]]
     parameters: Mapping[str, Any]
     input: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, spec: FamilySpec, parameters: Mapping[str, Any]) -> Manifest:
-        """Reads headers and samples of the family's files. Raises LoadError where they make no family."""
-        return cls(_family(spec), {name: _plain(value) for name, value in parameters.items()})
+    def of(cls, files: FamilyFiles, parameters: Mapping[str, Any]) -> Manifest:
+        """Describe checked files, by samples of their contents, and parameters."""
+        return cls(_family(files), {name: _plain(value) for name, value in parameters.items()})
 
     @classmethod
     def load(cls, path: Path) -> Manifest | None:
-        """None where there is no such file. Raises InvalidParameterError for one that cannot be read."""
+        """Read the manifest; None if there is no such file. Raises InvalidParameterError if it cannot be read."""
         try:
             saved = json.loads(path.read_bytes())
             is_ours = saved.pop("format") == _FORMAT
@@ -59,7 +62,7 @@ class Manifest:
             file.write(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, ensure_ascii=False).encode() + b"\n")
 
     def differences(self, now: Manifest) -> list[str]:
-        """What has changed in family and parameters."""
+        """List what has changed in family and parameters."""
         if list(self.family) != list(now.family):
             found = [f"the members were {', '.join(self.family)}, now {', '.join(now.family)}"]
         else:
@@ -75,8 +78,8 @@ class Manifest:
         return found
 
 
-def _family(spec: FamilySpec) -> dict[str, list[dict[str, Any]]]:
-    files, digests = check_files(spec), {}
+def _family(files: FamilyFiles) -> dict[str, list[dict[str, Any]]]:
+    digests: dict[Path, str] = {}
 
     def entries(info: GGUFInfo) -> Iterator[dict[str, Any]]:
         header_bytes = info.file_bytes - info.tensor_bytes
@@ -91,13 +94,13 @@ def _family(spec: FamilySpec) -> dict[str, list[dict[str, Any]]]:
         family[role] = (
             list(entries(info))
             if loras is None
-            else [{**entry, "scale": scale} for path, scale in loras for entry in entries(read_info(path))]
+            else [{**entry, "scale": scale} for path, scale in loras for entry in entries(files.infos[path])]
         )
     return family
 
 
 def _sampled_digest(path: Path, header_bytes: int) -> str:
-    """Of a file's header and of blocks spread over the rest of it, the last one included: quick at any size."""
+    """Digest a file's header and 64 blocks spread over the rest, the last one included: quick at any size."""
     digest = blake2b(digest_size=16)
     with path.open("rb") as file:
         n_bytes = file.seek(0, 2)
@@ -112,7 +115,7 @@ def _sampled_digest(path: Path, header_bytes: int) -> str:
 
 
 def _identity(entry: Mapping[str, Any]) -> list[Any]:
-    """What counts of a file: not its name, for it may have been moved."""
+    """What makes two files the same: not the name, for a file may have been moved."""
     return [entry.get("bytes"), entry.get("digest"), entry.get("scale")]
 
 

@@ -29,11 +29,13 @@ _PIPELINE_COPIES = 4  # of what goes into a graph, where llama.cpp spreads one o
 
 @dataclass(frozen=True)
 class MemberPlan:
-    """What one member takes, on the host and on GPUs together.
+    """Memory and layers of one member, on the host and on GPUs together.
 
-    weights_bytes: 0 where it shares those of `shares_with`; LoRA adapters are its own. n_gpu_layers: of n_layers, the
-    head counted as one. split: share of these that each GPU holds. n_ubatch: tokens to evaluate at a time with plain
-    attention, if each sequence has a cache of its own; None for flash attention.
+    weights_bytes: LoRA adapters included; 0 for a model that is shared with the member `shares_with`.
+    n_layers, n_gpu_layers: all layers, the head counted as one, and those of them on GPUs.
+    split: share of these that each GPU holds.
+    n_ubatch: tokens to evaluate at a time with plain attention, if each sequence has a cache of its own; None for flash
+        attention.
     """
 
     name: str
@@ -51,33 +53,49 @@ class MemberPlan:
 class Plan:
     """A family in memory.
 
-    layers: n_gpu_layers for each member. splits: the share of them that each GPU holds, nothing where there is no GPU.
-    host_bytes, each_gpu_bytes: what it takes there.
+    n_seqs: sequences decoded at once.
+    n_cells: positions that they share in the KV cache of each member.
+    layers: n_gpu_layers of each member, as llama.cpp takes it.
+    host_bytes, each_gpu_bytes: what all members together take there.
     """
 
+    n_seqs: int
+    n_cells: int
     members: tuple[MemberPlan, ...]
     layers: Mapping[str, int]
-    splits: Mapping[str, tuple[float, ...]]
     host_bytes: int
     each_gpu_bytes: tuple[int, ...]
 
     @property
+    def splits(self) -> dict[str, tuple[float, ...]]:
+        """Share of each member's layers that each GPU holds; empty without a GPU."""
+        return {member.name: member.split for member in self.members}
+
+    @property
+    def on_gpu(self) -> frozenset[str]:
+        """Members of which no layer is on the host."""
+        return frozenset(member.name for member in self.members if member.n_gpu_layers == member.n_layers)
+
+    @property
     def gpu_bytes(self) -> int:
-        """What it takes on GPUs together."""
+        """Bytes on all GPUs together."""
         return sum(self.each_gpu_bytes)
 
     @property
     def n_bytes(self) -> int:
-        """All that it takes."""
+        """Bytes of all members."""
         return sum(member.weights_bytes + member.cache_bytes + member.buffer_bytes for member in self.members)
 
 
 @dataclass(frozen=True)
 class _Model:
-    """One file, and the members that are contexts over it. wanted: n_gpu_layers asked for, -1 for as many as fit.
-    split: shares of GPUs asked for."""
+    """One file, and the members that are contexts over it.
 
-    print: Footprint
+    wanted: n_gpu_layers asked for, -1 for as many as fit.
+    split: shares of GPUs asked for.
+    """
+
+    size: Footprint
     members: tuple[str, ...]
     lora_bytes: int
     wanted: int
@@ -85,11 +103,11 @@ class _Model:
 
     @property
     def n_layers(self) -> int:
-        return len(self.print.layers) + 1
+        return len(self.size.layers) + 1
 
-    def place(self, n_gpu: int, split: Sequence[float], n_cells: int, n_rows: int, n_seqs: int) -> _Place:
-        """With the head and the last n_gpu - 1 layers on GPUs, shared out by `split`."""
-        own, n_members = self.print, len(self.members)
+    def layout(self, n_gpu: int, split: Sequence[float], n_cells: int, n_rows: int, n_seqs: int) -> _Layout:
+        """Put the head and the last n_gpu - 1 layers on GPUs, divided by `split`."""
+        own, n_members = self.size, len(self.members)
         n_low = len(own.layers) - max(n_gpu - 1, 0)
         cells = rounded(n_cells)
         caches = [int(kv * cells) + n_seqs * own.state // len(own.layers) for kv in own.kv]
@@ -98,19 +116,19 @@ class _Model:
         if not n_gpu:
             compute = own.compute(n_cells, n_rows)
             host += self.lora_bytes + (0 if own.is_tied else own.output) + n_members * compute
-            return _Place(0, tuple(split), host, (0,) * len(split))
+            return _Layout(0, tuple(split), host, (0,) * len(split))
         n_used = sum(share > 0 for share in split)
         compute = own.compute(n_cells, n_rows, n_copies=_PIPELINE_COPIES if n_used > 1 else 1)
         host += n_members * (compute if n_low else 4 * n_rows * own.n_vocab)
         each = [n_members * compute + self.lora_bytes if share > 0 else 0 for share in split]
         for number, n_bytes in enumerate([*layers[n_low:], own.output]):
-            each[_gpu_of(number, n_gpu, split)] += n_bytes
-        return _Place(n_gpu, tuple(split), host, tuple(each))
+            each[gpu_of_layer(number, n_gpu, split)] += n_bytes
+        return _Layout(n_gpu, tuple(split), host, tuple(each))
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where one model goes: layers on GPUs, the share of each GPU, and bytes on the host and on each GPU."""
+class _Layout:
+    """Where one model is: layers on GPUs, the share of each GPU, and bytes on the host and on each GPU."""
 
     n_gpu: int
     split: tuple[float, ...]
@@ -121,7 +139,7 @@ class _Place:
         return all(n_bytes <= room for n_bytes, room in zip(self.each_gpu_bytes, rooms, strict=True))
 
 
-def _gpu_of(number: int, n_gpu: int, split: Sequence[float]) -> int:
+def gpu_of_layer(number: int, n_gpu: int, split: Sequence[float]) -> int:
     """The GPU that llama.cpp gives the layer `number` of `n_gpu` to: the first whose shares, with all before it, exceed
     its part of the way through them."""
     total, before = math.fsum(split), 0.0
@@ -134,9 +152,9 @@ def _gpu_of(number: int, n_gpu: int, split: Sequence[float]) -> int:
 
 @dataclass(frozen=True)
 class _Arrangement:
-    """Where models go, and what they take. left_bytes: room that is left on each GPU, below 0 if too little."""
+    """Layouts of all models, and their bytes. left_bytes: what is left on each GPU, below 0 if too little."""
 
-    places: tuple[_Place, ...]
+    layouts: tuple[_Layout, ...]
     host_bytes: int
     each_gpu_bytes: tuple[int, ...]
     left_bytes: tuple[int, ...]
@@ -144,7 +162,7 @@ class _Arrangement:
     @property
     def n_on_gpu(self) -> int:
         """Layers of all models on GPUs."""
-        return sum(place.n_gpu for place in self.places)
+        return sum(layout.n_gpu for layout in self.layouts)
 
     @property
     def fits_gpus(self) -> bool:
@@ -154,8 +172,11 @@ class _Arrangement:
 class Planner:
     """Plans a family for one machine.
 
-    n_gpu_layers, main_gpu, tensor_split: as FusedLlama has them; -1 layers are all that fit. n_rows: rows of logits
-    that one decode may ask for. n_seqs: sequences at once. repacks: whether the CPU keeps weights twice.
+    n_gpu_layers, main_gpu, tensor_split: as in FusedLlama; -1 layers are all that fit.
+    n_rows: rows of logits that one decode may ask for.
+    n_seqs: sequences decoded at once.
+    repacks: whether the CPU keeps weights twice.
+
     Raises InvalidParameterError for cache types, names of members and GPUs that do not exist.
     """
 
@@ -195,38 +216,37 @@ class Planner:
         best = self._arranged(n_cells)
         if not self._fits(best, n_cells):
             raise OutOfMemoryError(self._why(best, n_cells))
-        members, layers, splits = [], {}, {}
-        for model, place in zip(self._models, best.places, strict=True):
-            whole = place.n_gpu == model.n_layers or not self.machine.gpus
+        members, layers = {}, {}
+        for model, layout in zip(self._models, best.layouts, strict=True):
+            is_whole = layout.n_gpu == model.n_layers or not self.machine.gpus
             for name in model.members:
-                shares = model.members[0] if name != model.members[0] else None
-                members.append(self._member(name, model, place, n_cells, shares))
-                layers[name] = self._wanted[name] if whole else place.n_gpu
-                splits[name] = place.split
-        order = list(self._files.models)
-        members.sort(key=lambda member: order.index(member.name))
-        return Plan(tuple(members), layers, splits, best.host_bytes, best.each_gpu_bytes)
+                members[name] = self._member(name, model, layout, n_cells)
+                layers[name] = self._wanted[name] if is_whole else layout.n_gpu
+        in_order = tuple(members[name] for name in self._files.models)
+        return Plan(self._n_seqs, n_cells, in_order, layers, best.host_bytes, best.each_gpu_bytes)
 
-    def _member(self, name: str, model: _Model, place: _Place, n_cells: int, shares: str | None) -> MemberPlan:
-        own = model.print
+    def _member(self, name: str, model: _Model, layout: _Layout, n_cells: int) -> MemberPlan:
+        own, shares = model.size, model.members[0] if name != model.members[0] else None
         loras = sum(path.stat().st_size for path, _ in self._files.loras.get(name, ()))
-        copy = own.output if own.is_tied and place.n_gpu else 0
+        copy = own.output if own.is_tied and layout.n_gpu else 0
         return MemberPlan(
             name,
             weights_bytes=loras + (0 if shares else own.weights + copy),
             cache_bytes=own.cache(n_cells) + self._n_seqs * own.state,
             buffer_bytes=own.compute(n_cells, self._n_rows) + (0 if shares else own.vocabulary),
             n_layers=model.n_layers,
-            n_gpu_layers=place.n_gpu,
-            split=place.split,
+            n_gpu_layers=layout.n_gpu,
+            split=layout.split,
             shares_with=shares,
             # Of prompts that the CPU computes beside a GPU, the weights go over once for each batch.
             n_ubatch=None if self.machine.gpus else own.n_ubatch(n_cells // self._n_seqs, self._n_seqs),
         )
 
     def largest_n_cells(self, at_most: int, least: int = 0) -> int:
-        """The largest context up to `at_most` that fits; 0 where not even the smallest does. least: a context beyond
-        which one counts only if it drives no layer off a GPU that this one leaves there."""
+        """The largest context up to `at_most` that fits; 0 if not even the smallest does.
+
+        least: a larger context than this counts only if it moves no more layers off the GPUs than this one does.
+        """
         n_on_gpu = self._arranged(least).n_on_gpu if least else 0
         low, high = 0, at_most // _LEAST_CELLS
         while low < high:
@@ -245,34 +265,34 @@ class Planner:
         """
         wanted = [model.wanted if n_wanted is None else n_wanted for model in self._models]
         left = [max(0, gpu.free_bytes - _GPU_RESERVE_BYTES) for gpu in self.machine.gpus]
-        sizes = [sum(model.print.layers) + model.print.output for model in self._models]
+        sizes = [sum(model.size.layers) + model.size.output for model in self._models]
         order = sorted(range(len(wanted)), key=lambda number: (wanted[number] < 0, sizes[number]))
-        places: dict[int, _Place] = {}
+        layouts: dict[int, _Layout] = {}
         for number in order:
             model, n_wish = self._models[number], wanted[number]
-            ways = chain.from_iterable(
-                self._places(model, n, left, n_cells)
+            options = chain.from_iterable(
+                self._layouts(model, n, left, n_cells)
                 for n in ([n_wish] if n_wish >= 0 else range(model.n_layers, 0, -1))
             )
-            fitting = next((place for place in ways if place.fits(left)), None)
-            *_, last = self._places(model, max(n_wish, 0), left, n_cells)
-            places[number] = fitting or last
-            left = [room - taken for room, taken in zip(left, places[number].each_gpu_bytes, strict=True)]
-        host = sum(place.host_bytes for place in places.values())
-        each = tuple(map(sum, zip(*(place.each_gpu_bytes for place in places.values()), strict=True)))
+            fitting = next((layout for layout in options if layout.fits(left)), None)
+            *_, last = self._layouts(model, max(n_wish, 0), left, n_cells)
+            layouts[number] = fitting or last
+            left = [room - taken for room, taken in zip(left, layouts[number].each_gpu_bytes, strict=True)]
+        host = sum(layout.host_bytes for layout in layouts.values())
+        each = tuple(map(sum, zip(*(layout.each_gpu_bytes for layout in layouts.values()), strict=True)))
         if self.machine.gpus and all(device.shares_host for device in self.machine.gpus):
             host += sum(each)
-        return _Arrangement(tuple(places[n] for n in range(len(wanted))), host + KERNELS_BYTES, each, tuple(left))
+        return _Arrangement(tuple(layouts[n] for n in range(len(wanted))), host + KERNELS_BYTES, each, tuple(left))
 
-    def _places(self, model: _Model, n_gpu: int, left: Sequence[int], n_cells: int) -> Iterator[_Place]:
-        """Ways to have `n_gpu` layers of a model on GPUs, best first: as asked for; on one GPU, the fullest first, so
-        that a larger model finds one that is free; spread by the room that is left."""
+    def _layouts(self, model: _Model, n_gpu: int, left: Sequence[int], n_cells: int) -> Iterator[_Layout]:
+        """Layouts with `n_gpu` layers of a model on GPUs, best first: as asked for; on one GPU, the fullest first, so
+        that a larger model finds an empty one; spread by the memory that is left."""
         numbers = range(len(left))
         splits = [model.split] if model.split else [_only(n, len(left)) for n in sorted(numbers, key=left.__getitem__)]
         if not model.split and len(left) > 1 and sum(room > 0 for room in left) > 1:
             splits.append(tuple(float(max(0, room)) for room in left))
         for split in splits or [()]:
-            yield model.place(n_gpu, split, n_cells, self._n_rows, self._n_seqs)
+            yield model.layout(n_gpu, split, n_cells, self._n_rows, self._n_seqs)
 
     def _fits(self, best: _Arrangement, n_cells: int) -> bool:
         address = self.machine.address_bytes
@@ -283,15 +303,15 @@ class Planner:
         )
 
     def _address_bytes(self, best: _Arrangement) -> int:
-        """Address space it takes: repacked weights stand there twice."""
-        on_host = [model.print for model, place in zip(self._models, best.places, strict=True) if not place.n_gpu]
+        """Address space that is needed: repacked weights count twice."""
+        on_host = [model.size for model, layout in zip(self._models, best.layouts, strict=True) if not layout.n_gpu]
         copies = sum(own.repacked for own in on_host) if self._repacks else 0
         return best.host_bytes + copies + _KERNELS_ADDRESS_BYTES
 
     def _why(self, best: _Arrangement, n_cells: int) -> str:
         """What is missing, and what would fit."""
         members = tuple(name for model in self._models for name in model.members)
-        caches = sum(len(model.members) * model.print.cache(n_cells) for model in self._models)
+        caches = sum(len(model.members) * model.size.cache(n_cells) for model in self._models)
         names = f"{', '.join(members[:-1])} and {members[-1]}"
         if not best.fits_gpus:
             number = min(range(len(best.left_bytes)), key=best.left_bytes.__getitem__)
@@ -299,7 +319,7 @@ class Planner:
             where = "the GPU" if len(self.machine.gpus) == 1 else device.name
             need = f"{names} need {_gb(n_bytes)} on {where} with these layers, {_gb(device.free_bytes)} are free there"
             shared = self._arranged(n_cells, -1)
-            layers = ",".join(f"{m.members[0]}={p.n_gpu}" for m, p in zip(self._models, shared.places, strict=True))
+            layers = ",".join(f"{m.members[0]}={p.n_gpu}" for m, p in zip(self._models, shared.layouts, strict=True))
             if self._fits(shared, n_cells):
                 return f"{need}; n_gpu_layers of {layers} would fit"
         else:

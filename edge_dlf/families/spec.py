@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import FamilyError, InvalidParameterError
+from ..gguf.shards import shard_names
 from ..params import METHODS, Number, check_settings, settable
 from ..system.paths import CATALOGUE, expanded, models_dir, shipped_dir
-from .hub_cache import cached, check_names, shards
+from .hub_cache import cached, check_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,15 +45,22 @@ class ModelSource:
     sha256: tuple[str, ...] = ()
 
     @property
-    def place(self) -> Path | None:
-        """The file on this machine; None where it is yet to be downloaded."""
+    def local_file(self) -> Path | None:
+        """The file on this machine; None if it is yet to be downloaded."""
         if self.repo and self.file:
             return cached(self.repo, self.file, self.revision)
         return self.path
 
+    @property
+    def local_files(self) -> tuple[Path, ...]:
+        """Every file of the model that is on this machine; a split model has several."""
+        path = self.local_file
+        paths = [path.with_name(name) for name in shard_names(path.name)] if path else []
+        return tuple(path for path in paths if path.is_file())
+
     def local_path(self) -> Path:
-        """The file on this machine. Raises FamilyError where it is yet to be downloaded."""
-        path = self.place
+        """The file on this machine. Raises FamilyError if it is yet to be downloaded."""
+        path = self.local_file
         if path is None:
             raise FamilyError(f"{self.file} of {self.repo} is not on this machine; `edge-dlf pull` downloads it")
         return path
@@ -60,11 +68,13 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """One expert: a `source`, which may turn out to be a model or a LoRA over the base, or LoRAs with their scales."""
+    """One expert: a model, a LoRA over the base, or several LoRAs with scales.
+
+    files: (file, scale) pairs. A file without a scale is the only one; its header tells whether it is a LoRA.
+    """
 
     name: str
-    source: ModelSource | None = None
-    loras: tuple[tuple[ModelSource, float], ...] = ()
+    files: tuple[tuple[ModelSource, float | None], ...]
 
 
 @dataclass(frozen=True)
@@ -84,14 +94,29 @@ class FamilySpec:
     origin: str | None = field(default=None, compare=False)
 
     @property
+    def members(self) -> tuple[tuple[str, ModelSource, float | None], ...]:
+        """(role, file, scale) of every file in the order large, base, experts; None for a file without a scale."""
+        experts = [(expert.name, source, scale) for expert in self.experts for source, scale in expert.files]
+        return (("large", self.large, None), ("base", self.base, None), *experts)
+
+    @property
     def sources(self) -> tuple[ModelSource, ...]:
-        """Every file: of large, of base, of each expert in turn."""
-        experts = [[expert.source] if expert.source else [lora for lora, _ in expert.loras] for expert in self.experts]
-        return (self.large, self.base, *(source for sources in experts for source in sources))
+        """Every file, in the order of `members`."""
+        return tuple(source for _, source, _ in self.members)
+
+    @property
+    def local_files(self) -> list[Path | None]:
+        """The file of each source on this machine; None for one that is yet to be downloaded."""
+        return [source.local_file for source in self.sources]
+
+    @property
+    def is_downloaded(self) -> bool:
+        """Whether no file is yet to be downloaded."""
+        return None not in self.local_files
 
     def check_is_here(self) -> None:
         """Raise FamilyError where a file is yet to be downloaded."""
-        missing = [source for source in dict.fromkeys(self.sources) if source.place is None]
+        missing = [source for source in dict.fromkeys(self.sources) if source.local_file is None]
         if missing:
             more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
             raise FamilyError(
@@ -132,19 +157,15 @@ class FamilySpec:
         folder = Path()
         specs = []
         for name, files in experts.items():
-            if isinstance(files, str | os.PathLike):
-                specs.append(ExpertSpec(name, source=_local(files, folder, f"expert {name!r}")))
-            else:
-                pairs = _pairs(name, files)
-                specs.append(
-                    ExpertSpec(name, loras=tuple((_local(f, folder, f"expert {name!r}"), s) for f, s in pairs))
-                )
+            pairs = [(files, None)] if isinstance(files, str | os.PathLike) else _pairs(name, files)
+            where = f"expert {name!r}"
+            specs.append(ExpertSpec(name, tuple((_local(file, folder, where), scale) for file, scale in pairs)))
         _check_names([spec.name for spec in specs])
         return cls(Path(large).stem, _local(large, folder, "large"), _local(base, folder, "base"), tuple(specs))
 
 
 def is_name(text: str) -> bool:
-    """Whether a family may be named so."""
+    """Whether `text` may be the name of a family."""
     return bool(_NAME.fullmatch(text))
 
 
@@ -259,8 +280,8 @@ def _source(table: Table, folder: Path, where: str, also: frozenset[str] = froze
     repo, file, revision = texts["repo"], texts["file"], texts.get("revision")
     check_names(repo, file, revision)
     hashes = _sha256(table, where)
-    is_complete = len(hashes) in (0, len(shards(file)))
-    _require(is_complete, f"{where} has {len(hashes)} in sha256 and {len(shards(file))} files")
+    is_complete = len(hashes) in (0, len(shard_names(file)))
+    _require(is_complete, f"{where} has {len(hashes)} in sha256 and {len(shard_names(file))} files")
     return ModelSource(None, repo, file, revision, hashes)
 
 
@@ -276,14 +297,14 @@ def _expert(table: Table, folder: Path) -> ExpertSpec:
     name = str(table["name"])
     where = f"expert {name!r}"
     if "lora" not in table:
-        return ExpertSpec(name, source=_source(table, folder, where, frozenset({"name"})))
+        return ExpertSpec(name, ((_source(table, folder, where, frozenset({"name"})), None),))
     _known(table, {"name", "lora", "scale"}, f"{where}, which has a lora,")
     loras = table["lora"] if isinstance(table["lora"], list) else [table["lora"]]
     scales = table.get("scale", [1.0] * len(loras))
     scales = scales if isinstance(scales, list) else [scales]
     _require(len(scales) == len(loras), f"{where} has {len(loras)} in lora and {len(scales)} in scale")
     pairs = _pairs(name, list(zip(loras, scales, strict=True)))
-    return ExpertSpec(name, loras=tuple((_local(lora, folder, where), scale) for lora, scale in pairs))
+    return ExpertSpec(name, tuple((_local(lora, folder, where), scale) for lora, scale in pairs))
 
 
 def _pairs(name: Any, files: Any) -> list[tuple[Any, float]]:

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata, and the name, type, shape and place of every tensor.
+"""The header of a GGUF file: metadata, and the name, type, shape and offset of every tensor.
 
 Every count, length and offset is first held against the file's size. The file is read with ordinary reads, never
 mapped: a file that shrinks under a mapping kills its reader.
@@ -187,6 +187,8 @@ class _Cursor:
             n_left -= len(starts)
             self.pos += int(starts[-1])
             self.text(what, _MAX_HEADER_BYTES)
+        if len(known) == n + 1 == len(like) + 1:
+            return like
         ends = np.array([self.pos - begin], np.int64)
         return Texts(self.buffer[begin : self.pos], np.concatenate([*parts, ends]))
 

@@ -1,4 +1,4 @@
-"""What a GGUF model or LoRA adapter holds, and why it cannot be used, before llama.cpp sees it.
+"""Reads a GGUF model or LoRA adapter by its header, and refuses what cannot be used, before llama.cpp sees it.
 
 llama.cpp aborts the whole process on some files. `read_info` refuses those that can be told by their header, in bounded
 time and memory; weights are never read.
@@ -7,7 +7,6 @@ time and memory; weights are never read.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import NoReturn
 from ..errors import ModelFileError
 from .header import Array, Header, Scalar, Tensor, Vocabulary, read_header, show
 from .rules import NO_WEIGHTS, why_refused
-
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+from .shards import shard_names
 
 
 @dataclass(frozen=True)
 class GGUFInfo:
-    """What the header of a GGUF says, all shards of a split model together.
+    """The header of a GGUF, all shards of a split model together.
 
     architecture: such as "llama" or "qwen2". is_adapter: a LoRA, to be put over a model of the same architecture.
     n_vocab: length of the token list, padding included; None for an adapter.
@@ -41,6 +39,12 @@ class GGUFInfo:
     shards: tuple[Path, ...]
     file_bytes: int
     tensor_bytes: int
+
+    @property
+    def n_ctx_train(self) -> int | None:
+        """Positions that the model was trained for, if the file says so."""
+        n_ctx = self.metadata.get(f"{self.architecture}.context_length")
+        return n_ctx if isinstance(n_ctx, int) else None
 
 
 def read_info(path: str | Path, like: GGUFInfo | None = None) -> GGUFInfo:
@@ -122,16 +126,16 @@ def _shards(path: Path, first: Header) -> tuple[Path, ...]:
         _fail(path, "damaged: its split.count or split.no is not a number")
     if count <= 1:
         return (path,)
-    name = _SHARD.fullmatch(path.name)
+    names = shard_names(path.name)
     if number:
-        first_name = f"{name['stem']}-00001-of-{name['count']}.gguf" if name else "the first"
+        first_name = names[0] if len(names) > 1 else "the first"
         _fail(path, f"is file {number + 1} of a model in {count} files; give {first_name}")
-    if not name or int(name["number"]) != 1 or int(name["count"]) != count:
+    if len(names) != count or names[0] != path.name:
         _fail(
             path,
             f"is the first of {count} files, and must be named …-00001-of-{count:05d}.gguf for the others to be found",
         )
-    shards = [path.with_name(f"{name['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    shards = [path.with_name(name) for name in names]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

@@ -6,7 +6,7 @@ llama.cpp refuses by itself (missing keys, wrong types, tensors of other shapes)
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 
 from .header import Array, Scalar, Tensor, Vocabulary, show
@@ -31,6 +31,13 @@ _WIDTHS = (
     "rope.dimension_count",
     "rope.dimension_count_swa",
 )
+_EPSILONS = (
+    "attention.layer_norm_rms_epsilon",
+    "attention.layer_norm_epsilon",
+    "attention.group_norm_epsilon",
+)
+_HIGHEST = {**dict.fromkeys(_WIDTHS, _MAX_WIDTH), **dict.fromkeys(_EPSILONS, sys.float_info.max)}
+"""Key of a number that is 0 or more -> the highest that it may be."""
 TRIED = frozenset({"gemma3", "llama", "mamba", "qwen2", "qwen3"})
 """Architectures whose damaged headers were tried by the thousands against llama.cpp itself."""
 _NO_LANGUAGE_MODELS = frozenset((
@@ -69,7 +76,7 @@ def why_refused(
         return metadata.get(f"{architecture}.{key}")
 
     reason = _tokenizer(metadata, vocabulary)
-    for rule in (_widths, _layers, _heads, _rotary, _experts, _floats, _attention):
+    for rule in (_ranges, _layers, _heads, _rotary, _experts, _attention):
         reason = reason or rule(architecture, get)
     return f"damaged: {reason}" if reason else None
 
@@ -96,10 +103,10 @@ def _tokenizer(metadata: Metadata, vocabulary: Vocabulary) -> str | None:
     return None
 
 
-def _widths(_: str, get: Get) -> str | None:
-    for key in _WIDTHS:
+def _ranges(_: str, get: Get) -> str | None:
+    for key, highest in _HIGHEST.items():
         for number in _numbers(get(key)):
-            if not 0 <= number <= _MAX_WIDTH:
+            if not 0 <= number <= highest:
                 return f"its {key} is {number}"
     return None
 
@@ -154,14 +161,6 @@ def _experts(_: str, get: Get) -> str | None:
         return f"it has {n_groups} groups of {n_experts} experts"
     if n_groups > 1 and not 0 < n_groups_used < n_groups:
         return f"it uses {n_groups_used} of {n_groups} groups of experts"
-    return None
-
-
-def _floats(_: str, get: Get) -> str | None:
-    for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon", "group_norm_epsilon"):
-        for number in _numbers(get(f"attention.{key}")):
-            if not 0.0 <= number < math.inf:
-                return f"its attention.{key} is {number}"
     return None
 
 

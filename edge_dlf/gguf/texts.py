@@ -1,4 +1,4 @@
-"""Arrays of strings in a GGUF header, at a stroke: where each begins, and which may be the same."""
+"""Arrays of strings in a GGUF header, vectorised: where each string begins, and which strings repeat."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Texts:
         return (self.data[start + 8 : end] for start, end in pairwise(starts))
 
     def also_at(self, buffer: bytes, pos: int, n: int) -> npt.NDArray[np.int64]:
-        """`starts` of those among these strings that an array of `n` at `pos` begins with: all that it can have, or
-        none."""
+        """`starts` of the strings that an array of `n` at `pos` shares with this one: the longest possible prefix, or
+        nothing."""
         starts = self.starts[: n + 1]
         return starts if buffer.startswith(self.data[: int(starts[-1])], pos) else self.starts[:1]
 
@@ -44,8 +44,10 @@ NO_TEXTS = Texts(b"", np.zeros(1, np.int64))
 
 
 def plain_starts(window: bytes, n: int) -> npt.NDArray[np.int64] | None:
-    """Where the lengths of `n` strings at most begin that begin in `window`, by the zeros that end each length; None
-    where a string is empty, long, or holds a NUL."""
+    """Offsets in `window` of up to `n` strings, found by the zero bytes that end each length.
+
+    None if a string is empty, long, or holds a NUL.
+    """
     data = np.frombuffer(window, np.uint8)
     zero = data == 0
     starts = np.flatnonzero(zero[:-1] > zero[1:]) - 7
@@ -78,7 +80,7 @@ def repeated(texts: Texts) -> tuple[int, int] | None:
 
 
 def _suspects(texts: Texts) -> Sequence[int]:
-    """The few strings that may be the same as another one; all of them where a string is empty or holds a NUL."""
+    """Numbers of the few strings that may repeat another one; of all if a string is empty or holds a NUL."""
     data = np.frombuffer(texts.data + bytes(16), np.uint8)
     words, starts = _words(data), texts.starts[:-1]
     lengths = np.diff(texts.starts) - 8

@@ -1,4 +1,4 @@
-"""Files that keep what was written to them, whatever ends the process or the machine."""
+"""Files that lose nothing that was written, whatever ends the process or the machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WRONG_PATH = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES
 
 
 def file_error(path: Path, error: OSError) -> EdgeDLFError:
-    """What to raise where a file cannot be written: a path that cannot be used is the caller's mistake."""
+    """The error to raise if a file cannot be written: a path that cannot be used is the caller's mistake."""
     reason = (error.strerror or str(error)).lower()
     if error.errno in _WRONG_PATH:
         return InvalidParameterError(f"{path}: {reason}")
@@ -103,7 +103,7 @@ class Appender:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` at the end, all at once; nothing changes where an exception comes first."""
+    """Write a file that replaces `path` at the end, all at once; an exception before the end changes nothing."""
     new = new_name(path)
     try:
         with new.open("wb") as file:
@@ -123,7 +123,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def new_name(path: Path) -> Path:
-    """Where `replacing` writes; a process that was killed meanwhile leaves it behind."""
+    """Path that `replacing` writes to; a process that is killed leaves it behind."""
     return path.with_name(f".{path.name}.new")
 
 

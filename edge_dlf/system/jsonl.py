@@ -31,7 +31,7 @@ class Line(NamedTuple):
 
 
 class LineFile(Protocol):
-    """What can be read by lines of `limit` bytes or fewer."""
+    """A file that is read by lines of `limit` bytes or fewer."""
 
     def readline(self, limit: int, /) -> bytes: ...
 

@@ -1,4 +1,4 @@
-"""What this machine has free: memory under every limit that holds for this process, address space, GPUs."""
+"""Free memory of this machine, under every limit on this process; address space; GPUs."""
 
 from __future__ import annotations
 

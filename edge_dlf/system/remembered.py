@@ -1,4 +1,4 @@
-"""What was once found out about this machine and its files, kept in the user's cache folder."""
+"""Measurements of this machine and its files, kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import platformdirs
 
 
 def recall(name: str, key: str) -> Any:
-    """What the collection `name` has under `key`; None where it has nothing."""
+    """The value of `key` in the collection `name`; None if there is none."""
     return _read(name).get(key)
 
 
 def remember(name: str, key: str, value: Any) -> None:
-    """Add to the collection `name`; where the folder cannot be written it will be found out again, no more."""
+    """Add to the collection `name`. If the folder cannot be written, the value is measured again next time."""
     path = _file(name)
     part = path.with_name(f"{path.name}.{os.getpid()}")
     with suppress(OSError):
@@ -28,7 +28,7 @@ def remember(name: str, key: str, value: Any) -> None:
 
 
 def states(paths: Sequence[Path]) -> list[list[int]]:
-    """Size and time of each file: what was found out about it holds as long as they do."""
+    """Size and time of each file: a measurement of a file holds as long as these do."""
     stats = [path.stat() for path in paths]
     return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
 

@@ -1,4 +1,4 @@
-"""The files that a batch writes: which they are, whether this run may go on with them, and where a new one begins."""
+"""The files that a batch writes: names, locks, and whether this run may continue what is in them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from ..errors import EdgeDLFError, InvalidParameterError
-
-if TYPE_CHECKING:
-    from ..families.manifest import Manifest
-    from ..system.durable import Appender
-    from .ledger import Ledger
+from ..families.manifest import Manifest
+from .intake import survey
+from .ledger import Ledger, is_begun, locked, resume
 
 STDIO = "-"
 _AGAIN = "; give the same again, or --restart, which keeps the earlier file and begins anew"
@@ -24,7 +22,11 @@ _AGAIN = "; give the same again, or --restart, which keeps the earlier file and 
 
 @dataclass(frozen=True)
 class Targets:
-    """output, errors: real paths, None for stdout and for errors that have no file of their own."""
+    """Paths, links resolved.
+
+    output: None for stdout.
+    errors: None if failed rows go to the output.
+    """
 
     output: Path | None
     errors: Path | None
@@ -35,21 +37,21 @@ class Targets:
         if errors == STDIO:
             raise InvalidParameterError("--errors must be a file")
         targets = cls(_real(output) if output != STDIO else None, _real(errors) if errors else None)
-        reading, writing = _status(input), _status(targets.output or sys.stdout)
+        reading, writing = status_of(input), status_of(targets.output or sys.stdout)
         for path in filter(None, (targets.output, targets.errors)):
             if path.is_dir():
                 raise InvalidParameterError(f"{path}: is a folder")
-            if _same(reading, _status(path)):
+            if _same(reading, status_of(path)):
                 raise InvalidParameterError(f"{path}: is the input; write the answers elsewhere")
         if targets.output is None and _same(reading, writing):
             raise InvalidParameterError("stdout is the input; write the answers elsewhere")
-        if targets.errors and (targets.errors == targets.output or _same(writing, _status(targets.errors))):
+        if targets.errors and (targets.errors == targets.output or _same(writing, status_of(targets.errors))):
             raise InvalidParameterError(f"{targets.errors}: is both the output and the file of errors")
         return targets
 
     @property
     def can_resume(self) -> bool:
-        """Whether what was written can be read again."""
+        """Whether a later run can read the output."""
         return self.output is not None and _is_file(self.output)
 
     @property
@@ -59,7 +61,7 @@ class Targets:
 
     @property
     def files(self) -> list[Path]:
-        """Those that stay, which streams do not."""
+        """Output and errors, without streams."""
         return [path for path in (self.output, self.errors) if path and _is_file(path)]
 
     def set_aside(self) -> None:
@@ -73,14 +75,6 @@ class Targets:
             self.manifest.rename(_manifest(_numbered(self.output, number)))
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Where a batch stands. n_rows: of the input, None where it is a stream."""
-
-    ledger: Ledger
-    n_rows: int | None
-
-
 @contextmanager
 def open_outputs(
     targets: Targets,
@@ -90,13 +84,12 @@ def open_outputs(
     restart: bool,
     retry_errors: bool,
     notice: Callable[[str], None],
-) -> Iterator[Outputs]:
+) -> Iterator[tuple[Ledger, int | None]]:
     """Lock the files, compare them with this run's `manifest`, and open them at their ends.
 
+    Yields a ledger that knows the rows of earlier runs, and how many rows the input has, None if it is a stream.
     Raises EdgeDLFError where another run writes to them, InvalidParameterError where they are not this run's.
     """
-    from .ledger import Ledger, is_begun, locked, resume
-
     ledger, n_rows = Ledger(), None
     with ExitStack() as stack:
         stack.enter_context(locked(targets.files))
@@ -109,20 +102,17 @@ def open_outputs(
         elif begun:
             raise InvalidParameterError(f"{begun[0]}: exists; --restart keeps it under another name")
 
-        def sink(path: Path | None) -> Appender | _Stream:
+        def opened(path: Path | None) -> Callable[[bytes], None]:
             if path and _is_file(path):
-                return stack.enter_context(resume(ledger, path, retry_errors=retry_errors, notice=notice))
-            return stack.enter_context(_Stream(path))
+                return stack.enter_context(resume(ledger, path, retry_errors=retry_errors, notice=notice)).append
+            return stack.enter_context(_Stream(path)).append
 
-        ledger.write_to(sink(targets.output), sink(targets.errors) if targets.errors else None)
-        yield Outputs(ledger, n_rows)
+        ledger.write_to(opened(targets.output), opened(targets.errors) if targets.errors else None)
+        yield ledger, n_rows
 
 
 def _compare(targets: Targets, begun: list[Path], input: IO[bytes], now: Manifest) -> int | None:
-    """Whether what is there was made of the same; writes the manifest. Returns how many rows the input has."""
-    from ..families.manifest import Manifest
-    from .intake import survey
-
+    """Check that the files were begun with the same manifest, and save it. Returns how many rows the input has."""
     assert targets.output
     errors = os.path.relpath(targets.errors, targets.output.parent) if targets.errors else None
     now = replace(now, parameters={**now.parameters, "errors": errors})
@@ -136,7 +126,7 @@ def _compare(targets: Targets, begun: list[Path], input: IO[bytes], now: Manifes
         raise InvalidParameterError(f"{targets.output}: was begun with something else: {'; '.join(found)}{_AGAIN}")
     n_rows = None
     earlier = before.input if before else None
-    if _is_regular(_status(input)) and input is not sys.stdin.buffer:
+    if _is_regular(status_of(input)) and input is not sys.stdin.buffer:
         seen = survey(input, earlier["bytes"] if earlier else 0)
         if earlier and seen.earlier_digest != earlier["blake2b"]:
             raise InvalidParameterError(
@@ -187,16 +177,11 @@ def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.{number}")
 
 
-def _status(file: Any) -> os.stat_result | None:
-    """Of a path or an open file; None where there is none."""
+def status_of(file: Any) -> os.stat_result | None:
+    """Status of a path or an open file; None if there is no such file of the system's."""
     with suppress(OSError, AttributeError):
         return file.stat() if isinstance(file, Path) else os.fstat(file.fileno())
     return None
-
-
-def has_descriptor(file: Any) -> bool:
-    """Whether it is a file of the system's."""
-    return _status(file) is not None
 
 
 def _is_regular(status: os.stat_result | None) -> bool:
@@ -205,7 +190,7 @@ def _is_regular(status: os.stat_result | None) -> bool:
 
 def _is_file(path: Path) -> bool:
     """Whether it is a file that stays, or nothing yet."""
-    status = _status(path)
+    status = status_of(path)
     return status is None or _is_regular(status)
 
 
