@@ -19,13 +19,14 @@ from typing import Any, BinaryIO, NoReturn
 import psutil
 
 from ..errors import InvalidParameterError
+from ..system.child import python_command
 
 _START_S = 20.0  # a busy machine may take long to start a process
 _RENDER_S = 5.0
 _POLL_S = 0.05
 _MEMORY_BYTES = 512 << 20
 _MIN_LIMIT = 4 << 20  # characters; more than any context holds
-_SERVE = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; serve()"
+_SERVE = f"from {__name__} import serve; serve()"
 
 
 class TemplateProcess:
@@ -53,10 +54,7 @@ class TemplateProcess:
             return
         # Its own session: Ctrl-C in the terminal is meant for this process.
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
+            python_command(_SERVE), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         answer = self._ask({"source": self._source}, _START_S)
         if "error" in answer:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import llama_cpp as lib
 
+from ..system.child import python_command
 from ..system.paths import shipped_dir
 from ..system.remembered import recall, remember, states
 
@@ -60,6 +60,6 @@ def amx_crashes() -> bool:
 
 def _try(model: Path) -> str:
     """`right`, or something else, such as how the process ended."""
-    command = [sys.executable, "-c", _TRY, str(model)]
+    command = python_command(_TRY, str(model))
     process = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, start_new_session=True, text=True)
     return process.stdout.strip() or f"exit code {process.returncode}"
