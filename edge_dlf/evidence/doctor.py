@@ -169,17 +169,18 @@ def _threads(default: int) -> Check:
 def _kernels() -> Check:
     started = time.perf_counter()
     try:
+        from ..fusion import kernels
         from ..fusion.fuser import warm_up
 
         warm_up()
     except Exception as error:  # of numba or LLVM, none of which is foreseen
         return Check("kernels", "problem", f"cannot be compiled: {error}", "install numba again: pip install -U numba")
     took_s = time.perf_counter() - started
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parents[1] / "fusion" / "kernels")
+    folder = kernels.cache_folder(kernels.read)
     facts = {"seconds": took_s, "folder": str(folder)}
     if took_s < _SLOW_KERNELS_S:
         return Check("kernels", "ok", f"ready in {took_s:.1f} s", facts=facts)
-    if os.access(folder, os.W_OK):
+    if folder is None or os.access(folder, os.W_OK):
         return Check("kernels", "ok", f"compiled in {took_s:.0f} s; the next start finds them", facts=facts)
     step = "set NUMBA_CACHE_DIR to a folder that can be written"
     return Check("kernels", "note", f"took {took_s:.0f} s; {folder} cannot be written to keep them", step, facts)

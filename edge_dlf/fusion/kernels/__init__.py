@@ -1,5 +1,6 @@
 """Every compiled kernel: arrays in, arrays out, no policy."""
 
+from .cache import cache_folder
 from .careful import careful_curve
 from .memory import read
 from .pick import DRAW, PICKED, draw_token, pick_rows
@@ -25,6 +26,7 @@ __all__ = [
     "VALUE",
     "Team",
     "address",
+    "cache_folder",
     "careful_curve",
     "choose",
     "describe",

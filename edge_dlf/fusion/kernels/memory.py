@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
+from .vector import jit
 
 
-@njit(nogil=True, cache=True)
+@jit
 def read(values: Any) -> int:
     """Sum of `values` (N,) int64: integers add up in any order, so that the loop is nothing but reading."""
     total = 0
