@@ -15,6 +15,7 @@ the large model alone.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 import time
 from collections import defaultdict
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -35,9 +38,11 @@ from edge_dlf.engine.ensemble import Ensemble, Rows
 from edge_dlf.engine.generation import Generation, Pick
 from edge_dlf.errors import EdgeDLFError
 from edge_dlf.evidence import bench
-from edge_dlf.families.files import check_files
+from edge_dlf.families.files import FamilyFiles, check_files
+from edge_dlf.families.footprint import footprint
 from edge_dlf.families.spec import FamilySpec
-from edge_dlf.llama import default_n_threads, fetch_s, gpus
+from edge_dlf.llama import default_n_threads, device, gpus
+from edge_dlf.llama.ggml import call
 from edge_dlf.params import OVERLAPS
 
 FAMILIES = {
@@ -50,6 +55,8 @@ FAMILIES = {
 ACCEPTED = Path(__file__).with_name("accepted.txt")
 N_CTX = 512
 N_PROMPT = 64
+N_PREFILL, N_DECODED = 128, 12
+N_PARALLEL_STEPS = 6
 _GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -149,10 +156,10 @@ class Bench:
 
         ensemble.decode_all, decoder.picker.pick = timed_decode, timed_pick  # type: ignore[method-assign]
         try:
-            tps = bench.parallel_tps(decoder, prompts, n)
+            tps = parallel_tps(decoder, prompts, n)
         finally:
             ensemble.decode_all, decoder.picker.pick = decode_all, pick  # type: ignore[method-assign]
-        members, search = (median(spent[name][-bench.N_PARALLEL_STEPS :]) for name in ("members", "search"))
+        members, search = (median(spent[name][-N_PARALLEL_STEPS:]) for name in ("members", "search"))
         return tps, {"members": members, "search and choice": search, "Python": max(0.0, n / tps - members - search)}
 
     def drafted_tps(self, accepted: str) -> float:
@@ -178,6 +185,56 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def member_speed(
+    ensemble: Ensemble, name: str, files: FamilyFiles, cache_types: tuple[str | None, str | None]
+) -> bench.MemberSpeed:
+    prompt = [10 + n % 97 for n in range(N_PREFILL)]
+    prefill, decode = [], []
+    for _ in range(3):
+        ensemble.forget([0])
+        prefill.append(_decode_s(ensemble, name, prompt))
+        decode += [_decode_s(ensemble, name, prompt[n : n + 1]) for n in range(N_DECODED)]
+    ensemble.forget([0])
+    size = footprint(files.models[name], *cache_types)
+    n_bytes = size.read + int(sum(size.kv) * (N_PREFILL + N_DECODED // 2))
+    n_bytes += sum(path.stat().st_size for path, _ in files.loras.get(name, ()))
+    decode_tps = bench.Spread.of([1 / seconds for seconds in decode])
+    return bench.MemberSpeed(
+        prefill_tps=bench.Spread.of([N_PREFILL / seconds for seconds in prefill]),
+        decode_tps=decode_tps,
+        token_bytes=n_bytes,
+        read_bytes_s=n_bytes * decode_tps.median,
+    )
+
+
+def _decode_s(ensemble: Ensemble, name: str, tokens: Sequence[int]) -> float:
+    """Seconds in which a member evaluates `tokens`."""
+    started = time.perf_counter()
+    ensemble.decode(name, [Run(0, tokens, 1)])
+    ensemble.members[name].logits()  # on a GPU, waits for the result
+    return time.perf_counter() - started
+
+
+def parallel_tps(decoder: Decoder, prompts: Sequence[Sequence[int]], n: int) -> float:
+    """Tokens a second of plain fusion, all sequences together."""
+    ensemble, fusion, sampling = decoder.ensemble, FusionParams(), _GREEDY
+    roles = ensemble.roles(fusion)
+    ensemble.forget(range(ensemble.n_seq_max))
+    generations = []
+    for seq in range(n):
+        prompt = [*prompts[seq % len(prompts)][: 8 + seq]]
+        generations.append(Generation(roles, dict.fromkeys(ensemble.members, prompt), fusion, sampling, seq=seq))
+        decoder.begin(generations[-1])
+    while any(decoder.n_due(generation) > 1 for generation in generations):
+        decoder.step(generations)
+    started = time.perf_counter()
+    for _ in range(N_PARALLEL_STEPS):
+        decoder.step(generations)
+    elapsed = time.perf_counter() - started
+    ensemble.forget(range(n))
+    return n * N_PARALLEL_STEPS / elapsed
+
+
 def measured(spec: FamilySpec, batches: Sequence[int], n_steps: int, bandwidth: float | None) -> dict[str, str]:
     """A column of the table."""
     files = check_files(spec)
@@ -189,7 +246,7 @@ def measured(spec: FamilySpec, batches: Sequence[int], n_steps: int, bandwidth: 
     with FusedLlama(*models, n_ctx=N_CTX, n_threads=n_threads, n_parallel=max(batches)) as llm:
         run = Bench(llm, n_steps)
         names = tuple(run.ensemble.members)
-        speeds = {name: bench.member_speed(run.ensemble, name, files, (None, None)) for name in names}
+        speeds = {name: member_speed(run.ensemble, name, files, (None, None)) for name in names}
         large = run.step_s("large")
         fused = run.overlapped_s()
         best = fused[run.ensemble.overlap]
@@ -220,6 +277,15 @@ def measured(spec: FamilySpec, batches: Sequence[int], n_steps: int, bandwidth: 
     share = f" ({n_bytes / best / memory:.0%} of {memory / 1e9:.0f})" if memory else ""
     rows["read a second, GB (of the memory's)"] = f"{n_bytes / best / 1e9:.1f}{share}"
     return rows
+
+
+def fetch_s(name: str, n_bytes: int) -> float:
+    """Seconds in which `n_bytes` come from a device to the host."""
+    with device.tensors(name, n_bytes, 1) as (_, (source,)):
+        target = np.empty(n_bytes, np.int8)
+        place = ctypes.c_void_p(target.ctypes.data)
+        none, size = ctypes.c_size_t(0), ctypes.c_size_t(n_bytes)
+        return device.best_s(lambda: call("ggml_backend_tensor_get", None, source, place, none, size))
 
 
 def accepted() -> dict[str, str]:

@@ -7,7 +7,7 @@ with its own KV cache and its own LoRA adapters, so that a base and its LoRA exp
 from ..engine.backend import N_BATCH
 from .amx import amx_crashes
 from .context import CACHE_TYPES, LlamaBackend
-from .device import copy_bytes_s, fetch_s
+from .device import copy_bytes_s
 from .grammar import Grammar
 from .model import Model
 from .runtime import AMX_REBUILD, Interrupt, default_n_threads, gpus, repacks_weights, system_info
@@ -23,7 +23,6 @@ __all__ = [
     "amx_crashes",
     "copy_bytes_s",
     "default_n_threads",
-    "fetch_s",
     "gpus",
     "repacks_weights",
     "system_info",

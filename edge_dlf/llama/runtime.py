@@ -13,11 +13,11 @@ from contextlib import contextmanager
 
 import llama_cpp as lib
 import psutil
-from llama_cpp._ggml import libggml
 
 from ..errors import RequestInterruptedError
 from ..system.machine import GPU
 from .amx import amx_crashes
+from .ggml import call, handle
 
 logger = logging.getLogger(__name__)
 
@@ -118,26 +118,21 @@ class Interrupt:
 
 
 def gpus() -> list[GPU]:
-    """Devices that this build of llama.cpp offloads layers to, in its order, with the memory each has free: GPUs, and
-    integrated ones only where there is no other."""
+    """GPUs that this build of llama.cpp offloads layers to, in its order, with their free memory.
+
+    Integrated GPUs count only where there is no other.
+    """
     initialise()
-    ggml = libggml
-    ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
-    ggml.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
-    for function in (ggml.ggml_backend_dev_name, ggml.ggml_backend_dev_description):
-        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    ggml.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
-    size = ctypes.POINTER(ctypes.c_size_t)
-    ggml.ggml_backend_dev_memory.restype, ggml.ggml_backend_dev_memory.argtypes = None, [ctypes.c_void_p, size, size]
-    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     found: dict[int, list[GPU]] = {_GPU: [], _INTEGRATED_GPU: []}
-    for number in range(ggml.ggml_backend_dev_count()):
-        device = ggml.ggml_backend_dev_get(number)
-        kind = ggml.ggml_backend_dev_type(device)
-        if kind in (_GPU, _INTEGRATED_GPU):
+    for number in range(call("ggml_backend_dev_count", ctypes.c_size_t)):
+        device = handle("ggml_backend_dev_get", ctypes.c_size_t(number))
+        kind = call("ggml_backend_dev_type", ctypes.c_int, device)
+        if kind in found:
             free, total = ctypes.c_size_t(), ctypes.c_size_t()
-            ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-            name, about = ggml.ggml_backend_dev_name(device), ggml.ggml_backend_dev_description(device)
+            call("ggml_backend_dev_memory", None, device, ctypes.pointer(free), ctypes.pointer(total))
+            name, about = (
+                call(f"ggml_backend_dev_{what}", ctypes.c_char_p, device) for what in ("name", "description")
+            )
             shares_host = kind == _INTEGRATED_GPU or sys.platform == "darwin"
             found[kind].append(GPU(name.decode(), about.decode(errors="replace"), free.value, total.value, shares_host))
     return found[_GPU] or found[_INTEGRATED_GPU]
