@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .interrupts import interruptible
-from .opening import open_family
-from .options import EPILOG, Options, shared_options
+from .opening import family_command, open_family
+from .options import Options, shared_options
 from .prompts import Prompt, raw_option, read_prompt
 from .screen import Screen, one_line, printable, summary
 
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 _LEAST_COLUMN = 28
 
 
-@click.command(
-    context_settings={"auto_envvar_prefix": "EDGE_DLF"}, epilog=EPILOG, short_help="Answer one prompt by every method."
-)
+@family_command(short_help="Answer one prompt by every method.")
 @click.argument("prompt", metavar="PROMPT|-", required=False)
 @raw_option
 @click.option("--json", is_flag=True, help="Print one JSON object: the answer of each method.")

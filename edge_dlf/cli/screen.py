@@ -76,7 +76,8 @@ class Screen:
         print(f"edge-dlf: {one_line(message)}", file=sys.stderr, flush=True)
 
     def begin_wait(self, message: str) -> None:
-        """Show `message` on a terminal until anything else is shown."""
+        """Show `message` on a terminal, in place of an earlier one, until anything else is shown."""
+        self.end_wait()
         if sys.stderr.isatty():
             self._waiting = message[: shutil.get_terminal_size().columns - 1]
             print(_dim(self._waiting), end="", file=sys.stderr, flush=True)

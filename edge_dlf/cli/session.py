@@ -64,15 +64,14 @@ class Session:
         """Show an answer to the last message. Raises EdgeDLFError; what has come by then is kept. On a terminal Ctrl-C
         stops the answer; elsewhere KeyboardInterrupt goes on."""
         stream = self.llm.stream(self._prompt(), **self.settings, **self._tracer.settings)
-        self._tracer.begin(self.conversation.messages[-1]["content"], stream.report)
+        question = self.conversation.messages[-1]["content"]
         paint = self.paint() if self.paints else None
         text, stopped = "", False
         self.screen.begin_wait("…")
         try:
             with interruptible(self.screen, self.llm.interrupt):
-                for token in stream:
+                for token in self._tracer.tokens(stream, question, self.llm):
                     text += token.text
-                    self._tracer.add(token, lambda id: self.llm.detokenize([id]))
                     self.screen.write(token.text, paint.brush(token.alpha, token.expert) if paint else None)
         except KeyboardInterrupt:
             stopped = True

@@ -80,15 +80,16 @@ def examine_machine() -> Iterator[Check]:
     yield _families()
 
 
-def examine_family(load: Callable[[], FamilySpec], *, n_ctx: int = 4096, **loading: Any) -> Iterator[Check]:
+def examine_family(load: Callable[[], tuple[FamilySpec, Mapping[str, Any]]]) -> Iterator[Check]:
     """Check a family: its files, tokenizer, memory and chat template, and a decode of every member.
 
-    load: reads the family.
-    loading: `n_gpu_layers`, `main_gpu`, `tensor_split`, `type_k` and `type_v`, as FusedLlama takes them.
+    load: reads the family; gives with it any of `n_ctx`, `n_gpu_layers`, `main_gpu`, `tensor_split`, `type_k` and
+        `type_v`, as FusedLlama takes them.
     Raises InvalidParameterError for settings that are out of range.
     """
     try:
-        files = check_files(load())
+        spec, settings = load()
+        files = check_files(spec)
     except VocabMismatchError as error:
         yield _problem("tokenizer", error, "take a base and experts made from models of the same series")
         return
@@ -104,6 +105,7 @@ def examine_family(load: Callable[[], FamilySpec], *, n_ctx: int = 4096, **loadi
         from .. import llama
     except Exception:  # `examine_machine` has reported it
         return
+    n_ctx, loading = settings.get("n_ctx", 4096), {name: settings[name] for name in settings if name != "n_ctx"}
     planner = Planner(files, this_machine(llama.gpus()), repacks=llama.repacks_weights(), **loading)
     memory = _plan(planner, files, n_ctx)
     yield memory
