@@ -1,4 +1,4 @@
-"""One chat with one family: sends messages, shows answers, keeps count."""
+"""One chat with one family: it sends messages, shows answers and counts them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ _ROOM_FOR_ANSWER = 512
 
 
 class Session:
-    """What the commands of a chat act on.
+    """State of a chat, on which its commands act.
 
-    settings: what the user chose, over the family's own `defaults`. paints: whether tokens are coloured by their α.
-    last: the report of the last answer. n_answers, n_generated: answers and their tokens since the start.
+    settings: choices of the user, which go before the family's own `defaults`.
+    paints: whether tokens are coloured by their α.
+    last: report of the last answer.
+    n_answers, n_generated: answers and their tokens since the start.
     """
 
     def __init__(
@@ -47,22 +49,24 @@ class Session:
         self._tracer = tracer or Tracer(None, "")
 
     def value(self, name: str) -> Any:
-        """What holds for the setting `name`: the user's choice, the family's, or the general default."""
+        """Value of the setting `name`: the user's choice, the family's, or the general default."""
         return self.settings.get(name, self._defaults.get(name, DEFAULTS[name]))
 
     def paint(self) -> AlphaPaint | None:
-        """Colours for this family's experts, where the terminal shows any."""
+        """Colours of this family's experts; None where the terminal shows none."""
         system = color_system()
         return AlphaPaint(self.llm.experts, self.value("alpha_max"), system) if system else None
 
     def ask(self, text: str) -> None:
-        """Send a message and show its answer; as `answer`."""
+        """Send a message, and show its answer as `answer` does."""
         self.conversation.ask(text)
         self.answer()
 
     def answer(self) -> None:
-        """Show an answer to the last message. Raises EdgeDLFError; what has come by then is kept. On a terminal Ctrl-C
-        stops the answer; elsewhere KeyboardInterrupt goes on."""
+        """Show an answer to the last message, and keep as much of it as has come.
+
+        On a terminal Ctrl-C stops the answer. Raises EdgeDLFError, and KeyboardInterrupt where there is no terminal.
+        """
         stream = self.llm.stream(self._prompt(), **self.settings, **self._tracer.settings)
         question = self.conversation.messages[-1]["content"]
         paint = self.paint() if self.paints else None
@@ -85,7 +89,7 @@ class Session:
         self._conclude(stream.report, stopped, text)
 
     def _prompt(self) -> list[int]:
-        """Prompt tokens of the conversation; says so where turns had to be dropped."""
+        """Prompt tokens of the conversation. Tells the user where turns had to be dropped."""
         n_before, n_ctx = self.conversation.n_dropped, self.llm.n_ctx
         room = self.value("max_tokens") or min(_ROOM_FOR_ANSWER, n_ctx // 4)
         prompt = self.conversation.fit(self.llm.apply_chat_template, n_ctx, room)

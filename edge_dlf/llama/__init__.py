@@ -1,7 +1,7 @@
-"""llama.cpp through its low-level API: models, contexts and LoRA adapters, with every return code made an error.
+"""Models, contexts and LoRA adapters of llama.cpp, through its low-level API. Every return code becomes an error.
 
-The only importer of `llama_cpp`. A `Model` holds weights and vocabulary; a `LlamaBackend` is one context over a model,
-with its own KV cache and its own LoRA adapters, so that a base and its LoRA experts share one `Model`.
+No other room imports `llama_cpp`. A `Model` holds weights and vocabulary. A `LlamaBackend` is one context over a model,
+with its own KV cache and LoRA adapters, so that a base and its LoRA experts share one `Model`.
 """
 
 from ..engine.backend import N_BATCH

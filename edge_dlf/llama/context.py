@@ -34,23 +34,27 @@ CACHE_TYPES: Mapping[str, int] = {
     "q4_0": lib.GGML_TYPE_Q4_0,
     "iq4_nl": lib.GGML_TYPE_IQ4_NL,
 }
-"""Types of a KV cache: ggml's number."""
+"""Type of a KV cache -> ggml's number of it."""
 
 _MAX_POSITIONS = 2**31 - 1
 _BYTES_PER_THREAD = 4 * 2**20
-"""Weights for which a thread is worth waiting for: those of less are multiplied sooner than threads meet."""
+"""Bytes of weights for each thread; with less, waiting for the other threads takes longer than multiplying."""
 
 
 class LlamaBackend:
     """One context over a model: a `Backend` whose rows lie in llama.cpp's own output buffer.
 
-    name: role of the member, for errors. n_ctx: positions that one of n_seq_max sequences may hold. n_cells: positions
-    of the KV cache that they share, by default n_ctx for each. streams: whether each has n_ctx of its own, which must
-    be a multiple of 256, in place of sharing. n_ubatch: tokens to evaluate at a time with plain attention, which keeps
-    their scores; None for flash attention wherever the device has it, and whole batches. n_rows: rows of logits that
-    one `decode` may ask for; llama.cpp reserves n_rows x width, never n_ctx x width.
-    loras: (file, scale) pairs added to the weights. interrupt: stops what is evaluated. type_k, type_v: names from
-    CACHE_TYPES.
+    name: role of the member, for errors.
+    n_ctx: positions that each of n_seq_max sequences may hold.
+    n_cells: positions of the KV cache that the sequences share, by default n_ctx for each.
+    streams: whether each sequence has a cache of n_ctx positions of its own, a multiple of 256, and shares nothing.
+    n_ubatch: tokens that plain attention evaluates at a time; None for flash attention, where the device has it, over
+        whole batches.
+    n_rows: rows of logits that one `decode` may ask for; llama.cpp reserves memory for so many.
+    n_threads: None for the physical cores, or fewer for a small model.
+    type_k, type_v: types of the KV cache, from CACHE_TYPES.
+    loras: (file, scale) pairs that are added to the weights.
+    interrupt: stops the evaluation.
     Raises ModelFileError for an adapter that does not fit, OutOfMemoryError where memory does not suffice, LoadError
     where llama.cpp refuses the settings for this model.
     """
@@ -128,7 +132,7 @@ class LlamaBackend:
         self._allocate_batch()
 
     def _allocate_batch(self) -> None:
-        """One `llama_batch` over arrays of ours, reused for every call."""
+        """Make one `llama_batch` over NumPy arrays, which every call reuses."""
         size = N_BATCH
         self._token = np.zeros(size, np.int32)
         self._pos = np.zeros(size, np.int32)
@@ -236,13 +240,13 @@ class LlamaBackend:
             self._restore(seq, state)
 
     def _saved(self, seq: int) -> tuple[int, Any]:
-        """Positions that `seq` holds, and what llama.cpp keeps of them."""
+        """Positions that `seq` holds, and llama.cpp's copy of its cache."""
         state = (ctypes.c_uint8 * lib.llama_state_seq_get_size(self._ctx, seq))()
         lib.llama_state_seq_get_data(self._ctx, state, len(state), seq)
         return self._n_past[seq], state
 
     def _restore(self, seq: int, saved: tuple[int, Any]) -> None:
-        """Let `seq`, which must be empty, hold what was saved of it or of another."""
+        """Put the saved cache of any sequence into `seq`, which must be empty."""
         n_past, state = saved
         if n_past and not lib.llama_state_seq_set_data(self._ctx, state, len(state), seq):
             raise DecodeError(f"{self.name}: llama.cpp does not take back what its KV cache held")
@@ -255,6 +259,6 @@ class LlamaBackend:
 
 
 def _restoring(runs: Sequence[Run]) -> npt.NDArray[np.int64] | None:
-    """Which row of a batch ordered by sequence is each row wanted; None if that changes nothing."""
+    """Index of each row of `runs` in a batch ordered by sequence; None where both orders are the same."""
     by_seq = np.argsort([run.seq for run in runs for _ in range(run.n_rows)], kind="stable")
     return None if np.array_equal(by_seq, np.arange(len(by_seq))) else np.argsort(by_seq)
