@@ -42,14 +42,12 @@ def bench(ctx: click.Context, /, json: bool, **values: Any) -> None:
     options.loading.update(n_ctx=N_CTX, n_parallel=max(PARALLEL))
     cache_types = options.loading.get("type_k"), options.loading.get("type_v")
     files = check_files(options.spec)
+
+    def tell(what: str) -> None:
+        screen.begin_wait(f"measuring: {what} …")
+
     with open_family(options, screen) as llm, interruptible(screen, llm.interrupt):
-        speeds = measure(
-            llm,
-            files,
-            n_threads=n_threads,
-            cache_types=cache_types,
-            tell=lambda what: screen.begin_wait(f"measuring: {what} …"),
-        )
+        speeds = measure(llm, files, n_threads=n_threads, cache_types=cache_types, tell=tell)
         screen.end_wait()
     if json:
         screen.show(dumps({"family": options.spec.name, **dataclasses.asdict(speeds), "verdict": speeds.verdict}))

@@ -37,14 +37,7 @@ def chat(ctx: click.Context, /, trace: Path | None, **shared: Any) -> None:
 
     options, screen = Options.of(ctx, shared), Screen()
     with tracing(trace, options.spec.name) as tracer, open_family(options, screen) as llm:
-        session = Session(
-            llm,
-            screen,
-            settings=options.settings,
-            defaults=options.spec.defaults,
-            system=options.system,
-            tracer=tracer,
-        )
+        session = Session(llm, screen, dict(options.settings), options.spec.defaults, options.system, tracer)
         if not screen.is_terminal:
             ctx.exit(answer_lines(session))
         from .editor import Editor

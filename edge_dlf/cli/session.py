@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .conversation import Conversation
@@ -19,38 +20,34 @@ if TYPE_CHECKING:
 _ROOM_FOR_ANSWER = 512
 
 
+@dataclass
 class Session:
     """State of a chat, on which its commands act.
 
     settings: choices of the user, which go before the family's own `defaults`.
+    system: the system prompt.
     paints: whether tokens are coloured by their α.
     last: report of the last answer.
     n_answers, n_generated: answers and their tokens since the start.
     """
 
-    def __init__(
-        self,
-        llm: FusedLlama,
-        screen: Screen,
-        *,
-        settings: Mapping[str, Any],
-        defaults: Mapping[str, Any],
-        system: str | None = None,
-        tracer: Tracer | None = None,
-    ) -> None:
-        self.llm = llm
-        self.screen = screen
-        self.settings = dict(settings)
+    llm: FusedLlama
+    screen: Screen
+    settings: dict[str, Any]
+    defaults: Mapping[str, Any]
+    system: InitVar[str | None] = None
+    tracer: Tracer = field(default_factory=lambda: Tracer(None, ""))
+    paints: bool = False
+    last: Report | None = None
+    n_answers: int = 0
+    n_generated: int = 0
+
+    def __post_init__(self, system: str | None) -> None:
         self.conversation = Conversation(system)
-        self.paints = False
-        self.last: Report | None = None
-        self.n_answers = self.n_generated = 0
-        self._defaults = defaults
-        self._tracer = tracer or Tracer(None, "")
 
     def value(self, name: str) -> Any:
         """Value of the setting `name`: the user's choice, the family's, or the general default."""
-        return self.settings.get(name, self._defaults.get(name, DEFAULTS[name]))
+        return self.settings.get(name, self.defaults.get(name, DEFAULTS[name]))
 
     def paint(self) -> AlphaPaint | None:
         """Colours of this family's experts; None where the terminal shows none."""
@@ -67,14 +64,14 @@ class Session:
 
         On a terminal Ctrl-C stops the answer. Raises EdgeDLFError, and KeyboardInterrupt where there is no terminal.
         """
-        stream = self.llm.stream(self._prompt(), **self.settings, **self._tracer.settings)
+        stream = self.llm.stream(self._prompt(), **self.settings, **self.tracer.settings)
         question = self.conversation.messages[-1]["content"]
         paint = self.paint() if self.paints else None
         text, stopped = "", False
         self.screen.begin_wait("…")
         try:
             with interruptible(self.screen, self.llm.interrupt):
-                for token in self._tracer.tokens(stream, question, self.llm):
+                for token in self.tracer.tokens(stream, question, self.llm):
                     text += token.text
                     self.screen.write(token.text, paint.brush(token.alpha, token.expert) if paint else None)
         except KeyboardInterrupt:

@@ -72,5 +72,6 @@ def tracing(path: Path | None, family: str) -> Iterator[Tracer]:
         return
     from ..evidence.trace import TraceFile
 
-    with TraceFile(path) as file:
+    file = TraceFile(path)
+    with file:
         yield Tracer(file, family)

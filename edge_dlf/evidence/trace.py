@@ -20,7 +20,7 @@ N_BINS = 10
 """Number of equal parts of the range of α in the histogram."""
 
 
-class TraceFile:
+class TraceFile(Appender):
     """A file that answers are added to, after those that it holds already. A context manager.
 
     Raises InvalidParameterError where the file holds anything but a trace, EdgeDLFError where it cannot be written.
@@ -37,18 +37,11 @@ class TraceFile:
                         n_bytes = line.start + line.n_bytes if line.is_whole else n_bytes
         except OSError as error:
             raise file_error(path, error) from error
-        self._file = Appender(path, n_bytes)
-
-    def __enter__(self) -> TraceFile:
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._file.__exit__(*exception)
+        super().__init__(path, n_bytes)
 
     def write(self, *entries: Mapping[str, Any]) -> None:
         """Add entries, all or none of them."""
-        self._file.append(b"".join(map(dump_line, entries)))
+        self.append(b"".join(map(dump_line, entries)))
 
 
 class Head(NamedTuple):

@@ -36,6 +36,12 @@ CACHE_TYPES: Mapping[str, int] = {
 }
 """Type of a KV cache -> ggml's number of it."""
 
+_FAILURES = {
+    1: (ContextOverflowError, "no free KV cells for {} more tokens"),
+    2: (RequestInterruptedError, "interrupted while it evaluated {} tokens"),
+    -2: (OutOfMemoryError, "no memory to evaluate {} tokens"),
+}
+"""Errors by the code that llama_decode returns."""
 _MAX_POSITIONS = 2**31 - 1
 _BYTES_PER_THREAD = 4 * 2**20
 """Bytes of weights for each thread; with less, waiting for the other threads takes longer than multiplying."""
@@ -193,14 +199,9 @@ class LlamaBackend:
         self._n_logits, self._rows = 0, None
         self._batch.n_tokens = n_tokens
         code = lib.llama_decode(self._ctx, self._batch)
-        if code == 1:
-            raise ContextOverflowError(f"{self.name}: no free KV cells for {n_tokens} more tokens")
-        if code == 2:
-            raise RequestInterruptedError(f"{self.name}: interrupted while it evaluated {n_tokens} tokens")
-        if code == -2:
-            raise OutOfMemoryError(f"{self.name}: no memory to evaluate {n_tokens} tokens")
-        if code != 0:
-            raise DecodeError(f"{self.name}: llama_decode failed with code {code}")
+        if code:
+            kind, what = _FAILURES.get(code, (DecodeError, f"llama_decode failed with code {code}"))
+            raise kind(f"{self.name}: {what.format(n_tokens)}")
         self._n_logits = n_logits
 
     def wait(self) -> None:
