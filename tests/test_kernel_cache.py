@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edge_dlf.fusion.kernels import memory
-from edge_dlf.fusion.kernels.cache import kept
+from edge_dlf.fusion.kernels.cache import cache_folder, kept
 
 pytestmark = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="nothing is compiled")
 
@@ -26,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def kernel() -> Any:
     """A kernel as a new process has it: with nothing but what is kept on disk."""
-    return kept(numba.njit(cache=True)(memory.read.py_func))
+    return kept(numba.njit(memory.read.py_func))
 
 
 def is_found() -> bool:
@@ -80,6 +80,12 @@ def test_a_full_disk_stops_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("os.replace", full)
     assert not is_found()
     assert not is_found()
+
+
+def test_no_folder_that_can_be_written_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.core.caching.CompileResultCacheImpl._locator_classes", [])
+    assert not is_found()
+    assert cache_folder(kernel()) is None
 
 
 def test_every_kernel_keeps_its_files_this_way() -> None:

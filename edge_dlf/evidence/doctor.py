@@ -184,8 +184,8 @@ def _kernels() -> Check:
     folder, text, step = kernels.cache_folder(kernels.read), f"ready in {took_s:.1f} s", None
     if took_s >= _SLOW_KERNELS_S:
         text = f"compiled in {took_s:.0f} s; the next start finds them"
-        if folder and not os.access(folder, os.W_OK):
-            text = f"took {took_s:.0f} s; {folder} cannot be written to keep them"
+        if not folder or not os.access(folder, os.W_OK):
+            text = f"took {took_s:.0f} s; {folder or 'no folder'} cannot be written to keep them"
             step = "set NUMBA_CACHE_DIR to a folder that can be written"
     return _check("kernels", text, step, seconds=took_s, folder=str(folder))
 

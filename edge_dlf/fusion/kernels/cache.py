@@ -43,15 +43,18 @@ class CheckedFile(_File):  # type: ignore[misc]
 
 
 def kept(kernel: Any) -> Any:
-    """Let a compiled function keep its files this way."""
-    if hasattr(kernel, "py_func"):  # unless NUMBA_DISABLE_JIT left it as it was
-        kernel._cache._cache_file.__class__ = CheckedFile
+    """Let a compiled function keep its files this way, where numba finds a folder that can be written."""
+    if hasattr(kernel, "enable_caching"):  # unless NUMBA_DISABLE_JIT left the function as it was
+        with suppress(RuntimeError):
+            kernel.enable_caching()
+            kernel._cache._cache_file.__class__ = CheckedFile
     return kernel
 
 
 def cache_folder(kernel: Any) -> Path | None:
-    """The folder that holds the files of a compiled function, None where it is not compiled."""
-    return Path(kernel.stats.cache_path) if hasattr(kernel, "stats") else None
+    """The folder that holds the files of a compiled function; None where they are not kept."""
+    path = kernel.stats.cache_path if hasattr(kernel, "stats") else None
+    return Path(path) if path else None
 
 
 def _checksum(content: bytes) -> bytes:

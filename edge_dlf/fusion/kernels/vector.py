@@ -36,13 +36,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def jit(function: _Function) -> _Function:
     """Compile on first use; kept on disk until the file of the function changes, so touch those of its callers too."""
-    return cast(_Function, kept(njit(cache=True, nogil=True, error_model="numpy")(function)))
+    return cast(_Function, kept(njit(nogil=True, error_model="numpy")(function)))
 
 
 def jit_sum(function: _Function) -> _Function:
     """As `jit`, with sums in any order. No flag that would let NaN or inf vanish."""
     flags = {"reassoc", "contract", "nsz"}
-    return cast(_Function, kept(njit(cache=True, nogil=True, error_model="numpy", fastmath=flags)(function)))
+    return cast(_Function, kept(njit(nogil=True, error_model="numpy", fastmath=flags)(function)))
 
 
 def _prefer_wide_vectors(function: Any) -> None:
