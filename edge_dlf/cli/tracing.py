@@ -41,16 +41,18 @@ class Tracer:
 
         label: the question.
         """
-        if not self._file:
-            yield from stream
-            return
-        from ..answers.trace_entry import token_entry
-
         report = stream.report
-        self._file.write(self._head(label, report.method, report.experts, report.alpha_max))
+        if self._file:
+            self._file.write(self._head(label, report.method, report.experts, report.alpha_max))
         for token in stream:
-            self._file.write(token_entry(token, lambda id: llm.detokenize([id])))
+            self._add(token, llm)
             yield token
+
+    def _add(self, token: Token, llm: FusedLlama) -> None:
+        if self._file:
+            from ..answers.trace_entry import token_entry
+
+            self._file.write(token_entry(token, lambda id: llm.detokenize([id])))
 
     def add_result(self, label: str, body: Mapping[str, Any]) -> None:
         """Write a whole answer, whose trace is taken out of `body`."""

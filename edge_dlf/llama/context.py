@@ -82,7 +82,6 @@ class LlamaBackend:
         loras: Sequence[tuple[Path, float]] = (),
         interrupt: Interrupt | None = None,
     ) -> None:
-        log = initialise()
         for cache_type in (type_k, type_v):
             if cache_type is not None and cache_type not in CACHE_TYPES:
                 raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {cache_type!r}")
@@ -100,42 +99,47 @@ class LlamaBackend:
         self.can_trim = model.can_trim
         self.has_streams = streams
         self._n_rows = max(n_rows, n_seq_max)
-        params = lib.llama_context_default_params()
-        params.n_ctx = self.n_cells
-        params.n_batch, params.n_ubatch = N_BATCH, n_ubatch or N_BATCH
-        params.kv_unified = not self.has_streams
-        params.n_seq_max = n_seq_max
-        params.n_outputs_max = self._n_rows
-        n_threads = n_threads or min(default_n_threads(), max(1, model.n_bytes // _BYTES_PER_THREAD))
-        params.n_threads = params.n_threads_batch = n_threads
-        # Auto: on wherever the device that holds a layer can; forced, it would run beside it, on the CPU.
-        flash, plain = lib.LLAMA_FLASH_ATTN_TYPE_AUTO, lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.flash_attn_type = plain if n_ubatch else flash
-        params.offload_kqv = params.op_offload = True
-        params.type_k = CACHE_TYPES[type_k or "f16"]
-        params.type_v = CACHE_TYPES[type_v or "f16"]
-        params.no_perf = True
         self._interrupt = interrupt or Interrupt()
-        params.abort_callback = self._interrupt.asked
-        params.abort_callback_data = self._interrupt.address
-        adapters = [(model.adapter(path), scale) for path, scale in loras]
-        with log.listening():
-            self._ctx = lib.llama_init_from_model(model.handle, params)
-        if not self._ctx:
-            if log.says_memory():
-                raise OutOfMemoryError(f"{name}: no memory for a context of {n_ctx} tokens ({log.reason()})")
-            raise LoadError(f"{name}: llama.cpp cannot make a context of {n_ctx} tokens ({log.reason()})")
-        if adapters:
-            handles: Any = (lib.llama_adapter_lora_p_ctypes * len(adapters))(*[handle for handle, _ in adapters])
-            scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
-            lib.llama_set_adapters_lora(self._ctx, handles, len(adapters), scales)
+        self._ctx = self._open(n_threads, CACHE_TYPES[type_k or "f16"], CACHE_TYPES[type_v or "f16"])
         self._memory = lib.llama_get_memory(self._ctx)
         self._n_past = [0] * n_seq_max
         self._n_logits = 0
         self._order: npt.NDArray[np.int64] | None = None
         self._rows: Logits | None = None
-        self._place: tuple[int, int] | None = None
+        self._output: tuple[int, int] | None = None
         self._allocate_batch()
+
+    def _open(self, n_threads: int | None, type_k: int, type_v: int) -> Any:
+        """Make the context, with its adapters."""
+        log, model = initialise(), self.model
+        params = lib.llama_context_default_params()
+        params.n_ctx = self.n_cells
+        params.n_batch, params.n_ubatch = N_BATCH, self.n_ubatch or N_BATCH
+        params.kv_unified = not self.has_streams
+        params.n_seq_max = self.n_seq_max
+        params.n_outputs_max = self._n_rows
+        n_threads = n_threads or min(default_n_threads(), max(1, model.n_bytes // _BYTES_PER_THREAD))
+        params.n_threads = params.n_threads_batch = n_threads
+        # Auto: on wherever the device that holds a layer can; forced, it would run beside it, on the CPU.
+        flash, plain = lib.LLAMA_FLASH_ATTN_TYPE_AUTO, lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = plain if self.n_ubatch else flash
+        params.offload_kqv = params.op_offload = True
+        params.type_k, params.type_v = type_k, type_v
+        params.no_perf = True
+        params.abort_callback = self._interrupt.asked
+        params.abort_callback_data = self._interrupt.address
+        adapters = [(model.adapter(path), scale) for path, scale in self.loras]
+        with log.listening():
+            context = lib.llama_init_from_model(model.handle, params)
+        if not context:
+            if log.says_memory():
+                raise OutOfMemoryError(f"{self.name}: no memory for a context of {self.n_ctx} tokens ({log.reason()})")
+            raise LoadError(f"{self.name}: llama.cpp cannot make a context of {self.n_ctx} tokens ({log.reason()})")
+        if adapters:
+            handles: Any = (lib.llama_adapter_lora_p_ctypes * len(adapters))(*[handle for handle, _ in adapters])
+            scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+            lib.llama_set_adapters_lora(context, handles, len(adapters), scales)
+        return context
 
     def _allocate_batch(self) -> None:
         """Make one `llama_batch` over NumPy arrays, which every call reuses."""
@@ -211,9 +215,9 @@ class LlamaBackend:
         if self._rows is None:
             # Rows lie one after the other in batch order; asking for any of them waits for the GPU.
             first = lib.llama_get_logits_ith(self._ctx, -self._n_logits)
-            place = ctypes.addressof(first.contents), self._n_logits
-            if place != self._place:
-                self._place, self._logits = place, np.ctypeslib.as_array(first, (self._n_logits, self.model.n_vocab))
+            output = ctypes.addressof(first.contents), self._n_logits
+            if output != self._output:
+                self._output, self._logits = output, np.ctypeslib.as_array(first, (self._n_logits, self.model.n_vocab))
             self._rows = self._logits if self._order is None else self._logits[self._order]
         return self._rows
 
