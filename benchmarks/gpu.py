@@ -15,6 +15,7 @@ the large model alone.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 import time
 from collections import defaultdict
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -37,7 +40,8 @@ from edge_dlf.families.files import check_files
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.fusion.records import Draw, Pick
-from edge_dlf.llama import default_n_threads, fetch_s, gpus
+from edge_dlf.llama import default_n_threads, device, gpus
+from edge_dlf.llama.ggml import call
 from edge_dlf.params import OVERLAPS
 
 FAMILIES = {
@@ -213,6 +217,15 @@ def measured(spec: FamilySpec, batches: Sequence[int], n_steps: int, bandwidth: 
     share = f" ({n_bytes / best / memory:.0%} of {memory / 1e9:.0f})" if memory else ""
     rows["read a second, GB (of the memory's)"] = f"{n_bytes / best / 1e9:.1f}{share}"
     return rows
+
+
+def fetch_s(name: str, n_bytes: int) -> float:
+    """Seconds in which `n_bytes` come from a device to the host."""
+    with device.tensors(name, n_bytes, 1) as (_, (source,)):
+        target = np.empty(n_bytes, np.int8)
+        place = ctypes.c_void_p(target.ctypes.data)
+        none, size = ctypes.c_size_t(0), ctypes.c_size_t(n_bytes)
+        return device.best_s(lambda: call("ggml_backend_tensor_get", None, source, place, none, size))
 
 
 def accepted() -> dict[str, str]:

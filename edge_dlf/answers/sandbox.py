@@ -1,4 +1,4 @@
-"""Chat templates are code from a file: they run in a process of their own, with little memory and little time.
+"""Chat templates, which are code from a file, run in a process of their own with limits of memory and time.
 
 jinja2's sandbox keeps a template from files and from Python's internals, not from looping or from asking for ten
 gigabytes. `serve` runs in that process; `TemplateProcess` is the other end.
@@ -14,18 +14,19 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, BinaryIO, NoReturn
+from typing import IO, Any, NoReturn
 
 import psutil
 
 from ..errors import InvalidParameterError
+from ..system.child import python_command
 
 _START_S = 20.0  # a busy machine may take long to start a process
 _RENDER_S = 5.0
 _POLL_S = 0.05
 _MEMORY_BYTES = 512 << 20
 _MIN_LIMIT = 4 << 20  # characters; more than any context holds
-_SERVE = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; serve()"
+_SERVE = f"from {__name__} import serve; serve()"
 
 
 class TemplateProcess:
@@ -37,26 +38,33 @@ class TemplateProcess:
     def __init__(self, source: str) -> None:
         self._source = source
         self._process: subprocess.Popen[bytes] | None = None
-        self._started()
+        self._start()
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """Text that the template makes of `messages`. Raises InvalidParameterError if it refuses them, fails, or takes
-        more than its share of time, memory or text."""
-        self._started()
+        """Text that the template makes of `messages`.
+
+        Raises InvalidParameterError if the template refuses them, fails, or exceeds its limit of time, memory or text.
+        """
+        self._start()
         answer = self._ask({"messages": messages, **variables}, _RENDER_S)
         if "error" in answer:
             raise InvalidParameterError(f"the model's chat template refuses these messages: {answer['error']}")
         return str(answer["text"])
 
-    def _started(self) -> None:
+    def close(self) -> None:
+        """End the process. Calling it twice is no error."""
+        if self._process is not None:
+            process, self._process = self._process, None
+            process.kill()
+            process.communicate()
+
+    def _start(self) -> None:
+        """Start the process, unless it runs."""
         if self._process is not None:
             return
         # Its own session: Ctrl-C in the terminal is meant for this process.
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
+            python_command(_SERVE), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         answer = self._ask({"source": self._source}, _START_S)
         if "error" in answer:
@@ -64,49 +72,37 @@ class TemplateProcess:
             raise InvalidParameterError(f"the model's chat template is not valid: {answer['error']}")
 
     def _ask(self, question: dict[str, Any], patience_s: float) -> dict[str, Any]:
+        """The answer of the process. Where there is none, the process is ended, and "error" says why."""
         process = self._process
-        assert process is not None, "has been started"
-        assert process.stdin is not None, "is a pipe"
-        assert process.stdout is not None, "is a pipe"
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        line, reason = b"", None
         try:
-            line = json.dumps(question, default=str).encode() + b"\n"
-            process.stdin.write(line)
+            process.stdin.write(json.dumps(question, default=str).encode() + b"\n")
             process.stdin.flush()
-            answer = self._line(process, time.monotonic() + patience_s)
-        except BrokenPipeError:
-            answer = b""
+            reason = _excess(process.pid, process.stdout, time.monotonic() + patience_s)
+            line = b"" if reason else process.stdout.readline()
+        except BrokenPipeError:  # the process has ended
+            pass
         except BaseException:  # an interrupt would leave an answer unread
             self.close()
             raise
-        if isinstance(answer, str):
+        if not line.endswith(b"\n"):
             self.close()
-            return {"error": answer}
-        if not answer.endswith(b"\n"):
-            self.close()
-            return {"error": "its process ended"}
-        parsed: dict[str, Any] = json.loads(answer)
-        return parsed
+            return {"error": reason or "its process ended"}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
-    def _line(self, process: subprocess.Popen[bytes], deadline_s: float) -> bytes | str:
-        """The answer, or why there is none."""
-        assert process.stdout is not None, "is a pipe"
-        while not select.select([process.stdout], [], [], _POLL_S)[0]:
-            if time.monotonic() > deadline_s:
-                return f"it takes more than {_RENDER_S:g} s"
-            if _memory_bytes(process.pid) > _MEMORY_BYTES:  # where the system does not hold it to its limit
-                return f"it takes more than {_MEMORY_BYTES >> 20} MiB of memory"
-        return process.stdout.readline()
 
-    def close(self) -> None:
-        """End the process. Calling it twice is no error."""
-        if self._process is not None:
-            process, self._process = self._process, None
-            process.kill()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    with suppress(BrokenPipeError):  # what was still to be written
-                        stream.close()
-            process.wait()
+def _excess(pid: int, answers: IO[bytes], deadline_s: float) -> str | None:
+    """Wait for the process to answer. Returns None, or the limit that it exceeds."""
+    while not select.select([answers], [], [], _POLL_S)[0]:
+        if time.monotonic() > deadline_s:
+            return f"it takes more than {_RENDER_S:g} s"
+        if _memory_bytes(pid) > _MEMORY_BYTES:  # where the system does not hold it to its limit
+            return f"it takes more than {_MEMORY_BYTES >> 20} MiB of memory"
+    return None
 
 
 def _memory_bytes(pid: int) -> int:
@@ -117,11 +113,13 @@ def _memory_bytes(pid: int) -> int:
 
 
 def serve() -> None:
-    """Compile the template in the first line of stdin; then render the variables in each further one."""
-    _limit_memory()
-    questions, answers = sys.stdin.buffer, sys.stdout.buffer
+    """Compile the template in the first line of stdin; then render it with the variables in each further line."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     template = None
-    while line := questions.readline():
+    while line := sys.stdin.buffer.readline():
         question = json.loads(line)
         answer: dict[str, Any]
         try:
@@ -134,21 +132,8 @@ def serve() -> None:
             answer = {"error": f"it takes more than {_MEMORY_BYTES >> 20} MiB of memory"}
         except Exception as error:  # whatever a template raises is about these messages
             answer = {"error": str(error) or type(error).__name__}
-        _answer(answers, answer)
-
-
-def _answer(stream: BinaryIO, answer: dict[str, Any]) -> None:
-    stream.write(json.dumps(answer).encode() + b"\n")
-    stream.flush()
-
-
-def _limit_memory() -> None:
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    except (ImportError, OSError, ValueError):
-        return
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
 
 
 def _compile(source: str) -> Any:

@@ -1,4 +1,4 @@
-"""Chat messages to prompt tokens: the model's own jinja template, and content that stays content."""
+"""Prompt tokens of chat messages, by the model's own jinja template. No text of a message becomes a control token."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 class ChatTemplate:
     """A chat template over one vocabulary.
 
-    source: jinja text as a GGUF holds it. bos, eos: text of these tokens, "" where there is none. control: text -> id
-    of every control token. tokenize: text -> ids, reading no control tokens.
+    source: jinja text as a GGUF holds it.
+    bos, eos: texts of these tokens, "" where there is none.
+    control: text -> id of every control token.
+    tokenize: text -> ids, reading no control tokens.
     Raises InvalidParameterError where the template cannot be compiled.
     """
 
@@ -96,6 +98,6 @@ def _with_text_content(message: Message) -> dict[str, Any]:
 
 
 def _absent_noncharacter(messages: list[dict[str, Any]]) -> str:
-    """A code point that stands for nothing and that no message holds."""
+    """A code point that is no character, and that no message contains."""
     used = {char for message in messages for value in message.values() if isinstance(value, str) for char in value}
     return next((char for char in _NONCHARACTERS if char not in used), "\U0010ffff")

@@ -1,4 +1,4 @@
-"""Between text and bytes: characters and stop strings that span tokens, and text that is no Unicode."""
+"""Text from the bytes of tokens, where characters and stop strings may span several tokens, and bytes from text."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 
 class TextStream:
-    """Turns the bytes of successive tokens into text that is safe to show.
+    """Decoder of the bytes of successive tokens into text that can be shown.
 
-    Text is held back while it ends inside a UTF-8 character or could still become one of the `stop` strings. `stopped`
-    is True once a stop string has appeared; it and all that follows is never shown.
+    Text is held back while it ends inside a UTF-8 character, or while it may be the beginning of a stop string.
+
+    stop: texts that end the answer; they and all that follows are never shown.
+    stopped: whether a stop string has appeared.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
@@ -20,11 +22,11 @@ class TextStream:
         self._held = ""
 
     def push(self, piece: bytes) -> str:
-        """Add one token's bytes; returns the text that can be shown now."""
+        """Add the bytes of a token. Returns the text that can be shown now."""
         return self._release(self._decoder.decode(piece))
 
     def finish(self) -> str:
-        """Returns what was held back, once no token follows."""
+        """End the text. Returns what was held back."""
         shown = self._release(self._decoder.decode(b"", final=True)) + self._held
         self._held = ""
         return shown
@@ -50,12 +52,12 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest end of `text` with which `stop` begins."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def to_bytes(text: str) -> bytes:
-    """UTF-8; bytes that the terminal passed on undecoded come back as they were, lone surrogates as U+FFFD."""
+    """UTF-8 of `text`. Surrogates that stand for undecoded bytes become these bytes, other lone surrogates U+FFFD."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:

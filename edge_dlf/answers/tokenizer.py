@@ -1,4 +1,4 @@
-"""Text to tokens and back, by the vocabulary and the chat template of the large model, which are the family's."""
+"""Tokens of texts and conversations, and back, by the vocabulary and chat template of the large model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ Prompt: TypeAlias = str | Sequence[int]
 
 
 class Tokenizer:
-    """Tokens of texts, prompts and conversations. n_vocab: tokens that all members share."""
+    """Tokenizer of a family.
+
+    n_vocab: tokens that all members share.
+    """
 
     def __init__(self, model: Model, n_vocab: int) -> None:
         self.n_vocab = n_vocab
@@ -43,11 +46,11 @@ class Tokenizer:
         return token
 
     def piece(self, token: int) -> bytes:
-        """Bytes that `token` adds to an answer; none for control tokens."""
+        """Bytes that `token` adds to an answer; empty for control tokens."""
         return self._model.piece(token)
 
     def name_bytes(self, token: int) -> bytes:
-        """Bytes of `token`, of control tokens their names."""
+        """Bytes of `token`; the name of a control token."""
         return self._model.piece(token, special=True)
 
     def prompt(self, prompt: Prompt) -> list[int]:
@@ -64,8 +67,12 @@ class Tokenizer:
     def constraint(
         self, grammar: str | None, schema: Mapping[str, Any] | None, ends: Callable[[int], bool]
     ) -> Constraint | None:
-        """What an answer must look like: text of a GBNF grammar, or JSON of a schema; None for anything. ends: whether
-        a token ends an answer. Raises InvalidParameterError."""
+        """Constraint of an answer to a grammar or a JSON schema; None where there is neither.
+
+        grammar: text of a GBNF grammar.
+        ends: whether a token ends an answer.
+        Raises InvalidParameterError.
+        """
         if grammar is not None:
             from ..llama import Grammar
 

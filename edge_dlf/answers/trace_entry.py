@@ -1,4 +1,4 @@
-"""What a line of a trace holds: an answer's beginning, or why one of its tokens was chosen."""
+"""Lines of a trace: the beginning of an answer, or why one of its tokens was chosen."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from .token import Token
 
 FORMAT = "edge-dlf trace 1"
 SEARCHED = ("objective", "kl_forward", "kl_reverse", "target_forward", "target_reverse")
-"""What a line says of the search for α, fields of AlphaChoice."""
+"""Fields of AlphaChoice that a line has of the search for α."""
 
 
 def answer_entry(label: str, family: str, method: str, experts: Sequence[str], alpha_max: float) -> dict[str, Any]:
-    """The line that begins an answer. label: what it answers. alpha_max: upper bound of α."""
+    """Line that begins an answer.
+
+    label: the question.
+    alpha_max: upper bound of α.
+    """
     return {
         "format": FORMAT, "answer": label, "family": family, "method": method, "experts": list(experts),
         "alpha_max": alpha_max,
@@ -21,9 +25,9 @@ def answer_entry(label: str, family: str, method: str, experts: Sequence[str], a
 
 
 def token_entry(token: Token, name: Callable[[int], str]) -> dict[str, Any]:
-    """The line of one traced token. name: token id -> its text, control tokens by name.
+    """Line of one traced token. Its candidates are [id, text, logprob].
 
-    changed: whether the large model alone would have chosen another token. Candidates are [id, text, logprob].
+    name: token id -> its text; the name of a control token.
     """
     trace = token.trace
     assert trace

@@ -1,4 +1,4 @@
-"""The command `edge-dlf`. Commands import the engine only once they run, so that `--help` stays fast."""
+"""The command `edge-dlf`. Each command imports the engine when it runs, so that `--help` stays fast."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .trace import trace
 
 
 class _Group(click.Group):
-    """Turns what a command raises into one line and an exit code."""
+    """Group whose commands end with one line and an exit code when they raise."""
 
     def invoke(self, ctx: click.Context) -> Any:
         for stream in (sys.stdout, sys.stderr):
@@ -49,7 +49,7 @@ class _Group(click.Group):
 
 @contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Let SIGTERM unwind the command, so that the terminal and open files are left in order."""
+    """Make SIGTERM unwind the command, so that the terminal and open files are left in order."""
 
     def leave(_signal: int, _frame: object) -> NoReturn:
         raise SystemExit(143)

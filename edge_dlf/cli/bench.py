@@ -11,22 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .interrupts import interruptible
-from .opening import open_family, size
-from .options import EPILOG, Options, family_argument, measuring_options
+from .opening import family_command, open_family, size
+from .options import Options, family_argument, measuring_options
 from .screen import Screen
 
 if TYPE_CHECKING:
     from ..evidence.bench import Speeds, Spread
 
 _WIDTH = 100
-"""Columns of the table where it does not go to a terminal."""
+"""Columns of the table where stdout is no terminal."""
 
 
-@click.command(
-    context_settings={"auto_envvar_prefix": "EDGE_DLF"},
-    epilog=EPILOG,
-    short_help="Measure how fast a family runs on this machine.",
-)
+@family_command(short_help="Measure how fast a family runs on this machine.")
 @family_argument
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 @measuring_options
@@ -45,12 +41,11 @@ def bench(ctx: click.Context, /, json: bool, **values: Any) -> None:
     options.loading.update(n_ctx=N_CTX, n_parallel=max(PARALLEL))
     cache_types = options.loading.get("type_k"), options.loading.get("type_v")
     files = options.files
+
+    def tell(what: str) -> None:
+        screen.begin_wait(f"measuring: {what} …")
+
     with open_family(options, screen) as llm, interruptible(screen, llm.interrupt):
-
-        def tell(what: str) -> None:
-            screen.end_wait()
-            screen.begin_wait(f"measuring: {what} …")
-
         speeds = measure(llm, files, n_threads=n_threads, cache_types=cache_types, tell=tell)
         screen.end_wait()
     if json:

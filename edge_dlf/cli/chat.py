@@ -11,8 +11,8 @@ import click
 
 from ..errors import EdgeDLFError
 from ..params import METHODS
-from .opening import open_family
-from .options import EPILOG, Options, family_argument, method_option, shared_options
+from .opening import family_command, open_family
+from .options import Options, family_argument, method_option, shared_options
 from .screen import Screen
 from .tracing import trace_option, tracing
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-@click.command(context_settings={"auto_envvar_prefix": "EDGE_DLF"}, epilog=EPILOG, short_help="Talk with a family.")
+@family_command(short_help="Talk with a family.")
 @family_argument
 @trace_option
 @method_option
@@ -37,14 +37,7 @@ def chat(ctx: click.Context, /, trace: Path | None, **shared: Any) -> None:
 
     options, screen = Options.of(ctx, shared), Screen()
     with tracing(trace, options.spec.name) as tracer, open_family(options, screen) as llm:
-        session = Session(
-            llm,
-            screen,
-            settings=options.settings,
-            defaults=options.spec.defaults,
-            system=options.system,
-            tracer=tracer,
-        )
+        session = Session(llm, screen, dict(options.settings), options.spec.defaults, options.system, tracer)
         if not screen.is_terminal:
             ctx.exit(answer_lines(session))
         from .editor import Editor
@@ -53,7 +46,7 @@ def chat(ctx: click.Context, /, trace: Path | None, **shared: Any) -> None:
 
 
 def converse(session: Session, editor: Editor) -> int:
-    """Read and answer until the user leaves; returns the exit code."""
+    """Read and answer messages until the user leaves. Returns the exit code."""
     screen, llm = session.screen, session.llm
     screen.say(f"{llm.name} · method {session.value('method')} · /help lists the commands")
     n_interrupts = 0
@@ -82,7 +75,7 @@ def converse(session: Session, editor: Editor) -> int:
 
 
 def answer_lines(session: Session) -> int:
-    """Answer each line of stdin; returns the exit code."""
+    """Answer each line of stdin. Returns the exit code."""
     exit_code = 0
     for line in _stdin_lines():
         try:
@@ -95,13 +88,13 @@ def answer_lines(session: Session) -> int:
 
 
 def _stdin_lines() -> Iterator[str]:
-    """Lines of stdin without their ends; bytes that are not UTF-8 survive."""
+    """Yield the lines of stdin without line breaks. Bytes that are not UTF-8 are kept as surrogates."""
     for line in sys.stdin.buffer:
         yield line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
 
 
 def handle(session: Session, line: str) -> bool:
-    """Send a message or run a command; returns whether the chat goes on. Raises EdgeDLFError."""
+    """Send a message, or run a command. Returns whether the chat goes on. Raises EdgeDLFError."""
     from .commands import run
 
     if line.startswith("/") and not line.startswith("//"):

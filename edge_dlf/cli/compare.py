@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from json import dumps
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .interrupts import interruptible
-from .opening import open_family
-from .options import EPILOG, Options, shared_options
+from .opening import family_command, open_family
+from .options import Options, shared_options
 from .prompts import Prompt, raw_option, read_prompt
 from .screen import Screen, one_line, printable, summary
 
@@ -26,9 +28,7 @@ if TYPE_CHECKING:
 _LEAST_COLUMN = 28
 
 
-@click.command(
-    context_settings={"auto_envvar_prefix": "EDGE_DLF"}, epilog=EPILOG, short_help="Answer one prompt by every method."
-)
+@family_command(short_help="Answer one prompt by every method.")
 @click.argument("prompt", metavar="PROMPT|-", required=False)
 @raw_option
 @click.option("--json", is_flag=True, help="Print one JSON object: the answer of each method.")
@@ -51,21 +51,19 @@ def compare(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, **
                 for question in questions
             }
             screen.show(dumps(results if len(questions) > 1 else results[questions[0].text], ensure_ascii=False))
-        elif len(questions) > 1:
-            for question in questions:
-                answers = [Answer(method) for method in methods]
-                show_lines(screen, question.text, answers, _run(llm, question, settings, answers))
-        else:
-            answers = [Answer(method) for method in methods]
-            steps = _run(llm, questions[0], settings, answers)
-            if _is_wide(screen, len(methods)):
-                show_columns(answers, steps)
+            return
+        for question in questions:
+            answers, run = [Answer(method) for method in methods], partial(_run, llm, question, settings)
+            if len(questions) > 1:
+                show_lines(screen, question.text, answers, run)
+            elif _is_wide(screen, len(methods)):
+                show_columns(answers, chain.from_iterable(map(run, answers)))
             else:
-                show_in_turn(screen, answers, steps)
+                show_in_turn(screen, answers, run)
 
 
 def _questions(prompt: str | None, options: Options, *, raw: bool) -> list[Prompt]:
-    """What was asked, or the family's examples where that is nothing."""
+    """The prompt, or the family's examples where there is none."""
     examples = [Prompt(example, raw, options.system) for example in options.spec.examples]
     if prompt is None and examples and sys.stdin.isatty():
         return examples
@@ -75,26 +73,25 @@ def _questions(prompt: str | None, options: Options, *, raw: bool) -> list[Promp
 
 @dataclass
 class Answer:
-    """What one method has answered so far; `report` is there once it began."""
+    """The answer by one method, as far as it has come; `report` is None until it begins."""
 
     method: str
     text: str = ""
     report: Report | None = None
-    is_done: bool = False
+
+    @property
+    def summary(self) -> str:
+        """Speed and α of the answer, once it has ended."""
+        return summary(self.report) if self.report and self.report.finish_reason else ""
 
 
-def _run(
-    llm: FusedLlama, question: Prompt, settings: Mapping[str, Any], answers: list[Answer]
-) -> Iterator[tuple[Answer, str]]:
-    """Answer by one method after the other; yields whose turn it is and what text it adds."""
-    for answer in answers:
-        stream = llm.stream(question.tokens(llm), **{**settings, "method": answer.method})
-        answer.report = stream.report
-        for token in stream:
-            answer.text += token.text
-            yield answer, token.text
-        answer.is_done = True
-        yield answer, ""
+def _run(llm: FusedLlama, question: Prompt, settings: Mapping[str, Any], answer: Answer) -> Iterator[str]:
+    """Let a method answer. Yields the texts of its tokens."""
+    stream = llm.stream(question.tokens(llm), **{**settings, "method": answer.method})
+    answer.report = stream.report
+    for token in stream:
+        answer.text += token.text
+        yield token.text
 
 
 def _is_wide(screen: Screen, n_columns: int) -> bool:
@@ -103,54 +100,49 @@ def _is_wide(screen: Screen, n_columns: int) -> bool:
     return screen.is_terminal and Console().width >= n_columns * _LEAST_COLUMN
 
 
-def show_columns(answers: list[Answer], steps: Iterator[tuple[Answer, str]]) -> None:
-    """A table that grows while the answers come."""
+def show_columns(answers: Sequence[Answer], texts: Iterable[str]) -> None:
+    """Show a table of the answers, which grows as the `texts` of their tokens come."""
     from rich.console import Console
     from rich.live import Live
 
     console = Console(highlight=False)
     try:
         with Live(console=console, get_renderable=lambda: _table(answers), transient=True, refresh_per_second=8):
-            for _ in steps:
+            for _ in texts:
                 pass
     finally:
         console.print(_table(answers))
 
 
-def _table(answers: list[Answer]) -> Table:
+def _table(answers: Sequence[Answer]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, expand=True, show_footer=True, padding=(0, 1))
     for answer in answers:
-        footer = summary(answer.report) if answer.report and answer.is_done else ""
-        table.add_column(answer.method, Text(footer, style="dim"), ratio=1, overflow="fold")
+        table.add_column(answer.method, Text(answer.summary, style="dim"), ratio=1, overflow="fold")
     table.add_row(*(Text(printable(answer.text)) for answer in answers))
     return table
 
 
-def show_lines(screen: Screen, prompt: str, answers: list[Answer], steps: Iterator[tuple[Answer, str]]) -> None:
-    """The prompt, and below it one line for each answer."""
+def show_lines(screen: Screen, prompt: str, answers: Sequence[Answer], run: Callable[[Answer], Iterable[str]]) -> None:
+    """Show the prompt, and below it one line for each answer."""
     width = max(len(answer.method) for answer in answers)
     screen.show(f"> {printable(prompt)}")
-    for answer, _ in steps:
-        if answer.is_done:
-            screen.show(f"  {answer.method:<{width}}  {one_line(answer.text)}")
+    for answer in answers:
+        screen.show(f"  {answer.method:<{width}}  {one_line(''.join(run(answer)))}")
     screen.end_line()
 
 
-def show_in_turn(screen: Screen, answers: list[Answer], steps: Iterator[tuple[Answer, str]]) -> None:
-    """One answer below the other, each under its method's name."""
-    shown: Answer | None = None
-    try:
-        for answer, text in steps:
-            if answer is not shown:
-                screen.write(f"== {answer.method}\n")
-            shown = answer
-            screen.write(text)
-            if answer.report and answer.is_done:
-                screen.write(f"\n[{summary(answer.report)}]\n" + ("" if answer is answers[-1] else "\n"))
-    finally:
-        if shown and not shown.is_done:
+def show_in_turn(screen: Screen, answers: Sequence[Answer], run: Callable[[Answer], Iterator[str]]) -> None:
+    """Show the answers one below the other, each under its method's name."""
+    for answer in answers:
+        texts = run(answer)
+        screen.write(f"== {answer.method}\n" + next(texts, ""))
+        try:
+            for text in texts:
+                screen.write(text)
+        finally:
             screen.end_line()
+        screen.write(f"[{answer.summary}]\n" + ("" if answer is answers[-1] else "\n"))

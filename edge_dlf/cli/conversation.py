@@ -1,4 +1,4 @@
-"""The state of a chat: what was said, what of it still fits into the context, and its file."""
+"""Messages of a chat: which of them still fit into the context, and the file that they are saved in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ConversationFileError(EdgeDLFError):
 class Conversation:
     """User messages and answers in turn; the last message may wait for its answer.
 
-    n_dropped: messages at the beginning that the context has no room for any more. They are kept for `save`.
+    n_dropped: number of messages at the beginning that no longer fit into the context. `save` still writes them.
     """
 
     system: str | None = None
@@ -43,18 +43,18 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
 
     def answer(self, text: str) -> None:
-        """Add the answer to the last message; nothing said is no answer."""
+        """Add the answer to the last message, unless it is empty."""
         if text:
             self.messages.append({"role": "assistant", "content": text})
 
     def retry(self) -> bool:
-        """Forget the last answer; returns whether a message is left to be answered."""
+        """Forget the last answer. Returns whether a message is left to be answered."""
         if self.messages and not self.is_unanswered:
             self.messages.pop()
         return self.is_unanswered
 
     def undo(self) -> str | None:
-        """Forget the last message and its answer; returns the message."""
+        """Forget the last message and its answer. Returns the message."""
         if not self.retry():
             return None
         message = self.messages.pop()
@@ -67,14 +67,18 @@ class Conversation:
         self.n_dropped = 0
 
     def visible(self, n_dropped: int) -> list[dict[str, str]]:
-        """What the model is shown: the system prompt, and the messages after the first `n_dropped`."""
+        """Messages that the model is shown: the system prompt, and those after the first `n_dropped`."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return system + self.messages[n_dropped:]
 
     def fit(self, tokenize: Callable[[Sequence[Mapping[str, Any]]], list[int]], n_ctx: int, n_answer: int) -> list[int]:
-        """Prompt tokens that leave room for n_answer more. Where they would not, the oldest turns are dropped until a
-        quarter of the context is free, so that the next turns need not drop again.
+        """Prompt tokens of the conversation, with room for an answer in the context.
 
+        Where the context is full, the oldest turns are dropped until a quarter of it is free, so that the next turns
+        need not drop again.
+
+        n_ctx: tokens of the context.
+        n_answer: tokens that the answer needs.
         Raises ContextOverflowError where the last message alone is too long.
         """
 
@@ -112,7 +116,7 @@ class Conversation:
 
 
 def load(path: Path) -> tuple[Conversation, dict[str, Any]]:
-    """The conversation and the settings in a file that `save` wrote. Raises ConversationFileError."""
+    """Read the conversation and the settings from a file that `save` wrote. Raises ConversationFileError."""
     try:
         with path.expanduser().open("rb") as file:
             content = file.read(_MAX_FILE_BYTES + 1)
@@ -129,7 +133,7 @@ def load(path: Path) -> tuple[Conversation, dict[str, Any]]:
 
 
 def _conversation(messages: Any) -> Conversation:
-    """Raises ValueError unless `messages` are what `Conversation.visible` gives."""
+    """Conversation of `messages` as `Conversation.visible` returns them. Raises ValueError for anything else."""
     if not isinstance(messages, list):
         raise ValueError("its messages are not a list")
     pairs = [(m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None) for m in messages]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import EPILOG, Options, family_argument, names_a_family, placing_options
+from .opening import family_command
+from .options import Options, family_argument, names_a_family, placing_options
 from .screen import Screen, may_style, one_line
 
 if TYPE_CHECKING:
@@ -23,11 +24,7 @@ _INDENT = " " * 9
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
-@click.command(
-    context_settings={"auto_envvar_prefix": "EDGE_DLF"},
-    epilog=EPILOG,
-    short_help="Look at this machine, and at a family down to a decode.",
-)
+@family_command(short_help="Look at this machine, and at a family down to a decode.")
 @family_argument
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 @placing_options
@@ -48,7 +45,6 @@ def doctor(ctx: click.Context, /, json: bool, **values: Any) -> None:
     for check in _checks(ctx, values):
         found.append(check)
         if not json:
-            screen.end_wait()
             _show(screen, check)
             screen.begin_wait("looking …")
     screen.end_wait()
@@ -65,24 +61,15 @@ def doctor(ctx: click.Context, /, json: bool, **values: Any) -> None:
 def _checks(ctx: click.Context, values: dict[str, Any]) -> Iterator[Check]:
     from ..evidence.doctor import examine_family, examine_machine
 
-    def load() -> FamilySpec:
-        return Options.of(ctx, values).spec
+    def load() -> tuple[FamilySpec, dict[str, Any]]:
+        options = Options.of(ctx, values)
+        return options.spec, options.loading
 
-    if not names_a_family(values):
-        return examine_machine()
-    given = {
-        "n_ctx": values["ctx_size"],
-        "n_gpu_layers": values["gpu_layers"],
-        "main_gpu": values["main_gpu"],
-        "tensor_split": values["tensor_split"],
-        "type_k": values["cache_type_k"],
-        "type_v": values["cache_type_v"],
-    }
-    loading = {name: value for name, value in given.items() if value is not None}
-    return chain(examine_machine(), examine_family(load, **loading))
+    return chain(examine_machine(), examine_family(load) if names_a_family(values) else ())
 
 
 def _show(screen: Screen, check: Check) -> None:
+    screen.end_wait()
     verdict = f"{check.verdict:<{len(_INDENT)}}"
     if may_style(sys.stdout):
         verdict = click.style(verdict, fg=_COLOURS[check.verdict])

@@ -1,4 +1,4 @@
-"""Where messages come from: a prompt with line editing and a history, or the lines of a pipe."""
+"""The prompt of the chat, with line editing, completion and a history."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ _QUOTES = '"""'
 
 
 class Editor:
-    """Reads messages from a terminal.
+    """Reader of messages from a terminal.
 
-    methods: names that complete after /method. note: gets one line where the history cannot be kept.
+    methods: names that complete after /method.
+    note: called with one line where the history cannot be kept.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Editor:
         )
 
     def read(self) -> str:
-        """The next message or command. Raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C, both on any line."""
+        """Read the next message or command. Raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C."""
         text = self._session.prompt()
         block = text.strip()
         if not block.startswith(_QUOTES):
@@ -71,7 +72,7 @@ def _is_open_block(text: str) -> bool:
 
 
 def _key_bindings() -> KeyBindings:
-    """Enter sends, unless the text asks for another line; Alt-Enter always begins one."""
+    """Keys: Enter sends the message, unless the text asks for another line; Alt-Enter always begins one."""
     bindings = KeyBindings()
 
     @bindings.add("enter")
@@ -93,7 +94,7 @@ def _key_bindings() -> KeyBindings:
 
 
 class CommandCompleter(Completer):
-    """Names of commands, methods, settings and files, on lines that begin with a slash."""
+    """Completion of commands, methods, settings and files on lines that begin with a slash."""
 
     def __init__(self, methods: Iterable[str]) -> None:
         self._arguments = {"method": [*methods], "alpha": ["on", "off"], "set": [*settable("chat")]}
@@ -113,7 +114,7 @@ class CommandCompleter(Completer):
 
 
 def _history(note: Callable[[str], None]) -> History:
-    """Earlier lines, in a file that only its owner can read."""
+    """History of earlier lines, in a file that only its owner can read."""
     file = Path(platformdirs.user_state_dir("edge-dlf", appauthor=False)) / "chat_history"
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -125,7 +126,7 @@ def _history(note: Callable[[str], None]) -> History:
 
 
 class _History(FileHistory):
-    """A history whose file may fail without ending the chat."""
+    """History that does not end the chat when its file cannot be written."""
 
     def store_string(self, string: str) -> None:
         with suppress(OSError):

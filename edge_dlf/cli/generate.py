@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .interrupts import interruptible
-from .opening import open_family
-from .options import EPILOG, Options, form_options, method_option, shared_options
+from .opening import family_command, open_family
+from .options import Options, form_options, method_option, shared_options
 from .prompts import Prompt, raw_option, read_prompt
 from .screen import Screen, cut_short
 from .tracing import Tracer, trace_option, tracing
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..api import FusedLlama
 
 
-@click.command(context_settings={"auto_envvar_prefix": "EDGE_DLF"}, epilog=EPILOG, short_help="Answer one prompt.")
+@family_command(short_help="Answer one prompt.")
 @click.argument("prompt", metavar="PROMPT|-", required=False)
 @raw_option
 @click.option("--json", is_flag=True, help="Print one JSON object in place of the text.")
@@ -45,15 +45,13 @@ def generate(
 
 
 def _stream(llm: FusedLlama, question: Prompt, settings: dict[str, Any], screen: Screen, tracer: Tracer) -> None:
-    """Write the answer as it comes; whatever ends it, what has come stands on lines of its own."""
+    """Write the answer as it comes. Its text ends with a line break, whatever ends the answer."""
     stream = llm.stream(question.tokens(llm), **settings, **tracer.settings)
-    tracer.begin(question.text, stream.report)
     text = ""
     try:
         with interruptible(screen, llm.interrupt):
-            for token in stream:
+            for token in tracer.tokens(stream, question.text, llm):
                 text += token.text
-                tracer.add(token, lambda id: llm.detokenize([id]))
                 screen.write(token.text)
     finally:
         if text and not text.endswith("\n"):

@@ -1,8 +1,8 @@
-"""Ctrl-C, and SIGTERM where asked for, while llama.cpp computes.
+"""Handling of Ctrl-C, and of SIGTERM where asked for, while llama.cpp computes.
 
-Python runs signal handlers between bytecodes, so a Ctrl-C during a long call into C is seen only once the call returns,
-two of them are seen as one, and one that is seen inside a callback from C is lost. The signal's wake-up descriptor is
-written at once, whatever the main thread does.
+Python runs signal handlers between bytecodes. During a long call into C a Ctrl-C would be seen only once the call
+returns, two would count as one, and one that is seen inside a callback from C would be lost. The signal's wake-up
+descriptor is written at once, whatever the main thread does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PATIENCE_S = 0.5
 
 
 class Stop:
-    """Whether a signal has asked for the end: `signal` is its number, or None."""
+    """A request to stop: `signal` is the number of the signal that asked for it, or None."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -36,7 +36,8 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let signals raise in the midst of this: of waiting for input, or of what `interrupt` cannot end."""
+        """Let signals raise immediately inside this context, which waits for input or for work that `interrupt` cannot
+        end."""
         self._raises = True
         try:
             self.check()
@@ -45,7 +46,7 @@ class Stop:
             self._raises = False
 
     def handle(self, number: int, _frame: object) -> None:
-        """What Python calls, between two of its bytecodes."""
+        """Handle a signal; Python calls this between two bytecodes."""
         self.signal = self.signal or number
         if self._raises:
             self.check()
@@ -55,9 +56,12 @@ class Stop:
 def interruptible(
     screen: Screen, interrupt: Callable[[], None], signals: Sequence[int] = (signal.SIGINT,)
 ) -> Iterator[Stop]:
-    """While this lasts, the first of `signals` calls `interrupt`, which is to end what is running, and then raises
-    KeyboardInterrupt here, or SystemExit for SIGTERM; `screen` says so if that takes long. A second Ctrl-C ends the
-    process with exit code 130."""
+    """Stop the work in this context when a signal comes.
+
+    The first of `signals` calls `interrupt`, which must end the work from another thread; the context then raises
+    KeyboardInterrupt, or SystemExit for SIGTERM. `screen` says so if that takes long. A second Ctrl-C ends the process
+    with exit code 130.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     stop = Stop()

@@ -1,25 +1,33 @@
-"""A family in memory for the time of a command, with what the user is told meanwhile."""
+"""A family in memory while a command runs, and what the user is told meanwhile."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
+import click
+
 from .interrupts import interruptible
-from .options import Options
+from .options import EPILOG, Options
 from .screen import Screen, one_line
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
     from ..families.spec import FamilySpec
 
+family_command = partial(click.command, context_settings={"auto_envvar_prefix": "EDGE_DLF"}, epilog=EPILOG)
+"""Decorator of a command over a family, whose options can also be environment variables."""
+
 
 @contextmanager
 def open_family(options: Options, screen: Screen) -> Iterator[FusedLlama]:
-    """Load the family, saying so, and close it at the end; the library's notices become lines on stderr. On Ray it is a
-    RayLlama, which has of FusedLlama's methods those of a batch."""
+    """Load the family, and close it at the end. The library's warnings become lines on stderr.
+
+    With `options.ray` it is a RayLlama, which has only the methods of FusedLlama that a batch needs.
+    """
     logger, notices = logging.getLogger("edge_dlf"), Notices(screen)
     logger.addHandler(notices)
     try:
@@ -39,18 +47,13 @@ def open_family(options: Options, screen: Screen) -> Iterator[FusedLlama]:
 
 
 def _sizes(spec: FamilySpec) -> str:
-    """Sizes of the family's files, those that there are."""
-    sizes = []
-    for path in dict.fromkeys(filter(None, spec.local_files)):
-        try:
-            sizes.append(size(path.stat().st_size))
-        except OSError:
-            continue
-    return f" ({' + '.join(sizes)})" if sizes else ""
+    """Sizes of the family's files; a file that is missing is reported when it is loaded."""
+    paths = dict.fromkeys(path for path in spec.local_files if path and path.is_file())
+    return f" ({' + '.join(size(path.stat().st_size) for path in paths)})" if paths else ""
 
 
 def size(n_bytes: float) -> str:
-    """A number of bytes, for a person."""
+    """A number of bytes, in words for a person."""
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
 
 

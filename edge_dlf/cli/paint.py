@@ -1,37 +1,35 @@
-"""Tokens coloured by their α: one hue an expert, the stronger the larger its weight."""
+"""Colours of tokens by their α: a hue for each expert, the stronger the larger its α."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 
-from rich.color import Color, ColorSystem
-from rich.console import Console
+from rich.color import Color, ColorSystem, blend_rgb
+from rich.color_triplet import ColorTriplet
+from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 
 from .screen import may_style
 
 _HUES = ((255, 95, 0), (0, 160, 255), (80, 200, 0), (215, 80, 255), (240, 180, 0), (0, 205, 175))
-_GREY = (150, 150, 150)
-_SYSTEMS = {"standard": ColorSystem.STANDARD, "256": ColorSystem.EIGHT_BIT, "truecolor": ColorSystem.TRUECOLOR}
+_GREY = ColorTriplet(150, 150, 150)
 
 
 class AlphaPaint:
-    """Colours for `experts`, with α from 0 (the terminal's own colour) to alpha_max (the full hue)."""
+    """Colours for `experts`, from the terminal's own colour at α = 0 to the full hue at alpha_max."""
 
     def __init__(self, experts: Sequence[str], alpha_max: float, system: ColorSystem) -> None:
-        self._hues = {name: _HUES[t % len(_HUES)] for t, name in enumerate(experts)}
+        self._hues = {name: ColorTriplet(*_HUES[t % len(_HUES)]) for t, name in enumerate(experts)}
         self._alpha_max = alpha_max
         self._system = system
 
     def brush(self, alpha: float, expert: str | None) -> Callable[[str], str] | None:
-        """What colours the text of a token; None where no expert took part."""
+        """A function that colours the text of a token; None where no expert took part."""
         if expert is None or alpha <= 0:
             return None
-        part = min(alpha / self._alpha_max, 1.0)
-        hue = self._hues[expert]
-        red, green, blue = (grey + part * (full - grey) for grey, full in zip(_GREY, hue, strict=True))
-        style = Style(color=Color.from_rgb(red, green, blue))
+        mixed = blend_rgb(_GREY, self._hues[expert], min(alpha / self._alpha_max, 1.0))
+        style = Style(color=Color.from_triplet(mixed))
         return lambda text: style.render(text, color_system=self._system)
 
     def legend(self) -> str:
@@ -46,6 +44,4 @@ class AlphaPaint:
 
 def color_system() -> ColorSystem | None:
     """Colours that stdout can show; None where it shows none."""
-    if not may_style(sys.stdout):
-        return None
-    return _SYSTEMS.get(Console(file=sys.stdout).color_system or "")
+    return COLOR_SYSTEMS.get(Console(file=sys.stdout).color_system or "") if may_style(sys.stdout) else None

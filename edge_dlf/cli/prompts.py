@@ -1,4 +1,4 @@
-"""The prompt of `generate` and `compare`: where it comes from, and what the models are given."""
+"""The prompt of `generate` and `compare`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ raw_option = click.option("--raw", is_flag=True, help="Take the prompt as it is,
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text, taken raw or as a chat of one message. Raises InvalidParameterError for raw with a system prompt."""
+    """One text, taken raw or as the message of a chat. Raises InvalidParameterError for raw with a system prompt."""
 
     text: str
     raw: bool
@@ -30,7 +30,7 @@ class Prompt:
             raise InvalidParameterError("a system prompt needs the chat template: leave out --raw or --system")
 
     def tokens(self, llm: FusedLlama) -> str | Sequence[int]:
-        """What `FusedLlama.stream` takes."""
+        """The prompt as `FusedLlama.stream` takes it."""
         return self.text if self.raw else llm.apply_chat_template(self._messages())
 
     def complete(self, llm: FusedLlama, settings: Mapping[str, Any]) -> Any:
@@ -45,8 +45,11 @@ class Prompt:
 
 
 def read_prompt(argument: str | None, *, raw: bool, system: str | None) -> Prompt:
-    """The argument, or stdin for `-` and where stdin is no terminal; one line break at its end is left out. Bytes that
-    are not UTF-8 survive. Raises InvalidParameterError where there is no prompt."""
+    """Read the prompt from the argument, or from stdin where the argument is `-` or missing.
+
+    One line break at the end of stdin is left out. Bytes that are not UTF-8 are kept as surrogates.
+    Raises InvalidParameterError where the argument is missing and stdin is a terminal.
+    """
     if argument is None and sys.stdin.isatty():
         raise InvalidParameterError("no prompt is given: add it to the command, or pipe it in")
     if argument is None or argument == "-":

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidParameterError
-from .opening import open_family
-from .options import EPILOG, PARALLEL, Options, family_argument, shared_options
+from .opening import family_command, open_family
+from .options import PARALLEL, Options, family_argument, shared_options
 from .screen import Screen
 
 if TYPE_CHECKING:
     from ..server import Address
 
 
-@click.command(
-    context_settings={"auto_envvar_prefix": "EDGE_DLF"}, epilog=EPILOG, short_help="Serve OpenAI's API over HTTP."
-)
+@family_command(short_help="Serve OpenAI's API over HTTP.")
 @family_argument
 @click.option("--host", default="127.0.0.1", help="Address to listen at [127.0.0.1, this machine alone].")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Port; 0 for any [8080].")

@@ -1,8 +1,9 @@
-"""One chat with one family: sends messages, shows answers, keeps count."""
+"""One chat with one family: it sends messages, shows answers and counts them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..params import DEFAULTS
@@ -19,60 +20,59 @@ if TYPE_CHECKING:
 _ROOM_FOR_ANSWER = 512
 
 
+@dataclass
 class Session:
-    """What the commands of a chat act on.
+    """State of a chat, on which its commands act.
 
-    settings: what the user chose, over the family's own `defaults`. paints: whether tokens are coloured by their α.
-    last: the report of the last answer. n_answers, n_generated: answers and their tokens since the start.
+    settings: choices of the user, which go before the family's own `defaults`.
+    system: the system prompt.
+    paints: whether tokens are coloured by their α.
+    last: report of the last answer.
+    n_answers, n_generated: answers and their tokens since the start.
     """
 
-    def __init__(
-        self,
-        llm: FusedLlama,
-        screen: Screen,
-        *,
-        settings: Mapping[str, Any],
-        defaults: Mapping[str, Any],
-        system: str | None = None,
-        tracer: Tracer | None = None,
-    ) -> None:
-        self.llm = llm
-        self.screen = screen
-        self.settings = dict(settings)
+    llm: FusedLlama
+    screen: Screen
+    settings: dict[str, Any]
+    defaults: Mapping[str, Any]
+    system: InitVar[str | None] = None
+    tracer: Tracer = field(default_factory=lambda: Tracer(None, ""))
+    paints: bool = False
+    last: Report | None = None
+    n_answers: int = 0
+    n_generated: int = 0
+
+    def __post_init__(self, system: str | None) -> None:
         self.conversation = Conversation(system)
-        self.paints = False
-        self.last: Report | None = None
-        self.n_answers = self.n_generated = 0
-        self._defaults = defaults
-        self._tracer = tracer or Tracer(None, "")
 
     def value(self, name: str) -> Any:
-        """What holds for the setting `name`: the user's choice, the family's, or the general default."""
-        return self.settings.get(name, self._defaults.get(name, DEFAULTS[name]))
+        """Value of the setting `name`: the user's choice, the family's, or the general default."""
+        return self.settings.get(name, self.defaults.get(name, DEFAULTS[name]))
 
     def paint(self) -> AlphaPaint | None:
-        """Colours for this family's experts, where the terminal shows any."""
+        """Colours of this family's experts; None where the terminal shows none."""
         system = color_system()
         return AlphaPaint(self.llm.experts, self.value("alpha_max"), system) if system else None
 
     def ask(self, text: str) -> None:
-        """Send a message and show its answer; as `answer`."""
+        """Send a message, and show its answer as `answer` does."""
         self.conversation.ask(text)
         self.answer()
 
     def answer(self) -> None:
-        """Show an answer to the last message. Raises EdgeDLFError; what has come by then is kept. On a terminal Ctrl-C
-        stops the answer; elsewhere KeyboardInterrupt goes on."""
-        stream = self.llm.stream(self._prompt(), **self.settings, **self._tracer.settings)
-        self._tracer.begin(self.conversation.messages[-1]["content"], stream.report)
+        """Show an answer to the last message, and keep as much of it as has come.
+
+        On a terminal Ctrl-C stops the answer. Raises EdgeDLFError, and KeyboardInterrupt where there is no terminal.
+        """
+        stream = self.llm.stream(self._prompt(), **self.settings, **self.tracer.settings)
+        question = self.conversation.messages[-1]["content"]
         paint = self.paint() if self.paints else None
         text, stopped = "", False
         self.screen.begin_wait("…")
         try:
             with interruptible(self.screen, self.llm.interrupt):
-                for token in stream:
+                for token in self.tracer.tokens(stream, question, self.llm):
                     text += token.text
-                    self._tracer.add(token, lambda id: self.llm.detokenize([id]))
                     self.screen.write(token.text, paint.brush(token.alpha, token.expert) if paint else None)
         except KeyboardInterrupt:
             stopped = True
@@ -86,7 +86,7 @@ class Session:
         self._conclude(stream.report, stopped, text)
 
     def _prompt(self) -> list[int]:
-        """Prompt tokens of the conversation; says so where turns had to be dropped."""
+        """Prompt tokens of the conversation. Tells the user where turns had to be dropped."""
         n_before, n_ctx = self.conversation.n_dropped, self.llm.n_ctx
         room = self.value("max_tokens") or min(_ROOM_FOR_ANSWER, n_ctx // 4)
         prompt = self.conversation.fit(self.llm.apply_chat_template, n_ctx, room)

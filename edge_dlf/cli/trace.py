@@ -40,7 +40,7 @@ def trace(file: Path, output: Path | None) -> None:
 
 
 def summary(totals: Totals) -> list[str]:
-    """What a person wants to know first, in lines."""
+    """The most important sums of a trace, in lines."""
     lines = [" · ".join([_count(totals.n_tokens, "token"), _count(totals.n_answers, "answer"), *totals.methods])]
     if totals.n_drafted:
         lines.append(f"drafted {_share(totals.n_drafted, totals.n_tokens)} of tokens")

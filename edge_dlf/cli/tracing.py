@@ -1,8 +1,8 @@
-"""`--trace`: what the commands that answer write down of each token."""
+"""`--trace`: writing down why each token of an answer was chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..answers.stream import Report
+    from ..answers.stream import TokenStream
     from ..answers.token import Token
+    from ..api import FusedLlama
     from ..evidence.trace import TraceFile
 
 _MAX_LABEL = 200
@@ -25,9 +26,9 @@ trace_option = click.option(
 
 
 class Tracer:
-    """Writes answers of one family. Without a file it does nothing.
+    """Writer of the answers of one family. Without a file it writes nothing.
 
-    settings: what asks a request for its trace.
+    settings: arguments that ask a request for its trace.
     """
 
     def __init__(self, file: TraceFile | None, family: str) -> None:
@@ -35,20 +36,26 @@ class Tracer:
         self._file = file
         self._family = family
 
-    def begin(self, label: str, report: Report) -> None:
-        """An answer begins. label: what it answers."""
+    def tokens(self, stream: TokenStream, label: str, llm: FusedLlama) -> Iterator[Token]:
+        """Yield the tokens of an answer, each written down before.
+
+        label: the question.
+        """
+        report = stream.report
         if self._file:
             self._file.write(self._head(label, report.method, report.experts, report.alpha_max))
+        for token in stream:
+            self._add(token, llm)
+            yield token
 
-    def add(self, token: Token, name: Callable[[int], str]) -> None:
-        """The next token of the answer. name: token id -> its text."""
-        if self._file and token.trace:
+    def _add(self, token: Token, llm: FusedLlama) -> None:
+        if self._file:
             from ..answers.trace_entry import token_entry
 
-            self._file.write(token_entry(token, name))
+            self._file.write(token_entry(token, lambda id: llm.detokenize([id])))
 
     def add_result(self, label: str, body: Mapping[str, Any]) -> None:
-        """A whole answer; its trace is taken out of `body`."""
+        """Write a whole answer, whose trace is taken out of `body`."""
         if self._file and (trace := body["edge_dlf"].pop("trace", None)):
             method, experts = body["edge_dlf"]["method"], tuple(body["edge_dlf"]["expert_share"])
             self._file.write(self._head(label, method, experts, trace["alpha_max"]), *trace["tokens"])
@@ -61,11 +68,12 @@ class Tracer:
 
 @contextmanager
 def tracing(path: Path | None, family: str) -> Iterator[Tracer]:
-    """A tracer of answers into the file `path`, if there is one. Raises as TraceFile."""
+    """Make a tracer that adds to the file `path`, if there is one. Raises as TraceFile."""
     if path is None:
         yield Tracer(None, family)
         return
     from ..evidence.trace import TraceFile
 
-    with TraceFile(path) as file:
+    file = TraceFile(path)
+    with file:
         yield Tracer(file, family)

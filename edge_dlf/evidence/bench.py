@@ -1,5 +1,5 @@
-"""How fast a family runs on this machine: its members alone, fused plainly and drafted, many sequences at once, and how
-much of the memory's bandwidth the reading of weights takes."""
+"""Speed of a family on this machine: each member alone, the fusion with and without drafts, many sequences at once, and
+the share of the memory's bandwidth that reading the weights takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..answers.requests import Request
 from ..engine.backend import Run
 from ..engine.ensemble import Ensemble
 from ..engine.generation import Generation, GenerationRequest
-from ..errors import OutOfMemoryError
+from ..errors import EdgeDLFError, OutOfMemoryError
 from ..families.files import FamilyFiles
 from ..families.footprint import footprint
 from ..fusion.kernels.memory import read
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..api import FusedLlama
 
 PARALLEL = (1, 4, 16)
-"""Sequences that are decoded at once."""
+"""Numbers of sequences that are decoded at once."""
 N_CTX = 512
 
 N_PARALLEL_STEPS = 6
@@ -40,6 +40,7 @@ _ANSWERS_S = 50.0
 _N_TOKENS = 8, 64
 _MOST_ROUNDS = 4
 _READ_BYTES = 2**28
+_GREEDY: Mapping[str, Any] = {"temperature": 0.0, "repeat_penalty": 1.0}
 _PROMPTS = (
     "Question: Ana has 12 boxes with 8 pencils in each and gives 17 pencils to Boris. How many are left?\nAnswer:",
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
@@ -58,13 +59,21 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
+        """Raises EdgeDLFError where nothing could be measured."""
+        if not values:
+            raise EdgeDLFError("every answer ended at its first token: there is no decoding to measure")
         return cls(median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
 class MemberSpeed:
-    """One member alone: tokens a second of a prompt and of decoding; bytes that decoding reads a token, weights and KV
-    cache, and a second."""
+    """Speed of one member alone.
+
+    prefill_tps: tokens of a prompt that it reads in a second.
+    decode_tps: tokens that it generates in a second.
+    token_bytes: weights and KV cache that it reads for each generated token.
+    read_bytes_s: the same for each second.
+    """
 
     prefill_tps: Spread
     decode_tps: Spread
@@ -74,13 +83,16 @@ class MemberSpeed:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What was measured.
+    """Every measurement of one family.
 
-    members: by role. plain, drafted, large: tokens a second of the same answers, fused plainly, fused with drafts, and
-    by the large model alone, plainly. n_drafted, n_accepted: tokens; n_steps: steps with drafts. search_share: of a
-    plain step, the search for α, the fusion and the choice. parallel: sequences at once -> tokens a second of all.
-    memory_bytes_s: read by this process on as many threads, nothing else done; where there is a `gpu`, read and written
-    by it in a copy, None where it has no room for one.
+    members: speed of each member, by its role.
+    plain, drafted, large: tokens a second of the same answers, fused without drafts, fused with drafts, and by the
+        large model alone without drafts.
+    n_drafted, n_accepted: drafted tokens, and those that were kept, in n_steps steps.
+    search_share: part of a plain step that the search for α, the fusion and the choice of a token take.
+    parallel: tokens a second of all sequences together, by how many are decoded at once.
+    memory_bytes_s: bytes that n_threads threads of this process read in a second. With a `gpu`, bytes that a copy on it
+        reads and writes; None where the GPU has no room for the copy.
     """
 
     members: Mapping[str, MemberSpeed]
@@ -98,6 +110,7 @@ class Speeds:
 
     @property
     def verdict(self) -> str:
+        """One sentence that compares drafted fusion with the large model and with plain fusion."""
         to_large, to_plain = self.drafted.median / self.large.median, self.drafted.median / self.plain.median
         return f"drafted fusion runs at {to_large:.2f} of the large model alone, {to_plain:.2f} times plain fusion"
 
@@ -110,8 +123,13 @@ def measure(
     cache_types: tuple[str | None, str | None],
     tell: Callable[[str], None],
 ) -> Speeds:
-    """Measure a family of `files` that was loaded with n_ctx = N_CTX, as many sequences as PARALLEL has at most, and
-    these threads and types of KV cache; `tell` hears what is being measured."""
+    """Measure a family.
+
+    llm: the family, loaded with a context of N_CTX and room for as many sequences as PARALLEL asks for.
+    files: the files that it was loaded from.
+    n_threads, cache_types: threads, and types of keys and values of the KV cache, that it was loaded with.
+    tell: called with a few words on what is measured next.
+    """
     ensemble = llm.driver.decoder.ensemble
     tell("reading memory")
     gpu = next(iter(gpus()), None)
@@ -147,7 +165,7 @@ def measure(
 
 
 def gpu_bytes_s(gpu: GPU) -> float | None:
-    """Bytes that a GPU moves a second in a copy within its memory; None where it has no room for one."""
+    """Bytes that a GPU reads and writes in a second of copying; None where it has no room for a copy."""
     try:
         return copy_bytes_s(gpu.name, _READ_BYTES)
     except OutOfMemoryError:
@@ -155,17 +173,12 @@ def gpu_bytes_s(gpu: GPU) -> float | None:
 
 
 def memory_bytes_s(n_threads: int) -> float:
-    """Bytes that so many threads read a second from arrays that no cache holds: the best of a few passes."""
+    """Bytes that `n_threads` threads read in a second from arrays too large for any cache: the best of five passes."""
     values = np.ones(_READ_BYTES // 8, np.int64)
     parts = np.array_split(values, n_threads)
     read(values[:1])  # compiles it
-    passes = []
     with ThreadPoolExecutor(n_threads) as pool:
-        for _ in range(5):
-            started = time.perf_counter()
-            assert sum(pool.map(read, parts)) == len(values)
-            passes.append(time.perf_counter() - started)
-    return values.nbytes / min(passes)
+        return values.nbytes / min(_timed(lambda: list(pool.map(read, parts)), 5))
 
 
 def member_speed(
@@ -175,8 +188,8 @@ def member_speed(
     prefill, decode = [], []
     for _ in range(3):
         ensemble.forget([0])
-        prefill.append(_timed(ensemble, name, prompt))
-        decode += [_timed(ensemble, name, prompt[n : n + 1]) for n in range(_N_STEPS)]
+        prefill.append(_decode_s(ensemble, name, prompt))
+        decode += [_decode_s(ensemble, name, prompt[n : n + 1]) for n in range(_N_STEPS)]
     ensemble.forget([0])
     size = footprint(files.models[name], *cache_types)
     n_bytes = size.read + int(sum(size.kv) * (_N_PREFILL + _N_STEPS // 2))
@@ -190,11 +203,19 @@ def member_speed(
     )
 
 
-def _timed(ensemble: Ensemble, name: str, tokens: Sequence[int]) -> float:
-    """Seconds in which a member evaluates `tokens`."""
+def _decode_s(ensemble: Ensemble, name: str, tokens: Sequence[int]) -> float:
+    """Return the seconds in which a member evaluates `tokens`."""
     started = time.perf_counter()
     ensemble.decode({name: [Run(0, tokens, 1)]})
     return time.perf_counter() - started
+
+
+def _answer(llm: FusedLlama, prompt: str | Sequence[int], **settings: Any) -> Report:
+    """Report on a greedy answer to `prompt`."""
+    stream = llm.stream(prompt, **_GREEDY, **settings)
+    for _ in stream:
+        pass
+    return stream.report
 
 
 def parallel_tps(llm: FusedLlama, n: int) -> float:
@@ -219,30 +240,26 @@ def parallel_tps(llm: FusedLlama, n: int) -> float:
 
 
 def _answers(llm: FusedLlama, token_s: float) -> Iterator[tuple[int, int, str, Report]]:
-    """Greedy answers in turn by each way, the order changing from prompt to prompt: number, of how many, way, report.
+    """Yield greedy answers by each method in turn: the number of the answer, of how many, the method, the report.
 
-    token_s: seconds that a token takes by all ways together.
+    token_s: seconds that all methods together take for a token.
     """
-    ways: dict[str, dict[str, Any]] = {
+    methods: dict[str, dict[str, Any]] = {
         "plain": {"draft": "off"},
         "drafted": {"draft": "auto"},
         "large": {"draft": "off", "method": "large"},
     }
     fewest, most = _N_TOKENS
-    n_tokens = min(max(int(_ANSWERS_S / token_s / len(_PROMPTS)), fewest), most)
-    n_rounds = min(max(int(_ANSWERS_S / token_s / len(_PROMPTS) / n_tokens), 1), _MOST_ROUNDS)
-    jobs = [(way, prompt) for n, prompt in enumerate(_PROMPTS * n_rounds) for way in _rotated(list(ways), n)]
-    for n, (way, prompt) in enumerate([("drafted", _PROMPTS[0]), *jobs]):
-        settings = {"method": "dynamic", "temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": n_tokens, **ways[way]}
-        stream = llm.stream(prompt, **settings)
-        for _ in stream:
-            pass
-        if n and stream.report.counts.n_steps:  # the first one is where the pace is learnt
-            yield n, len(jobs), way, stream.report
-
-
-def _rotated(values: list[str], n: int) -> list[str]:
-    return [*values[n % len(values) :], *values[: n % len(values)]]
+    n_affordable = int(_ANSWERS_S / token_s / len(_PROMPTS))
+    n_tokens = min(max(n_affordable, fewest), most)
+    n_rounds = min(max(n_affordable // n_tokens, 1), _MOST_ROUNDS)
+    # The order of the methods changes from prompt to prompt.
+    orders = [[*methods][n % 3 :] + [*methods][: n % 3] for n in range(3)]
+    jobs = [(kind, prompt) for n, prompt in enumerate(_PROMPTS * n_rounds) for kind in orders[n % 3]]
+    for n, (kind, prompt) in enumerate([("drafted", _PROMPTS[0]), *jobs]):
+        report = _answer(llm, prompt, max_tokens=n_tokens, **{"method": "dynamic", **methods[kind]})
+        if n and report.counts.n_steps:  # the first answer measures how long drafts should be
+            yield n, len(jobs), kind, report
 
 
 def search_s(llm: FusedLlama) -> float:
@@ -251,10 +268,17 @@ def search_s(llm: FusedLlama) -> float:
     roles, prompt = decoder.ensemble.roles(fusion), llm.tokenize(_PROMPTS[0])
     request = GenerationRequest(roles, dict.fromkeys(roles.members, prompt), fusion, SamplingParams(temperature=0.0))
     rows = decoder.ensemble.decode({name: [Run(0, prompt, 1)] for name in roles.members}).logits
-    draw, times = Generation(request).draw(), []
-    for _ in range(9):
-        started = time.perf_counter()
-        decoder.fuser.pick([rows[name] for name in roles.members], roles.members, fusion, [()], [draw])
-        times.append(time.perf_counter() - started)
+    logits, draw = [rows[name] for name in roles.members], Generation(request).draw()
+    times = _timed(lambda: decoder.fuser.pick(logits, roles.members, fusion, [()], [draw]), 9)
     decoder.ensemble.forget()
     return median(times)
+
+
+def _timed(work: Callable[[], object], n: int) -> list[float]:
+    """Seconds of each of `n` runs of `work`."""
+    seconds = []
+    for _ in range(n):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return seconds

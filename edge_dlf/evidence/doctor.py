@@ -1,7 +1,7 @@
-"""What `edge-dlf doctor` looks at: this machine, this build of llama.cpp, and one family down to a real decode.
+"""The checks of `edge-dlf doctor`: this machine, this build of llama.cpp, and one family down to a real decode.
 
-Every check ends in a verdict, and one next step where it is not well. Nothing here ends the process: what may crash is
-tried in another one.
+Each check ends in a verdict, with one next step where something could be better. What may crash runs in another
+process.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,12 @@ _USED = {"avx2": "AVX2 = 1", "avx512f": "AVX512 = 1", "asimddp": "DOTPROD = 1", 
 
 @dataclass(frozen=True)
 class Check:
-    """One verdict: "ok", "note" (it works, and could be better) or "problem". facts: the same as numbers and names."""
+    """Result of one check.
+
+    verdict: "ok", "note" (it works, and could be better) or "problem".
+    next_step: one thing to do; None where all is well.
+    facts: the numbers and names of `text`, for programs.
+    """
 
     name: str
     verdict: str
@@ -44,19 +50,29 @@ class Check:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _check(name: str, text: str, next_step: str | None = None, **facts: Any) -> Check:
+    """A check that is well, or that has a next step and is a note."""
+    return Check(name, "note" if next_step else "ok", text, next_step, facts)
+
+
+def _problem(name: str, error: object, next_step: str, **facts: Any) -> Check:
+    return Check(name, "problem", str(error), next_step, facts)
+
+
 def examine_machine() -> Iterator[Check]:
-    """Python, llama.cpp, CPU, GPUs, memory, threads, kernels, families."""
-    yield _python()
+    """Check Python, llama.cpp, CPU, GPUs, memory, threads, kernels and the models folder."""
+    version = platform.python_version()
+    where = f"{sys.executable}, on {platform.system()} {platform.machine()}"
+    yield _check("Python", f"{version} at {where}; edge-dlf {__version__}", version=version)
     try:
         from .. import llama
     except Exception as error:  # a broken build raises whatever its loader does
-        yield Check("llama.cpp", "problem", f"llama-cpp-python cannot be loaded: {error}", f"install it: {_REINSTALL}")
+        yield _problem("llama.cpp", f"llama-cpp-python cannot be loaded: {error}", f"install it: {_REINSTALL}")
         return
     yield _llama_cpp(llama.system_info())
     yield _cpu(llama.system_info())
     yield _amx(llama.amx_crashes(), llama.AMX_REBUILD)
-    gpus = llama.gpus()
-    machine = this_machine(gpus)
+    machine = this_machine(llama.gpus())
     yield _gpus(machine)
     yield _memory(machine)
     yield _threads(llama.default_n_threads())
@@ -64,83 +80,73 @@ def examine_machine() -> Iterator[Check]:
     yield _families()
 
 
-def examine_family(load: Callable[[], FamilySpec], *, n_ctx: int = 4096, **loading: Any) -> Iterator[Check]:
-    """One family: its files, its tokenizer, the memory it takes, its chat template, and a decode of every member.
+def examine_family(load: Callable[[], tuple[FamilySpec, Mapping[str, Any]]]) -> Iterator[Check]:
+    """Check a family: its files, tokenizer, memory and chat template, and a decode of every member.
 
-    load: reads the family. loading: `n_gpu_layers`, `main_gpu`, `tensor_split`, `type_k`, `type_v` as FusedLlama has
-    them.
-    Raises InvalidParameterError for settings that cannot be.
+    load: reads the family; gives with it any of `n_ctx`, `n_gpu_layers`, `main_gpu`, `tensor_split`, `type_k` and
+        `type_v`, as FusedLlama takes them.
+    Raises InvalidParameterError for settings that are out of range.
     """
     try:
-        files = check_files(load())
+        spec, settings = load()
+        files = check_files(spec)
     except VocabMismatchError as error:
-        yield Check("tokenizer", "problem", str(error), "take a base and experts made from models of the same series")
+        yield _problem("tokenizer", error, "take a base and experts made from models of the same series")
         return
     except ModelFileError as error:
-        yield Check("files", "problem", str(error), "correct the path, or download the file again")
+        yield _problem("files", error, "correct the path, or download the file again")
         return
     except LoadError as error:
-        yield Check("files", "problem", str(error), "correct the family")
+        yield _problem("files", error, "correct the family")
         return
     yield _files(files)
-    yield _tokenizer(files)
+    yield _check("tokenizer", f"{files.n_vocab:,} tokens, the same in every model", n_vocab=files.n_vocab)
     try:
         from .. import llama
-    except Exception:  # said above
+    except Exception:  # `examine_machine` has reported it
         return
+    n_ctx, loading = settings.get("n_ctx", 4096), {name: settings[name] for name in settings if name != "n_ctx"}
     planner = Planner(files, this_machine(llama.gpus()), repacks=llama.repacks_weights(), **loading)
     memory = _plan(planner, files, n_ctx)
     yield memory
     yield _template(files)
-    if memory.verdict == "problem" and not planner.largest_n_cells(256):
-        return
-    yield from _decodes(files, planner, n_ctx)
-
-
-def _python() -> Check:
-    text = f"{platform.python_version()} at {sys.executable}, on {platform.system()} {platform.machine()}"
-    return Check("Python", "ok", f"{text}; edge-dlf {__version__}", facts={"version": platform.python_version()})
+    if memory.verdict != "problem" or planner.largest_n_cells(256):
+        yield from _decodes(files, planner, n_ctx)
 
 
 def _llama_cpp(info: str) -> Check:
     version, _, flags = info.partition(" ")
-    facts = {"version": version, "flags": flags}
-    text = f"llama-cpp-python {version} ({flags})"
-    if version != LLAMA_CPP:
-        return Check("llama.cpp", "note", text, f"edge-dlf is made for {LLAMA_CPP}: {_REINSTALL}", facts)
-    return Check("llama.cpp", "ok", text, facts=facts)
+    step = None if version == LLAMA_CPP else f"edge-dlf is made for {LLAMA_CPP}: {_REINSTALL}"
+    return _check("llama.cpp", f"llama-cpp-python {version} ({flags})", step, version=version, flags=flags)
 
 
 def _cpu(info: str) -> Check:
     known = _cpu_flags()
     has = [feature for feature in _FEATURES if feature in known]
     unused = [feature for feature, flag in _USED.items() if feature in known and flag not in info]
-    text = f"{_cpu_name()} with {', '.join(has) or 'features that this system does not tell'}"
-    facts = {"features": has, "unused": unused}
-    if unused:
-        step = f"build llama.cpp on this machine: CMAKE_ARGS='-DGGML_NATIVE=ON' {_REINSTALL}"
-        return Check("CPU", "note", f"{text}; this build does not use {', '.join(unused)}", step, facts)
-    return Check("CPU", "ok", text, facts=facts)
+    name = next(iter(_cpu_lines("model name")), platform.processor() or platform.machine())
+    text = f"{name} with {', '.join(has) or 'features that this system does not tell'}"
+    text += f"; this build does not use {', '.join(unused)}" if unused else ""
+    step = f"build llama.cpp on this machine: CMAKE_ARGS='-DGGML_NATIVE=ON' {_REINSTALL}" if unused else None
+    return _check("CPU", text, step, features=has, unused=unused)
 
 
 def _amx(crashes: bool, rebuild: str) -> Check:
     if not crashes:
-        return Check("AMX", "ok", "no kernels that crash in this build")
+        return _check("AMX", "no kernels that crash in this build")
     text = "this build holds kernels that crash (llama.cpp issue 20824); they are kept off, at the price of some speed"
-    return Check("AMX", "note", text, f"rebuild: {rebuild}")
+    return _check("AMX", text, f"rebuild: {rebuild}")
 
 
 def _gpus(machine: Machine) -> Check:
     if machine.gpus:
         each = [f"{gpu.description}, {_gb(gpu.free_bytes)} of {_gb(gpu.total_bytes)} free" for gpu in machine.gpus]
-        facts = {"gpus": [vars(gpu) for gpu in machine.gpus]}
-        return Check("GPU", "ok", "; ".join(each), facts=facts)
-    wanted = {"nvidia-smi": "-DGGML_CUDA=on", "rocm-smi": "-DGGML_HIP=on"}
-    for tool, flag in wanted.items():
+        return _check("GPU", "; ".join(each), gpus=[vars(gpu) for gpu in machine.gpus])
+    for tool, flag in {"nvidia-smi": "-DGGML_CUDA=on", "rocm-smi": "-DGGML_HIP=on"}.items():
         if shutil.which(tool):
             step = f"build llama.cpp for it: CMAKE_ARGS='{flag}' {_REINSTALL}"
-            return Check("GPU", "note", f"{tool} is here, but this build has no backend for its GPU", step)
-    return Check("GPU", "ok", "none that this build can use; everything runs on the CPU")
+            return _check("GPU", f"{tool} is here, but this build has no backend for its GPU", step)
+    return _check("GPU", "none that this build can use; everything runs on the CPU")
 
 
 def _memory(machine: Machine) -> Check:
@@ -148,50 +154,48 @@ def _memory(machine: Machine) -> Check:
     text += f", by {machine.limit}" if machine.limit else ""
     if machine.address_bytes is not None:
         text += f"; ulimit -v leaves {_gb(machine.address_bytes)}"
-    return Check("memory", "ok", text, facts={"free_bytes": machine.free_bytes, "address_bytes": machine.address_bytes})
+    return _check("memory", text, free_bytes=machine.free_bytes, address_bytes=machine.address_bytes)
 
 
 def _threads(default: int) -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    facts = {"n_threads": default, "cores": cores, "load": load}
-    text = f"{default} threads for {cores} cores that this process may use; load {load:.1f}"
+    text, step = f"{default} threads for {cores} cores that this process may use; load {load:.1f}", None
+    if load > cores:
+        step = "stop what else runs: threads of llama.cpp that wait for a core hold up all others"
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
         value = os.environ.get(name, "")
         if value.isdigit() and int(value) < default:
-            return Check("threads", "note", f"{text}; {name}={value}", f"unset {name}", facts)
-    if load > cores:
-        step = "stop what else runs: threads of llama.cpp that wait for a core hold up all others"
-        return Check("threads", "note", text, step, facts)
-    return Check("threads", "ok", text, facts=facts)
+            text, step = f"{text}; {name}={value}", f"unset {name}"
+            break
+    return _check("threads", text, step, n_threads=default, cores=cores, load=load)
 
 
 def _kernels() -> Check:
     started = time.perf_counter()
     try:
         from ..fusion.fuser import warm_up
+        from ..fusion.kernels.cache import cache_folder
+        from ..fusion.kernels.memory import read
 
         warm_up()
-    except Exception as error:  # of numba or LLVM, none of which is foreseen
-        return Check("kernels", "problem", f"cannot be compiled: {error}", "install numba again: pip install -U numba")
+    except Exception as error:  # numba and LLVM document no errors
+        return _problem("kernels", f"cannot be compiled: {error}", "install numba again: pip install -U numba")
     took_s = time.perf_counter() - started
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parents[1] / "fusion" / "kernels")
-    facts = {"seconds": took_s, "folder": str(folder)}
-    if took_s < _SLOW_KERNELS_S:
-        return Check("kernels", "ok", f"ready in {took_s:.1f} s", facts=facts)
-    if os.access(folder, os.W_OK):
-        return Check("kernels", "ok", f"compiled in {took_s:.0f} s; the next start finds them", facts=facts)
-    step = "set NUMBA_CACHE_DIR to a folder that can be written"
-    return Check("kernels", "note", f"took {took_s:.0f} s; {folder} cannot be written to keep them", step, facts)
+    folder, text, step = cache_folder(read), f"ready in {took_s:.1f} s", None
+    if took_s >= _SLOW_KERNELS_S:
+        text = f"compiled in {took_s:.0f} s; the next start finds them"
+        if not folder or not os.access(folder, os.W_OK):
+            text = f"took {took_s:.0f} s; {folder or 'no folder'} cannot be written to keep them"
+            step = "set NUMBA_CACHE_DIR to a folder that can be written"
+    return _check("kernels", text, step, seconds=took_s, folder=str(folder))
 
 
 def _families() -> Check:
     folder = models_dir()
-    names = sorted(path.parent.name for path in folder.glob(f"*/{FILE_NAME}")) if folder.is_dir() else []
-    facts = {"folder": str(folder), "families": names}
-    if names:
-        return Check("families", "ok", f"{', '.join(names)} in {folder}", facts=facts)
-    return Check("families", "ok", f"none in {folder}; a family.toml may be anywhere", facts=facts)
+    names = sorted(path.parent.name for path in folder.glob(f"*/{FILE_NAME}"))
+    text = f"{', '.join(names)} in {folder}" if names else f"none in {folder}; a family.toml may be anywhere"
+    return _check("families", text, folder=str(folder), families=names)
 
 
 def _files(files: FamilyFiles) -> Check:
@@ -199,32 +203,26 @@ def _files(files: FamilyFiles) -> Check:
     loras = {path for pairs in files.loras.values() for path, _ in pairs}
     size = sum(info.file_bytes for info in infos.values()) + sum(path.stat().st_size for path in loras)
     names = [path.name for path in [*infos, *sorted(loras)]]
-    return Check("files", "ok", f"{', '.join(names)}: {_gb(size)}, no header is damaged", facts={"bytes": size})
-
-
-def _tokenizer(files: FamilyFiles) -> Check:
-    return Check(
-        "tokenizer", "ok", f"{files.n_vocab:,} tokens, the same in every model", facts={"n_vocab": files.n_vocab}
-    )
+    return _check("files", f"{', '.join(names)}: {_gb(size)}, no header is damaged", bytes=size)
 
 
 def _plan(planner: Planner, files: FamilyFiles, n_ctx: int) -> Check:
     trained = files.models["large"].metadata.get(f"{files.models['large'].architecture}.context_length")
     largest = planner.largest_n_cells(trained if isinstance(trained, int) and trained > 0 else n_ctx)
-    fits = f"the largest that fits is {largest}" if largest else "no context fits"
     try:
         plan = planner.plan(n_ctx)
     except EdgeDLFError as error:
         step = f"--ctx-size {min(largest, n_ctx)}" if largest else "close other programs, or choose a smaller family"
-        return Check("fits", "problem", str(error), step, {"largest_n_ctx": largest})
+        return _problem("fits", error, step, largest_n_ctx=largest)
     each = [
         f"{m.name} {_gb(m.weights_bytes)} + {_gb(m.cache_bytes)} cache + {_gb(m.buffer_bytes)} buffers"
         + (f" ({m.n_gpu_layers}/{m.n_layers} layers on {_devices(planner.machine, m)})" if planner.machine.gpus else "")
         for m in plan.members
     ]
+    fits = f"the largest that fits is {largest}" if largest else "no context fits"
     text = f"{_gb(plan.n_bytes)} at a context of {n_ctx}; {fits}: {'; '.join(each)}"
-    facts = {"largest_n_ctx": largest, "n_ctx": n_ctx, "members": [vars(member) for member in plan.members]}
-    return Check("fits", "ok", text, facts=facts)
+    members = [vars(member) for member in plan.members]
+    return _check("fits", text, largest_n_ctx=largest, n_ctx=n_ctx, members=members)
 
 
 def _devices(machine: Machine, member: MemberPlan) -> str:
@@ -239,21 +237,18 @@ def _template(files: FamilyFiles) -> Check:
 
     source = files.models["large"].metadata.get("tokenizer.chat_template")
     if not isinstance(source, str):
-        return Check("chat template", "note", "the large model has none", "use --raw; chat needs one")
-    template = None
+        return _check("chat template", "the large model has none", "use --raw; chat needs one")
+    message = {"role": "user", "content": "Hello"}
     try:
-        template = TemplateProcess(source)
-        template.render([{"role": "user", "content": "Hello"}], bos_token="", eos_token="", add_generation_prompt=True)
+        with closing(TemplateProcess(source)) as template:
+            template.render([message], bos_token="", eos_token="", add_generation_prompt=True)
     except EdgeDLFError as error:
-        return Check("chat template", "problem", str(error), "use --raw, or get the model from another source")
-    finally:
-        if template:
-            template.close()
-    return Check("chat template", "ok", "renders a message")
+        return _problem("chat template", error, "use --raw, or get the model from another source")
+    return _check("chat template", "renders a message")
 
 
 def _decodes(files: FamilyFiles, planner: Planner, n_ctx: int) -> Iterator[Check]:
-    """A few tokens from every member, each in a process of its own."""
+    """Decode a few tokens with every member, each in a process of its own."""
     from ..families import guard
 
     try:
@@ -261,31 +256,27 @@ def _decodes(files: FamilyFiles, planner: Planner, n_ctx: int) -> Iterator[Check
     except EdgeDLFError:
         plan = planner.plan(256)
     for name, info in files.models.items():
-        found = guard.try_model(
-            info.shards, files.loras.get(name, ()), n_gpu_layers=plan.layers[name], split=plan.splits[name]
-        )
-        facts = {"member": name, "tps": found.tps}
+        layers, split = plan.layers[name], plan.splits[name]
+        found = guard.try_model(info.shards, files.loras.get(name, ()), n_gpu_layers=layers, split=split)
+        facts: dict[str, Any] = {"member": name, "tps": found.tps}
         if found.ok:
-            yield Check(f"decode {name}", "ok", f"{found.tps:.1f} tokens/s alone", facts=facts)
+            yield _check(f"decode {name}", f"{found.tps:.1f} tokens/s alone", **facts)
         else:
-            step = "download the file again, or build llama.cpp again: " + _REINSTALL
-            yield Check(f"decode {name}", "problem", found.reason, step, facts)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+            step = f"download the file again, or build llama.cpp again: {_REINSTALL}"
+            yield _problem(f"decode {name}", found.reason, step, **facts)
 
 
 def _cpu_flags() -> set[str]:
+    return set(" ".join(_cpu_lines("flags", "Features")).split())
+
+
+def _cpu_lines(*names: str) -> list[str]:
+    """Values that /proc/cpuinfo gives under `names`; none where the system has no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return set()
-    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(names)]
 
 
 def _gb(n_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""Means with 95% intervals, and paired differences, of what was measured on single examples."""
+"""Means with 95% intervals, and paired differences, of scores of single examples."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ class Estimate(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Estimate:
-    """The mean of `values`. Of zeros and ones Wilson's interval, which stays within them and has a width at 0 and at 1;
-    of other numbers the normal one."""
+    """The mean of `values` and its interval.
+
+    Zeros and ones get Wilson's interval, which stays within 0 and 1 and has a width at both; other numbers the normal
+    one.
+    """
     x = np.asarray(values, np.float64)
     n, mean = len(x), float(x.mean())
     if not np.isin(x, (0.0, 1.0)).all():
@@ -36,8 +39,7 @@ def interval(values: Sequence[float]) -> Estimate:
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Estimate:
-    """The mean of `values` − `others`, measured on the same examples in the same order: the normal interval of the
-    differences."""
+    """The mean of `values` − `others` and its normal interval. Both hold the same examples in the same order."""
     return _normal(np.asarray(values, np.float64) - np.asarray(others, np.float64))
 
 

@@ -1,6 +1,6 @@
-"""Traces: why each token was chosen, as lines of JSON that are written, read back and summed up.
+"""Trace files, which tell why each token was chosen: written, read back and summed up.
 
-A line with "format" begins an answer; each line after it is one of its tokens.
+A file holds lines of JSON. A line with "format" begins an answer; each line after it is one of its tokens.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ..system.durable import Appender, file_error
 from ..system.jsonl import dump_line, parse_object, read_lines
 
 N_BINS = 10
-"""Parts of the range of α that its values are counted in."""
+"""Number of equal parts of the range of α in the histogram."""
 
 
-class TraceFile:
-    """A file that answers are added to; one that was there goes on. A context manager.
+class TraceFile(Appender):
+    """A file that answers are added to, after those that it holds already. A context manager.
 
-    Raises InvalidParameterError where the file holds anything else, EdgeDLFError where it cannot be written.
+    Raises InvalidParameterError where the file holds anything but a trace, EdgeDLFError where it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,22 +37,15 @@ class TraceFile:
                         n_bytes = line.start + line.n_bytes if line.is_whole else n_bytes
         except OSError as error:
             raise file_error(path, error) from error
-        self._file = Appender(path, n_bytes)
-
-    def __enter__(self) -> TraceFile:
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._file.__exit__(*exception)
+        super().__init__(path, n_bytes)
 
     def write(self, *entries: Mapping[str, Any]) -> None:
         """Add entries, all or none of them."""
-        self._file.append(b"".join(map(dump_line, entries)))
+        self.append(b"".join(map(dump_line, entries)))
 
 
 class Head(NamedTuple):
-    """What an answer begins with, as in `answer_entry`."""
+    """Beginning of an answer, as `answer_entry` has it."""
 
     label: str
     family: str
@@ -65,8 +58,11 @@ Candidate = tuple[int, str, float]
 
 
 class Step(NamedTuple):
-    """One token as `token_entry` has it. search: J, both KLs, both targets; None where α was not searched.
-    members: name -> id and name of the token that it would have chosen, and its candidates."""
+    """One token, as `token_entry` has it.
+
+    search: J, both KLs and both targets; None where α was not searched.
+    members: name -> id and name of the token that the member would have chosen, and its candidates.
+    """
 
     text: str
     name: str
@@ -81,7 +77,7 @@ class Step(NamedTuple):
 
 
 def read_trace(path: Path) -> Iterator[Head | Step]:
-    """The answers and tokens in a file, holding one line at a time. A last line that was cut off is left out.
+    """Yield the answers and tokens in a file, line by line. A last line that was cut off is left out.
 
     Raises InvalidParameterError where a line is no part of a trace.
     """
@@ -154,7 +150,11 @@ def _finite(value: float) -> float:
 
 @dataclass
 class ExpertTotals:
-    """n_led: steps on which the expert had the most weight. alpha_sum: of its weight on all steps."""
+    """Sums of one expert.
+
+    n_led: steps on which the expert had the largest α.
+    alpha_sum: sum of its α over all steps.
+    """
 
     n_led: int = 0
     alpha_sum: float = 0.0
@@ -162,8 +162,14 @@ class ExpertTotals:
 
 @dataclass
 class Totals:
-    """Sums over a trace. n_at_zero, n_at_bound: steps on which the largest α was 0, and its upper bound.
-    bins: steps by the largest α, in N_BINS equal parts of its range. alpha_max: the highest bound met."""
+    """Sums over a trace.
+
+    n_fused: steps on which experts took part.
+    n_at_zero, n_at_bound: steps on which the largest α was 0, and its upper bound.
+    alpha_max: the highest upper bound of any answer.
+    alpha_sum: sum of the largest α over all steps.
+    bins: histogram of the largest α, in N_BINS equal parts of its range.
+    """
 
     n_answers: int = 0
     n_tokens: int = 0

@@ -1,4 +1,4 @@
-"""A trace as one self-contained HTML page, which needs no network and reads a page of tokens only when it is shown."""
+"""A trace as one HTML file, which needs no network and unpacks a page of tokens only when it is shown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGE_TOKENS = 2000
 
 
 def write_page(items: Iterable[Head | Step], title: str, file: BinaryIO) -> Totals:
-    """Write the page of a trace and return its totals. Holds one page of tokens in memory; the rest is on disk."""
+    """Write the HTML file of a trace. Returns its sums. Holds one page of tokens in memory; the rest is on disk."""
     totals, overview = Totals(), list[list[Any]]()
     with tempfile.TemporaryFile() as rest:
         first = b""
@@ -40,7 +40,7 @@ def write_page(items: Iterable[Head | Step], title: str, file: BinaryIO) -> Tota
 def _write(
     file: BinaryIO, title: str, totals: Totals, overview: list[list[Any]], first: bytes, rest: IO[bytes]
 ) -> None:
-    """The template with its holes filled; what is not shown first comes after the script that shows it."""
+    """Fill in the template. Pages that are not shown first come after the script that shows them."""
     template = files("edge_dlf.evidence").joinpath("trace_page.html").read_text("utf-8")
     (style,), (script,) = (re.findall(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL) for tag in ("style", "script"))
     sums = {name: value for name, value in asdict(totals).items() if not name.startswith("_")}
@@ -68,7 +68,7 @@ def _block(number: int, data: bytes) -> bytes:
 
 
 class _Page:
-    """Tokens that are shown together, as short lists; texts and names of members stand once, and are numbered."""
+    """Tokens that are shown together, as short lists. Texts and names of members are stored once and numbered."""
 
     def __init__(self, n_before: int, head: Head | None) -> None:
         self.n_before = n_before
@@ -118,7 +118,7 @@ class _Page:
 
 
 def _pages(items: Iterable[Head | Step], totals: Totals) -> Iterable[_Page]:
-    """The trace in pages, one at least; counts it in `totals`."""
+    """Yield the trace in pages, one at least, and add it to `totals`."""
     page, head = _Page(0, None), None
     for item in items:
         totals.add(item)

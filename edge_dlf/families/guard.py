@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from ..errors import EdgeDLFError, ModelFileError
 from ..gguf.info import GGUFInfo, read_info
 from ..gguf.rules import TRIED
 from ..llama import gpus, system_info
+from ..system.child import python_command
 from ..system.remembered import recall, remember, states
 
 Adapters = Sequence[tuple[Path, float]]
@@ -31,7 +31,7 @@ _COLLECTION = "trials"
 _PATIENCE_S = 120.0
 _SLOWEST_DISK = 20e6  # bytes a second
 _N_TOKENS = 8
-_TRY = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import main; main(sys.argv[2])"
+_TRY = f"import sys; from {__name__} import main; main(sys.argv[1])"
 _CRASHES = {signal.SIGSEGV: "crashed", signal.SIGABRT: "gave up", signal.SIGBUS: "crashed", signal.SIGILL: "crashed",
             signal.SIGFPE: "crashed"}  # fmt: skip
 
@@ -95,7 +95,7 @@ def _remembered(shards: Sequence[Path]) -> Trial | None:
 
 
 def _run(question: Mapping[str, Any], patience_s: float) -> Trial:
-    command = [sys.executable, "-c", _TRY, json.dumps(sys.path), json.dumps(question)]
+    command = python_command(_TRY, json.dumps(question))
     env = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     try:
         # Its own session: Ctrl-C in the terminal is for this process, which then ends it.

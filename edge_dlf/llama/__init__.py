@@ -1,13 +1,13 @@
-"""llama.cpp through its low-level API: models, contexts and LoRA adapters, with every return code made an error.
+"""Models, contexts and LoRA adapters of llama.cpp, through its low-level API. Every return code becomes an error.
 
-The only importer of `llama_cpp`. A `Model` holds weights and vocabulary; a `LlamaBackend` is one context over a model,
-with its own KV cache and its own LoRA adapters, so that a base and its LoRA experts share one `Model`.
+No other room imports `llama_cpp`. A `Model` holds weights and vocabulary. A `LlamaBackend` is one context over a model,
+with its own KV cache and LoRA adapters, so that a base and its LoRA experts share one `Model`.
 """
 
 from ..engine.backend import N_BATCH
 from .amx import amx_crashes
 from .context import CACHE_TYPES, LlamaBackend
-from .device import copy_bytes_s, fetch_s
+from .device import copy_bytes_s
 from .grammar import Grammar
 from .model import Model
 from .runtime import AMX_REBUILD, Interrupt, default_n_threads, gpus, repacks_weights, system_info
@@ -23,7 +23,6 @@ __all__ = [
     "amx_crashes",
     "copy_bytes_s",
     "default_n_threads",
-    "fetch_s",
     "gpus",
     "repacks_weights",
     "system_info",

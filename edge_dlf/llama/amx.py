@@ -1,8 +1,8 @@
-"""Whether the AMX kernels of this build of llama.cpp can be used.
+"""Test whether the AMX kernels of this build of llama.cpp work.
 
-GCC 12 takes `_tile_loadconfig` to read 8 of the 64 bytes of a tile configuration, drops the stores to the others as
-dead, and the CPU faults on what it finds in their place: llama.cpp issue 20824. The same source is right when it is
-built with -fno-tree-dse -fno-dse. Nothing in a build tells which it is, so one try is made, in a process of its own.
+GCC 12 assumes that `_tile_loadconfig` reads 8 of the 64 bytes of a tile configuration and removes the stores to the
+others, so that the CPU faults (llama.cpp issue 20824). The same source works when it is built with -fno-tree-dse
+-fno-dse. A build does not tell how it was made, so the kernels are tried once, in a process of their own.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import llama_cpp as lib
 
+from ..system.child import python_command
 from ..system.paths import shipped_dir
 from ..system.remembered import recall, remember, states
 
@@ -59,7 +59,7 @@ def amx_crashes() -> bool:
 
 
 def _try(model: Path) -> str:
-    """`right`, or something else, such as how the process ended."""
-    command = [sys.executable, "-c", _TRY, str(model)]
+    """Decode with and without AMX in another process. Returns "right", or what went wrong."""
+    command = python_command(_TRY, str(model))
     process = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, start_new_session=True, text=True)
     return process.stdout.strip() or f"exit code {process.returncode}"

@@ -34,23 +34,33 @@ CACHE_TYPES: Mapping[str, int] = {
     "q4_0": lib.GGML_TYPE_Q4_0,
     "iq4_nl": lib.GGML_TYPE_IQ4_NL,
 }
-"""Types of a KV cache: ggml's number."""
+"""Type of a KV cache -> ggml's number of it."""
 
+_FAILURES = {
+    1: (ContextOverflowError, "no free KV cells for {} more tokens"),
+    2: (RequestInterruptedError, "interrupted while it evaluated {} tokens"),
+    -2: (OutOfMemoryError, "no memory to evaluate {} tokens"),
+}
+"""Errors by the code that llama_decode returns."""
 _MAX_POSITIONS = 2**31 - 1
 _BYTES_PER_THREAD = 4 * 2**20
-"""Weights for which a thread is worth waiting for: those of less are multiplied sooner than threads meet."""
+"""Bytes of weights for each thread; with less, waiting for the other threads takes longer than multiplying."""
 
 
 class LlamaBackend:
     """One context over a model: a `Backend` whose rows lie in llama.cpp's own output buffer.
 
-    name: role of the member, for errors. n_ctx: positions that one of n_seq_max sequences may hold. n_cells: positions
-    of the KV cache that they share, by default n_ctx for each. streams: whether each has n_ctx of its own, which must
-    be a multiple of 256, in place of sharing. n_ubatch: tokens to evaluate at a time with plain attention, which keeps
-    their scores; None for flash attention wherever the device has it, and whole batches. n_rows: rows of logits that
-    one `decode` may ask for; llama.cpp reserves n_rows x width, never n_ctx x width.
-    loras: (file, scale) pairs added to the weights. interrupt: stops what is evaluated. type_k, type_v: names from
-    CACHE_TYPES.
+    name: role of the member, for errors.
+    n_ctx: positions that each of n_seq_max sequences may hold.
+    n_cells: positions of the KV cache that the sequences share, by default n_ctx for each.
+    streams: whether each sequence has a cache of n_ctx positions of its own, a multiple of 256, and shares nothing.
+    n_ubatch: tokens that plain attention evaluates at a time; None for flash attention, where the device has it, over
+        whole batches.
+    n_rows: rows of logits that one `decode` may ask for; llama.cpp reserves memory for so many.
+    n_threads: None for the physical cores, or fewer for a small model.
+    type_k, type_v: types of the KV cache, from CACHE_TYPES.
+    loras: (file, scale) pairs that are added to the weights.
+    interrupt: stops the evaluation.
     Raises ModelFileError for an adapter that does not fit, OutOfMemoryError where memory does not suffice, LoadError
     where llama.cpp refuses the settings for this model.
     """
@@ -72,7 +82,6 @@ class LlamaBackend:
         loras: Sequence[tuple[Path, float]] = (),
         interrupt: Interrupt | None = None,
     ) -> None:
-        log = initialise()
         for cache_type in (type_k, type_v):
             if cache_type is not None and cache_type not in CACHE_TYPES:
                 raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {cache_type!r}")
@@ -90,45 +99,50 @@ class LlamaBackend:
         self.can_trim = model.can_trim
         self.has_streams = streams
         self._n_rows = max(n_rows, n_seq_max)
-        params = lib.llama_context_default_params()
-        params.n_ctx = self.n_cells
-        params.n_batch, params.n_ubatch = N_BATCH, n_ubatch or N_BATCH
-        params.kv_unified = not self.has_streams
-        params.n_seq_max = n_seq_max
-        params.n_outputs_max = self._n_rows
-        n_threads = n_threads or min(default_n_threads(), max(1, model.n_bytes // _BYTES_PER_THREAD))
-        params.n_threads = params.n_threads_batch = n_threads
-        # Auto: on wherever the device that holds a layer can; forced, it would run beside it, on the CPU.
-        flash, plain = lib.LLAMA_FLASH_ATTN_TYPE_AUTO, lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.flash_attn_type = plain if n_ubatch else flash
-        params.offload_kqv = params.op_offload = True
-        params.type_k = CACHE_TYPES[type_k or "f16"]
-        params.type_v = CACHE_TYPES[type_v or "f16"]
-        params.no_perf = True
         self._interrupt = interrupt or Interrupt()
-        params.abort_callback = self._interrupt.asked
-        params.abort_callback_data = self._interrupt.address
-        adapters = [(model.adapter(path), scale) for path, scale in loras]
-        with log.listening():
-            self._ctx = lib.llama_init_from_model(model.handle, params)
-        if not self._ctx:
-            if log.says_memory():
-                raise OutOfMemoryError(f"{name}: no memory for a context of {n_ctx} tokens ({log.reason()})")
-            raise LoadError(f"{name}: llama.cpp cannot make a context of {n_ctx} tokens ({log.reason()})")
-        if adapters:
-            handles: Any = (lib.llama_adapter_lora_p_ctypes * len(adapters))(*[handle for handle, _ in adapters])
-            scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
-            lib.llama_set_adapters_lora(self._ctx, handles, len(adapters), scales)
+        self._ctx = self._open(n_threads, CACHE_TYPES[type_k or "f16"], CACHE_TYPES[type_v or "f16"])
         self._memory = lib.llama_get_memory(self._ctx)
         self._n_past = [0] * n_seq_max
         self._n_logits = 0
         self._order: npt.NDArray[np.int64] | None = None
         self._rows: Logits | None = None
-        self._place: tuple[int, int] | None = None
+        self._output: tuple[int, int] | None = None
         self._allocate_batch()
 
+    def _open(self, n_threads: int | None, type_k: int, type_v: int) -> Any:
+        """Make the context, with its adapters."""
+        log, model = initialise(), self.model
+        params = lib.llama_context_default_params()
+        params.n_ctx = self.n_cells
+        params.n_batch, params.n_ubatch = N_BATCH, self.n_ubatch or N_BATCH
+        params.kv_unified = not self.has_streams
+        params.n_seq_max = self.n_seq_max
+        params.n_outputs_max = self._n_rows
+        n_threads = n_threads or min(default_n_threads(), max(1, model.n_bytes // _BYTES_PER_THREAD))
+        params.n_threads = params.n_threads_batch = n_threads
+        # Auto: on wherever the device that holds a layer can; forced, it would run beside it, on the CPU.
+        flash, plain = lib.LLAMA_FLASH_ATTN_TYPE_AUTO, lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = plain if self.n_ubatch else flash
+        params.offload_kqv = params.op_offload = True
+        params.type_k, params.type_v = type_k, type_v
+        params.no_perf = True
+        params.abort_callback = self._interrupt.asked
+        params.abort_callback_data = self._interrupt.address
+        adapters = [(model.adapter(path), scale) for path, scale in self.loras]
+        with log.listening():
+            context = lib.llama_init_from_model(model.handle, params)
+        if not context:
+            if log.says_memory():
+                raise OutOfMemoryError(f"{self.name}: no memory for a context of {self.n_ctx} tokens ({log.reason()})")
+            raise LoadError(f"{self.name}: llama.cpp cannot make a context of {self.n_ctx} tokens ({log.reason()})")
+        if adapters:
+            handles: Any = (lib.llama_adapter_lora_p_ctypes * len(adapters))(*[handle for handle, _ in adapters])
+            scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+            lib.llama_set_adapters_lora(context, handles, len(adapters), scales)
+        return context
+
     def _allocate_batch(self) -> None:
-        """One `llama_batch` over arrays of ours, reused for every call."""
+        """Make one `llama_batch` over NumPy arrays, which every call reuses."""
         size = N_BATCH
         self._token = np.zeros(size, np.int32)
         self._pos = np.zeros(size, np.int32)
@@ -189,14 +203,9 @@ class LlamaBackend:
         self._n_logits, self._rows = 0, None
         self._batch.n_tokens = n_tokens
         code = lib.llama_decode(self._ctx, self._batch)
-        if code == 1:
-            raise ContextOverflowError(f"{self.name}: no free KV cells for {n_tokens} more tokens")
-        if code == 2:
-            raise RequestInterruptedError(f"{self.name}: interrupted while it evaluated {n_tokens} tokens")
-        if code == -2:
-            raise OutOfMemoryError(f"{self.name}: no memory to evaluate {n_tokens} tokens")
-        if code != 0:
-            raise DecodeError(f"{self.name}: llama_decode failed with code {code}")
+        if code:
+            kind, what = _FAILURES.get(code, (DecodeError, f"llama_decode failed with code {code}"))
+            raise kind(f"{self.name}: {what.format(n_tokens)}")
         self._n_logits = n_logits
 
     def wait(self) -> None:
@@ -206,9 +215,9 @@ class LlamaBackend:
         if self._rows is None:
             # Rows lie one after the other in batch order; asking for any of them waits for the GPU.
             first = lib.llama_get_logits_ith(self._ctx, -self._n_logits)
-            place = ctypes.addressof(first.contents), self._n_logits
-            if place != self._place:
-                self._place, self._logits = place, np.ctypeslib.as_array(first, (self._n_logits, self.model.n_vocab))
+            output = ctypes.addressof(first.contents), self._n_logits
+            if output != self._output:
+                self._output, self._logits = output, np.ctypeslib.as_array(first, (self._n_logits, self.model.n_vocab))
             self._rows = self._logits if self._order is None else self._logits[self._order]
         return self._rows
 
@@ -236,13 +245,13 @@ class LlamaBackend:
             self._restore(seq, state)
 
     def _saved(self, seq: int) -> tuple[int, Any]:
-        """Positions that `seq` holds, and what llama.cpp keeps of them."""
+        """Positions that `seq` holds, and llama.cpp's copy of its cache."""
         state = (ctypes.c_uint8 * lib.llama_state_seq_get_size(self._ctx, seq))()
         lib.llama_state_seq_get_data(self._ctx, state, len(state), seq)
         return self._n_past[seq], state
 
     def _restore(self, seq: int, saved: tuple[int, Any]) -> None:
-        """Let `seq`, which must be empty, hold what was saved of it or of another."""
+        """Put the saved cache of any sequence into `seq`, which must be empty."""
         n_past, state = saved
         if n_past and not lib.llama_state_seq_set_data(self._ctx, state, len(state), seq):
             raise DecodeError(f"{self.name}: llama.cpp does not take back what its KV cache held")
@@ -255,6 +264,6 @@ class LlamaBackend:
 
 
 def _restoring(runs: Sequence[Run]) -> npt.NDArray[np.int64] | None:
-    """Which row of a batch ordered by sequence is each row wanted; None if that changes nothing."""
+    """Index of each row of `runs` in a batch ordered by sequence; None where both orders are the same."""
     by_seq = np.argsort([run.seq for run in runs for _ in range(run.n_rows)], kind="stable")
     return None if np.array_equal(by_seq, np.arange(len(by_seq))) else np.argsort(by_seq)

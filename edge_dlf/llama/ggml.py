@@ -21,14 +21,18 @@ def call(name: str, result: Any, *arguments: Any) -> Any:
     return function(*arguments)
 
 
+def handle(name: str, *arguments: Any) -> ctypes.c_void_p:
+    """Call a function that returns a pointer."""
+    return ctypes.c_void_p(call(name, ctypes.c_void_p, *arguments))
+
+
+def owned(stack: ExitStack, free: str, made: ctypes.c_void_p) -> ctypes.c_void_p:
+    """Let `stack` free the handle `made` by the function `free`; returns the handle."""
+    stack.callback(call, free, None, made)
+    return made
+
+
 def _kind(argument: Any) -> Any:
     if isinstance(argument, bytes):
         return ctypes.c_char_p
     return {int: ctypes.c_int, type(None): ctypes.c_void_p}.get(type(argument), type(argument))
-
-
-def owned(stack: ExitStack, free: str, address: int) -> ctypes.c_void_p:
-    """A handle that `stack` frees by the function `free`."""
-    handle = ctypes.c_void_p(address)
-    stack.callback(call, free, None, handle)
-    return handle

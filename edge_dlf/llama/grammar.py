@@ -20,13 +20,13 @@ from .model import Model
 from .runtime import initialise
 
 _DEEPEST = 200
-"""Groups within groups: llama.cpp's parser calls itself for each."""
+"""Most groups within groups: llama.cpp's parser is recursive."""
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 _stderr_lock = threading.Lock()
 
 
 class Grammar:
-    """A GBNF grammar over the first `n_vocab` tokens of a model, and how far one answer has gone in it: a `Constraint`.
+    """A `Constraint` by a GBNF grammar over the first `n_vocab` tokens of a model, with the state of one answer.
 
     Raises InvalidParameterError for text that is no grammar.
     """
@@ -67,7 +67,7 @@ class Grammar:
 
     @contextmanager
     def _after(self, guesses: Sequence[int]) -> Iterator[Any]:
-        """The state after `guesses`, None where the grammar does not allow them, or they follow an end."""
+        """The sampler after `guesses`; None where the grammar does not allow them, or the answer has ended."""
         if self._has_ended:
             yield None
             return
@@ -88,7 +88,7 @@ class Grammar:
 
 
 def _allowed(sampler: Any, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Those of `tokens` that may come next."""
+    """Tokens out of `tokens` that the grammar allows next."""
     candidates = np.zeros(len(tokens), _CANDIDATE)
     candidates["id"] = tokens
     array = lib.llama_token_data_array(
@@ -104,7 +104,7 @@ def _allowed(sampler: Any, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int6
 
 @contextmanager
 def _complaints() -> Iterator[list[str]]:
-    """The lines that llama.cpp writes meanwhile about a grammar: past its logger, and the whole grammar after them."""
+    """Catch what llama.cpp writes about a grammar: it goes to stderr, not to the logger. Yields a list of lines."""
     lines: list[str] = []
     with _stderr_lock, tempfile.TemporaryFile() as file:
         kept = os.dup(2)

@@ -20,9 +20,10 @@ from .runtime import gpus, initialise
 class Model:
     """Weights and vocabulary of one GGUF, memory-mapped where the system can.
 
-    path: the first shard where the model is split. n_gpu_layers: layers to offload; -1 is all of them. split: the share
-    of these that each GPU of `gpus()` gets; nothing leaves it to llama.cpp. weights: what the file holds, needed to
-    repack it where AMX is off.
+    path: the file; of a split model its first shard.
+    n_gpu_layers: layers to offload, -1 for all.
+    split: share of these layers for each GPU of `gpus()`; empty leaves the choice to llama.cpp.
+    weights: tensors of the file, which are needed to repack them where AMX is off.
     Raises ModelFileError or OutOfMemoryError.
     """
 
@@ -49,7 +50,7 @@ class Model:
             params.tensor_buft_overrides = ctypes.cast(overridden, ctypes.c_void_p)
         self.path = path
         self._adapters: dict[Path, Any] = {}
-        # What is asked for every token is remembered: a call to C lets other threads take the GIL meanwhile.
+        # Kept, because they are needed for every token, and a call into C may have to wait for the GIL afterwards.
         self._eog: dict[int, bool] = {}
         self._pieces: dict[tuple[int, bool], bytes] = {}
         with log.listening():
@@ -70,7 +71,7 @@ class Model:
 
     @property
     def has_window(self) -> bool:
-        """Whether attention of some layers goes no further back than a window."""
+        """Whether some layers use sliding-window attention."""
         return bool(lib.llama_model_n_swa(self.handle))
 
     @property
@@ -103,7 +104,7 @@ class Model:
         return self._eog[token]
 
     def control_tokens(self) -> list[int]:
-        """Every control token, which text from a user must never become."""
+        """Every control token. Text of a user must never become one."""
         is_control = lib.llama_vocab_is_control
         return [token for token in range(self.n_vocab) if is_control(self.vocab, token)]
 
@@ -131,7 +132,7 @@ class Model:
         return self._pieces[token, special]
 
     def adapter(self, path: Path) -> Any:
-        """Handle of the LoRA adapter in `path`, loaded once; it lives as long as the model."""
+        """Handle of the LoRA adapter in `path`, which is loaded once and freed with the model."""
         if path not in self._adapters:
             log = initialise()
             with log.listening():

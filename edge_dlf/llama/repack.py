@@ -1,8 +1,8 @@
-"""Weights in the order that ggml's kernels for CPUs without AMX like best, also where AMX is off because it crashes.
+"""Repacking of weights for ggml's kernels without AMX, where AMX is off because it crashes.
 
-llama.cpp gives weights all the buffers that a CPU has to offer, AMX's first, or none but the plain one, where a batch
-costs a large model nearly as much as its tokens one by one. Tensors that its parameters name it puts where they say: so
-each weight is named that the other kernels can use.
+llama.cpp either uses all special buffers of a CPU, AMX's first, or none of them; without them a batch takes a large
+model nearly as long as its tokens one by one. A parameter can name a buffer for single tensors: here every weight that
+the other kernels can use gets the buffer that repacks it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing import Any
 import llama_cpp as lib
 
 from ..gguf.header import Tensor
-from .ggml import InitParams, call, owned
+from .ggml import InitParams, call, handle, owned
 
 _BUFFER = b"CPU_REPACK"
 _IN_PRODUCTS = re.compile(r"blk\.(\d+)\.(attn_(?:q|k|v|qkv|output)|ffn_(?:up|gate|down))\.weight")
-"""Weights that are multiplied with and nothing else."""
+"""Weights that are only used in matrix products."""
 _N_TOKENS = 512
+_F32: int = lib.GGML_TYPE_F32
 _BUFFER_OFFSET = 8
-"""Of `buffer` in `struct ggml_tensor`, behind an enum and its padding."""
+"""Offset of `buffer` in `struct ggml_tensor`, behind an enum and its padding."""
 
 
 class _Override(ctypes.Structure):
@@ -36,8 +37,10 @@ class _Override(ctypes.Structure):
 
 
 def overrides(weights: Mapping[str, Tensor]) -> Any:
-    """`llama_model_params.tensor_buft_overrides`, by which those of `weights` are repacked that can be: an array that
-    has to outlive the loading. None where none can be."""
+    """Value of `llama_model_params.tensor_buft_overrides` that repacks all weights that can be; None where none can.
+
+    The array must live until the model is loaded.
+    """
     buffer = _buffer_type()
     if buffer is None:
         return None
@@ -58,9 +61,9 @@ def overrides(weights: Mapping[str, Tensor]) -> Any:
 
 @functools.cache
 def _buffer_type() -> int | None:
-    """The kind of buffer that repacks what is put there, if this build has one."""
-    device = ctypes.c_void_p(call("ggml_backend_dev_by_name", ctypes.c_void_p, b"CPU"))
-    registry = ctypes.c_void_p(call("ggml_backend_dev_backend_reg", ctypes.c_void_p, device))
+    """Type of the buffers that repack weights; None where this build has none."""
+    device = handle("ggml_backend_dev_by_name", b"CPU")
+    registry = handle("ggml_backend_dev_backend_reg", device)
     name = b"ggml_backend_dev_get_extra_bufts"
     address = call("ggml_backend_reg_get_proc_address", ctypes.c_void_p, registry, name)
     if not address:
@@ -74,21 +77,21 @@ def _buffer_type() -> int | None:
 
 @functools.cache
 def _takes(buffer: int, kind: str, n_in: int, n_out: int) -> bool:
-    """Whether a weight of this type and shape can be multiplied with from there: as llama.cpp asks it, by an operation
-    on a tensor in an empty buffer."""
+    """Whether weights of this type and shape can be used from such a buffer.
+
+    llama.cpp is asked as it asks itself: by a product with a tensor in an empty buffer.
+    """
     number = getattr(lib, f"GGML_TYPE_{kind}", None)
     if number is None:
         return False
-    device = ctypes.c_void_p(call("ggml_backend_dev_by_name", ctypes.c_void_p, b"CPU"))
+    device = handle("ggml_backend_dev_by_name", b"CPU")
     with ExitStack() as stack:
         room = InitParams(4 * call("ggml_tensor_overhead", ctypes.c_size_t), None, True)
-        context = owned(stack, "ggml_free", call("ggml_init", ctypes.c_void_p, room))
-        weight, batch = (
-            ctypes.c_void_p(call("ggml_new_tensor_2d", ctypes.c_void_p, context, kind, *map(ctypes.c_int64, shape)))
-            for kind, shape in ((number, (n_in, n_out)), (lib.GGML_TYPE_F32, (n_in, _N_TOKENS)))
-        )
-        product = ctypes.c_void_p(call("ggml_mul_mat", ctypes.c_void_p, context, weight, batch))
-        empty = call("ggml_backend_buft_alloc_buffer", ctypes.c_void_p, ctypes.c_void_p(buffer), ctypes.c_size_t(0))
-        place = ctypes.c_void_p.from_address((weight.value or 0) + _BUFFER_OFFSET)
-        place.value = owned(stack, "ggml_backend_buffer_free", empty).value
+        context = owned(stack, "ggml_free", handle("ggml_init", room))
+        weight = handle("ggml_new_tensor_2d", context, number, ctypes.c_int64(n_in), ctypes.c_int64(n_out))
+        batch = handle("ggml_new_tensor_2d", context, _F32, ctypes.c_int64(n_in), ctypes.c_int64(_N_TOKENS))
+        product = handle("ggml_mul_mat", context, weight, batch)
+        empty = handle("ggml_backend_buft_alloc_buffer", ctypes.c_void_p(buffer), ctypes.c_size_t(0))
+        field = ctypes.c_void_p.from_address((weight.value or 0) + _BUFFER_OFFSET)
+        field.value = owned(stack, "ggml_backend_buffer_free", empty).value
         return bool(call("ggml_backend_dev_supports_op", ctypes.c_bool, device, product))

@@ -1,4 +1,4 @@
-"""llama.cpp as one per process: its initialisation, its logger, what this build can do, and how it is interrupted."""
+"""Global state of llama.cpp in this process: initialisation, logger, features of the build, interrupts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from contextlib import contextmanager
 
 import llama_cpp as lib
 import psutil
-from llama_cpp._ggml import libggml
 
 from ..errors import RequestInterruptedError
 from ..system.machine import GPU
 from .amx import amx_crashes
+from .ggml import call, handle
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,10 @@ _ALLOCATION_FAILURES = ("alloc", "out of memory", "failed to fit", "cudaMalloc")
 
 
 class Log:
-    """llama.cpp's one global logger. While `listening`, its complaints are kept to explain a failure; otherwise they go
-    to a C function that ignores them: in a Python callback a pending KeyboardInterrupt would be raised, and lost.
+    """llama.cpp's global logger. While `listening`, warnings are kept, so that they can explain a failure.
+
+    Otherwise they go to a C function that ignores them: in a Python callback a pending KeyboardInterrupt would be
+    raised and lost.
     """
 
     def __init__(self) -> None:
@@ -47,7 +49,7 @@ class Log:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Keep what llama.cpp complains of meanwhile; what was kept before is dropped."""
+        """Keep the warnings that come in this context, in place of earlier ones."""
         self._lines.clear()
         lib.llama_log_set(self._listen, ctypes.c_void_p(0))
         try:
@@ -62,7 +64,7 @@ class Log:
                 self._lines.append(line)
 
     def reason(self) -> str:
-        """The first complaint, without the C function's name: later ones only follow from it."""
+        """The first warning, without the name of a C function: later ones only follow from it."""
         line = next(iter(self._lines), "llama.cpp gave no reason")
         head, _, tail = line.partition(": ")
         return " ".join((tail if tail and " " not in head else line).split())
@@ -88,10 +90,10 @@ def initialise() -> Log:
 
 
 class Interrupt:
-    """A flag that stops what contexts evaluate, on the CPU within milliseconds and elsewhere before the next batch.
+    """Flag that stops contexts while they evaluate: on the CPU within milliseconds, elsewhere before the next batch.
 
-    llama.cpp asks at every node of a graph whether to abort. Asking Python would take the GIL a thousand times a step,
-    so it asks libc: strlen of this buffer is 0, "go on", or 1.
+    llama.cpp asks at every node of a graph whether to abort. A Python callback would take the GIL a thousand times a
+    step. The callback is libc's strlen of this buffer: 0 to go on, 1 to stop.
     """
 
     asked = ctypes.cast(_LIBC.strlen, lib.ggml_abort_callback)
@@ -104,11 +106,11 @@ class Interrupt:
         return ctypes.addressof(self._text)
 
     def set(self) -> None:
-        """Stop; may be called from any thread."""
+        """Stop the evaluation. May be called from any thread."""
         self._text[0] = b"\1"
 
     def clear(self) -> None:
-        """Go on."""
+        """Allow evaluation again."""
         self._text[0] = b"\0"
 
     def check(self) -> None:
@@ -118,33 +120,28 @@ class Interrupt:
 
 
 def gpus() -> list[GPU]:
-    """Devices that this build of llama.cpp offloads layers to, in its order, with the memory each has free: GPUs, and
-    integrated ones only where there is no other."""
+    """GPUs that this build of llama.cpp offloads layers to, in its order, with their free memory.
+
+    Integrated GPUs count only where there is no other.
+    """
     initialise()
-    ggml = libggml
-    ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
-    ggml.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
-    for function in (ggml.ggml_backend_dev_name, ggml.ggml_backend_dev_description):
-        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    ggml.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
-    size = ctypes.POINTER(ctypes.c_size_t)
-    ggml.ggml_backend_dev_memory.restype, ggml.ggml_backend_dev_memory.argtypes = None, [ctypes.c_void_p, size, size]
-    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     found: dict[int, list[GPU]] = {_GPU: [], _INTEGRATED_GPU: []}
-    for number in range(ggml.ggml_backend_dev_count()):
-        device = ggml.ggml_backend_dev_get(number)
-        kind = ggml.ggml_backend_dev_type(device)
-        if kind in (_GPU, _INTEGRATED_GPU):
+    for number in range(call("ggml_backend_dev_count", ctypes.c_size_t)):
+        device = handle("ggml_backend_dev_get", ctypes.c_size_t(number))
+        kind = call("ggml_backend_dev_type", ctypes.c_int, device)
+        if kind in found:
             free, total = ctypes.c_size_t(), ctypes.c_size_t()
-            ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-            name, about = ggml.ggml_backend_dev_name(device), ggml.ggml_backend_dev_description(device)
+            call("ggml_backend_dev_memory", None, device, ctypes.pointer(free), ctypes.pointer(total))
+            name, about = (
+                call(f"ggml_backend_dev_{what}", ctypes.c_char_p, device) for what in ("name", "description")
+            )
             shares_host = kind == _INTEGRATED_GPU or sys.platform == "darwin"
             found[kind].append(GPU(name.decode(), about.decode(errors="replace"), free.value, total.value, shares_host))
     return found[_GPU] or found[_INTEGRATED_GPU]
 
 
 def system_info() -> str:
-    """Version of llama-cpp-python, and what this build of llama.cpp uses of the machine."""
+    """Version of llama-cpp-python, and the CPU features that this build of llama.cpp uses."""
     return f"{lib.__version__} {lib.llama_print_system_info().decode()}".strip(" |")
 
 

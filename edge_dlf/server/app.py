@@ -1,4 +1,4 @@
-"""Routes, and what stands before them: keys, hosts, origins and limits."""
+"""Routes of the server, and the checks before them: keys, hosts, origins and limits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -39,16 +40,18 @@ MAX_BODY = 8 * 2**20
 _BODY_S = 30.0
 """Seconds that a client may take to send a body."""
 _OPEN = ("/", "/health")
-"""What is answered without a key."""
+"""Paths that are answered without a key."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How clients are served.
+    """Rules for clients.
 
-    settings: for requests that do not set them, arguments of `FusedLlama.prepare`. n_waiting: requests that may wait
-    for a place. timeout_s: time that an answer may take. api_key: that clients must have, if any. hosts: names that
-    those without one may know this server by; None for any.
+    settings: arguments of `FusedLlama.prepare`, for requests that do not set them.
+    n_waiting: requests that may wait until others end.
+    timeout_s: seconds that an answer may take.
+    api_key: the key that clients must send; None for no key.
+    hosts: names that clients without a key may call this server by; None for any name.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -76,22 +79,22 @@ def make_app(llm: FusedLlama, rules: Rules) -> Starlette:
         Route("/openapi.json", service.describe),
         Route("/v1/models", service.list_models),
         Route("/v1/models/{model:path}", service.show_model),
-        Route(CHAT, service.chat, methods=["POST"]),
-        Route(COMPLETIONS, service.complete, methods=["POST"]),
+        Route(CHAT, partial(service.answer, is_chat=True), methods=["POST"]),
+        Route(COMPLETIONS, partial(service.answer, is_chat=False), methods=["POST"]),
     ]
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
         exception_handlers={HTTPException: _refuse, HTTPError: _refuse, Exception: _refuse},
     )
-    app.add_middleware(_Door, rules=rules, metrics=service.metrics)
+    app.add_middleware(_AccessControl, rules=rules, metrics=service.metrics)
     app.router.redirect_slashes = False
     app.state.thread = service.thread
     return app
 
 
 def models_of(llm: FusedLlama) -> dict[str, Dict]:
-    """Names that a family answers by, the dynamic fusion's first, and what each sets."""
+    """Name of each model on offer, that of the dynamic fusion first, and the settings that it stands for."""
     alone = {f"{llm.name}:{name}": {"method": name} for name in ("static", "large", *llm.experts)}
     return {llm.name: {"method": "dynamic"}, **alone}
 
@@ -104,7 +107,7 @@ class _JSON(Response):
 
 
 class _Events(StreamingResponse):
-    """Server-sent events. Whatever ends it, the ticket is closed: a client that leaves takes its answers along."""
+    """Server-sent events, after which the ticket is closed: the answers end when their client leaves."""
 
     def __init__(self, events: AsyncIterator[bytes], ticket: Ticket) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -148,38 +151,32 @@ class _Service:
             raise HTTPError(404, f"the model {name!r:.80} does not exist", code="model_not_found")
         return _JSON(_model(name))
 
-    async def chat(self, request: Request) -> Response:
-        return await self._answer(request, is_chat=True)
-
-    async def complete(self, request: Request) -> Response:
-        return await self._answer(request, is_chat=False)
-
-    async def _answer(self, request: Request, *, is_chat: bool) -> Response:
+    async def answer(self, request: Request, *, is_chat: bool) -> Response:
         try:
-            return await self._answered(request, is_chat=is_chat)
+            call = Call.parse(await _read(request), self.models, is_chat=is_chat)
+            ticket = self.thread.ticket(len(call.requests), is_streamed=call.stream)
+            try:
+                return await self._respond(request, call, ticket)
+            except BaseException:
+                ticket.close()
+                raise
         except ClientDisconnect:
             raise
         except Exception as error:
-            raise _known(error) from error
+            raise _http_error(error) from error
 
-    async def _answered(self, request: Request, *, is_chat: bool) -> Response:
-        call = Call.parse(await _read(request), self.models, is_chat=is_chat)
-        ticket = self.thread.ticket(len(call.requests), is_streamed=call.stream)
-        try:
-            loop = asyncio.get_running_loop()
-            choices = await loop.run_in_executor(self.preparing, call.prepare, self.llm, self.rules.settings)
-            ticket.start([choice.answer for choice in choices], self.rules.timeout_s)
-            if call.stream:
-                return _Events(self._stream(call, choices, ticket), ticket)
-            tokens = await self._gather(request, ticket)
-        except BaseException:
-            ticket.close()
-            raise
+    async def _respond(self, request: Request, call: Call, ticket: Ticket) -> Response:
+        loop = asyncio.get_running_loop()
+        choices = await loop.run_in_executor(self.preparing, call.prepare, self.llm, self.rules.settings)
+        ticket.start([choice.answer for choice in choices], self.rules.timeout_s)
+        if call.stream:
+            return _Events(_stream(call, choices, ticket), ticket)
+        tokens = await self._gather(request, ticket)
         ticket.close()
         return _JSON(whole(call, choices, tokens))
 
     async def _gather(self, request: Request, ticket: Ticket) -> list[list[Token]]:
-        """Return the tokens of every choice. Raises ClientDisconnect where nobody waits for them any more."""
+        """Return the tokens of every choice. Raises ClientDisconnect when the client has left."""
         tokens: list[list[Token]] = [[] for _ in ticket.answers]
 
         async def end_with_the_client() -> None:
@@ -200,26 +197,27 @@ class _Service:
             raise ClientDisconnect
         return tokens
 
-    async def _stream(self, call: Call, choices: list[Completion], ticket: Ticket) -> AsyncIterator[bytes]:
-        """Server-sent events of a call. What goes wrong once it has begun is one of them."""
-        try:
-            for choice in choices:
-                yield _sent(opening(call, choice))
-            async for events in ticket:
-                made = []
-                for event in events:
-                    made += chunks(call, choices[event.index], event.tokens)
-                    if event.is_last:
-                        made.append(closing(call, choices[event.index]))
-                yield _sent(made)
-            if call.include_usage:
-                yield _sent([total(call, choices)])
-            yield b"data: [DONE]\n\n"
-        except Exception as error:
-            yield _sent([_known(error).body()])
+
+async def _stream(call: Call, choices: list[Completion], ticket: Ticket) -> AsyncIterator[bytes]:
+    """Yield the server-sent events of a call. An error is one of them, once the answer has begun."""
+    try:
+        for choice in choices:
+            yield _events(opening(call, choice))
+        async for events in ticket:
+            made = []
+            for event in events:
+                made += chunks(call, choices[event.index], event.tokens)
+                if event.is_last:
+                    made.append(closing(call, choices[event.index]))
+            yield _events(made)
+        if call.include_usage:
+            yield _events([total(call, choices)])
+        yield b"data: [DONE]\n\n"
+    except Exception as error:
+        yield _events([_http_error(error).body()])
 
 
-def _sent(chunks: list[Dict]) -> bytes:
+def _events(chunks: list[Dict]) -> bytes:
     return b"".join(b"data: " + encode(chunk) + b"\n\n" for chunk in chunks)
 
 
@@ -228,7 +226,7 @@ def _model(name: str) -> Dict:
 
 
 async def _read(request: Request) -> bytes:
-    """The body. Raises HTTPError where it is too long, or does not come."""
+    """Body of a request. Raises HTTPError where it is too long, or does not come in time."""
     body = bytearray()
     try:
         with anyio.fail_after(_BODY_S):
@@ -241,8 +239,8 @@ async def _read(request: Request) -> bytes:
     return bytes(body)
 
 
-def _known(error: Exception) -> HTTPError:
-    """The refusal that `error` means; what nobody foresaw is logged, and told to no client."""
+def _http_error(error: Exception) -> HTTPError:
+    """The answer to an error. Errors that nobody foresaw are logged, and no client is told about them."""
     if isinstance(error, HTTPException):
         return HTTPError(error.status_code, error.detail.lower(), headers=error.headers)
     known = HTTPError.of(error)
@@ -252,15 +250,18 @@ def _known(error: Exception) -> HTTPError:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    known = _known(error)
-    return _JSON(known.body(), known.status, known.headers)
+    return _refusal(_http_error(error))
 
 
-class _Door:
-    """Lets in who has the key, by a name that this server has, from no other site's page; counts requests.
+def _refusal(error: HTTPError) -> Response:
+    return _JSON(error.body(), error.status, error.headers)
 
-    A page from elsewhere could otherwise have a visitor's browser ask the server on their machine, directly or by a
-    name that is made to resolve to it.
+
+class _AccessControl:
+    """Middleware that admits clients with the key, or calls to a name of this server from no other site's page.
+
+    A page of another site could otherwise have its visitor's browser call the server on their machine, directly or by
+    a name that is made to resolve to it. Every request is counted.
     """
 
     def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
@@ -281,18 +282,16 @@ class _Door:
             await send(message)
 
         try:
-            if refusal := self._refusal(Request(scope)):
-                await _JSON(refusal.body(), refusal.status, refusal.headers)(scope, receive, watched)
-            else:
-                await self._app(scope, receive, watched)
+            refusal = self._check(Request(scope))
+            await (_refusal(refusal) if refusal else self._app)(scope, receive, watched)
         except ClientDisconnect:
             pass
         finally:
             self._metrics.request(scope["path"] if scope["path"] in openapi.PATHS else "other", status)
 
-    def _refusal(self, request: Request) -> HTTPError | None:
+    def _check(self, request: Request) -> HTTPError | None:
         if self._key is not None:
-            return None if request.url.path in _OPEN else self._key_refusal(request)
+            return None if request.url.path in _OPEN else self._check_key(request)
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if self._rules.hosts is not None and _name(host) not in self._rules.hosts:
             return HTTPError(403, "this server is not known by that name", code="unknown_host")
@@ -300,7 +299,7 @@ class _Door:
             return HTTPError(403, "a page of another site may not ask this server", code="foreign_origin")
         return None
 
-    def _key_refusal(self, request: Request) -> HTTPError | None:
+    def _check_key(self, request: Request) -> HTTPError | None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         is_right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key or b"")
         if scheme.lower() == "bearer" and is_right:

@@ -1,4 +1,4 @@
-"""The chat for browsers: one file, and a policy under which nothing but it runs."""
+"""The chat for browsers: one file, and a content security policy that allows no other code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.resources import files
 
 @lru_cache
 def page() -> tuple[bytes, dict[str, str]]:
-    """The page, and the headers it comes with."""
+    """Content of the page, and its headers."""
     text = files(__package__).joinpath("page.html").read_text("utf-8")
     policy = (
         f"default-src 'none'; script-src {_digest(text, 'script')}; style-src {_digest(text, 'style')}; "
@@ -22,6 +22,6 @@ def page() -> tuple[bytes, dict[str, str]]:
 
 
 def _digest(text: str, tag: str) -> str:
-    """What the page's one element of this kind is known by."""
+    """Hash of the page's only element of this kind, for the policy."""
     (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
     return f"'sha256-{b64encode(sha256(content.encode()).digest()).decode()}'"

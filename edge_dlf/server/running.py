@@ -1,4 +1,4 @@
-"""From an address to a server that runs until a signal ends it."""
+"""The address of the server, and the server that runs until a signal ends it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from ..api import FusedLlama
 
 GRACE_S = 5.0
-"""Seconds that answers may go on after the first signal."""
+"""Seconds that answers may take after the first signal."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where to listen, bound: nobody else can take it while models are loaded."""
+    """A bound address. No other process can take it while models are loaded."""
 
     socket: socket.socket
     is_local: bool
@@ -49,14 +49,14 @@ class Address:
 
     @property
     def url(self) -> str:
-        """Where a browser on this machine finds the server."""
+        """Address of the server for a browser on this machine."""
         host, port = self.socket.getsockname()[:2]
         is_any = ipaddress.ip_address(host.partition("%")[0]).is_unspecified
         return f"http://{'localhost' if is_any else f'[{host}]' if ':' in host else host}:{port}"
 
 
 class _Server(uvicorn.Server):
-    """Ends answers a while after the first signal, and at once after a second one."""
+    """HTTP server that ends its answers GRACE_S after the first signal, and at once after a second one."""
 
     thread: DecodingThread
     ready: Callable[[], None]
@@ -77,7 +77,10 @@ class _Server(uvicorn.Server):
 
 
 def run(llm: FusedLlama, address: Address, rules: Rules, ready: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM, which are raised again at the end. ready: called once clients are answered."""
+    """Serve until SIGINT or SIGTERM, which are raised again at the end.
+
+    ready: called once the server accepts clients.
+    """
     app = make_app(llm, rules)
     config = uvicorn.Config(
         app,

@@ -12,6 +12,8 @@ from llvmlite import ir
 from numba import carray, config, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
+from .cache import kept
+
 KEY_INF, KEY_NEG_INF = 0x7F800000, -0x7F800001
 """`order_key` of +inf and −inf. The keys of NaNs lie outside this range."""
 OK, HAS_NEG_INF, HAS_NAN, HAS_INF, NONE_FINITE = range(5)
@@ -34,14 +36,14 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def jit(function: _Function) -> _Function:
-    """Compile on first use and cache on disk until the function's file changes; touch the files of its callers too."""
-    return cast(_Function, njit(cache=True, nogil=True, error_model="numpy")(function))
+    """Compile on first use; kept on disk until the file of the function changes, so touch those of its callers too."""
+    return cast(_Function, kept(njit(nogil=True, error_model="numpy")(function)))
 
 
 def jit_sum(function: _Function) -> _Function:
     """Compile as `jit` does, and let sums be added in any order. No flag lets NaN or inf vanish."""
     flags = {"reassoc", "contract", "nsz"}
-    return cast(_Function, njit(cache=True, nogil=True, error_model="numpy", fastmath=flags)(function))
+    return cast(_Function, kept(njit(nogil=True, error_model="numpy", fastmath=flags)(function)))
 
 
 def _prefer_wide_vectors(function: Any) -> None:

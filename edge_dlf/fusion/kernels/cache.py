@@ -1,0 +1,67 @@
+"""Compiled kernels on disk, as numba keeps them, with checksums: a file that is damaged is compiled again."""
+
+from __future__ import annotations
+
+import pickle
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from numba.core import caching
+
+_File: Any = caching.IndexDataCacheFile
+
+
+class CheckedFile(_File):  # type: ignore[misc]
+    """numba's cache of one kernel: an index, and machine code for each type of arguments.
+
+    A power cut leaves files empty, cut or with zeros in them. numba itself would raise, or run what is left.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        with suppress(OSError):  # where it cannot be kept, it is compiled again next time
+            super().save(key, data)
+
+    def _dump(self, obj: Any) -> bytes:
+        content: bytes = super()._dump(obj)
+        return content + _checksum(content)
+
+    def _load_index(self) -> Any:
+        try:
+            with Path(self._index_path).open("rb") as file:
+                pickle.load(file)  # numba's version, which stands before what `_dump` has made
+                _require_whole(file.read())
+            return super()._load_index()
+        except Exception:  # a damaged pickle may raise anything
+            return {}
+
+    def _load_data(self, name: str) -> Any:
+        content = Path(self._cache_path, name).read_bytes()
+        _require_whole(content)
+        return pickle.loads(content)
+
+
+def kept(kernel: Any) -> Any:
+    """Let a compiled function keep its files this way, where numba finds a folder that can be written."""
+    if hasattr(kernel, "enable_caching"):  # unless NUMBA_DISABLE_JIT left the function as it was
+        with suppress(RuntimeError):
+            kernel.enable_caching()
+            kernel._cache._cache_file.__class__ = CheckedFile
+    return kernel
+
+
+def cache_folder(kernel: Any) -> Path | None:
+    """The folder that holds the files of a compiled function; None where they are not kept."""
+    path = kernel.stats.cache_path if hasattr(kernel, "stats") else None
+    return Path(path) if path else None
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "big")
+
+
+def _require_whole(content: bytes) -> None:
+    """Raise OSError, by which numba takes the file for missing, where it is damaged."""
+    if _checksum(content[:-4]) != content[-4:]:
+        raise OSError("damaged")

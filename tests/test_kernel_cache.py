@@ -1,0 +1,102 @@
+"""Compiled kernels on disk: a file that is damaged is compiled again, and stops nothing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+from edge_dlf.fusion.kernels import memory
+from edge_dlf.fusion.kernels.cache import cache_folder, kept
+
+pytestmark = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="nothing is compiled")
+
+VALUES = np.arange(10)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def kernel() -> Any:
+    """A kernel as a new process has it: with nothing but what is kept on disk."""
+    return kept(numba.njit(memory.read.py_func))
+
+
+def is_found() -> bool:
+    """Whether a new process finds the kernel on disk; it works in either case."""
+    found = kernel()
+    assert found(VALUES) == 45
+    return bool(found.stats.cache_hits)
+
+
+def zero(content: bytes, start: int, end: int) -> bytes:
+    return content[:start] + bytes(end - start) + content[end:]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "one byte": lambda content: content[:1],
+    "cut": lambda content: content[:-1],
+    "half": lambda content: content[: len(content) // 2],
+    "zeros": lambda content: bytes(len(content)),
+    "zeros amid it": lambda content: zero(content, len(content) // 2, len(content) // 2 + 64),
+    "zeros at its end": lambda content: zero(content, len(content) - 16, len(content)),
+    "a bit": lambda content: content[:-40] + bytes([content[-40] ^ 1]) + content[-39:],
+    "text": lambda _: b"No space left on device\n",
+    "another pickle": lambda _: b"\x80\x04N.",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_a_damaged_file_is_compiled_again(cache: Path, kind: str, damage: Callable[[bytes], bytes]) -> None:
+    assert not is_found()
+    assert is_found()
+    (file,) = cache.rglob(f"*.{kind}")
+    file.write_bytes(damage(file.read_bytes()))
+    assert not is_found()
+    assert is_found()
+
+
+def test_a_folder_in_the_place_of_a_file_stops_nothing(cache: Path) -> None:
+    assert not is_found()
+    for file in list(cache.rglob("*.nb?")):
+        file.unlink()
+        (file / "x").mkdir(parents=True)
+    assert not is_found()
+
+
+def test_a_full_disk_stops_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    assert not is_found()
+    assert not is_found()
+
+
+def test_no_folder_that_can_be_written_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.core.caching.CompileResultCacheImpl._locator_classes", [])
+    assert not is_found()
+    assert cache_folder(kernel()) is None
+
+
+def test_every_kernel_keeps_its_files_this_way() -> None:
+    from edge_dlf.fusion import kernels
+    from edge_dlf.fusion.kernels.cache import CheckedFile
+
+    modules = [
+        importlib.import_module(f"{kernels.__name__}.{module.name}") for module in iter_modules(kernels.__path__)
+    ]
+    compiled = {name: value for module in modules for name, value in vars(module).items() if hasattr(value, "py_func")}
+    assert {"read", "pick_rows"} <= compiled.keys()
+    assert all(isinstance(value._cache._cache_file, CheckedFile) for value in compiled.values())
