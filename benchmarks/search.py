@@ -56,17 +56,18 @@ def rows_of_family(family: str, n: int = 24) -> list[Rows]:
 
 
 def stepper(
-    n_vocab: int, n_threads: int, search: str = "grid", sampling: SamplingParams = GREEDY
+    n_vocab: int, n_threads: int, search: str = "grid", sampling: SamplingParams = GREEDY, method: str = "dynamic"
 ) -> Callable[[Rows], None]:
     """One row or K of them through one fuser."""
-    fuser, params = Fuser(n_vocab, n_threads), FusionParams(search=search)
+    fuser, params = Fuser(n_vocab, n_threads), FusionParams(method=method, search=search)
 
     def step(rows: Rows) -> None:
         large, base = (np.atleast_2d(x) for x in rows[:2])
         experts = [np.atleast_2d(x) for x in rows[2]]
         names = ("large", "base", *(f"expert {t}" for t in range(len(experts))))
         draws = [Draw(sampling, 0, position, NO_TOKENS) for position in range(len(large))]
-        fuser.pick([large, base, *experts], names, params, [()] * len(draws), draws)
+        weights = (1.0, -1.0 * len(experts)) * (method == "weighted") + (1.0,) * len(experts)
+        fuser.pick([large, base, *experts], names, params, [weights] * len(draws), draws)
 
     return step
 
@@ -117,6 +118,9 @@ def main() -> None:
     print(f"| NumPy float64 loop (search alone) | {baseline:.2f} | 1 |")
     for name, ms in zip(("grid, 1 thread", "grid, 2 threads", "exact, 1 thread"), ours, strict=True):
         print(f"| {name} | {ms:.3f} | {baseline / ms:.0f} |")
+    fixed = [stepper(n_vocab, 1, method=method) for method in ("static", "weighted")]
+    for name, ms in zip(("static", "weighted"), medians(fixed, rows, arguments.rounds), strict=True):
+        print(f"| {name}, 1 thread | {ms:.3f} | |")
     print("\n| V | T = 1, ms | T = 2, ms | T = 4, ms |\n|---|---|---|---|")
     for size in (32_000, 64_000, 128_000, 256_000):
         cells = [medians([stepper(size, 1)], random_rows(size, t, 2), 40)[0] for t in (1, 2, 4)]

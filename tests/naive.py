@@ -78,6 +78,18 @@ def fused_probs(large, base, experts, alphas: Sequence[float]):
     return softmax(x)
 
 
+def weighted_probs(rows, weights):
+    """exp Σ_m w_m log p_m, normalised, (V,). With −inf p = 0 if the weight is positive, log p = 0 if it is negative."""
+    x = np.zeros(len(rows[0]))
+    for row, weight in zip(rows, weights, strict=True):
+        if weight:
+            logprobs = np.full(len(x), -np.inf if weight > 0 else 0.0)
+            alive = np.isfinite(row)
+            logprobs[alive] = log_softmax(row[alive].astype(np.float64))[0]
+            x += weight * logprobs
+    return softmax(x)
+
+
 def restricted(fused, experts, alphas, plausibility):
     """−inf for tokens that no expert with a weight gives `plausibility` times its best one's probability."""
     probs = [softmax(row.astype(np.float64)) for row, alpha in zip(experts, alphas, strict=True) if alpha > 0]

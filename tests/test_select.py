@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_dlf.errors import InvalidParameterError, NonFiniteLogitsError
+from edge_dlf.errors import DecodeError, InvalidParameterError, NonFiniteLogitsError
 from edge_dlf.fusion.fuser import Fuser, fuse_logits
 from edge_dlf.fusion.records import Draw, Pick
 from edge_dlf.params import FusionParams, SamplingParams
@@ -203,6 +203,101 @@ def test_a_batch_is_its_rows_whatever_the_threads(n_rows, n_vocab):
         fuser = Fuser(n_vocab, n_threads)
         for rows in (members, members, scattered):
             assert fuser.pick(rows, names, STATIC, alphas, draws) == expected
+
+
+WEIGHTED = FusionParams(method="weighted")
+MEMBERS = ("large", "base", "one", "two")
+
+
+def weighted(rows, weights, names=MEMBERS, draw=None):
+    """The pick from one weighted row, with the logprobs of all tokens."""
+    rows = [np.asarray(row, np.float32) for row in rows]
+    draw = draw or Draw(GREEDY, 0, 0, NO_TOKENS, n_top=rows[0].size)
+    return Fuser(rows[0].size).pick([row[None] for row in rows], names, WEIGHTED, [weights], [draw])[0]
+
+
+def probs(picked, n_vocab):
+    """The fused distribution (V,) of a pick that lists all tokens; 0 where a token is impossible."""
+    out = np.zeros(n_vocab)
+    for token, logprob in picked.top_logprobs:
+        out[token] = np.exp(logprob)
+    return out
+
+
+@given(st.integers(0, 2**32), st.sampled_from([20, 1500]), st.sampled_from([0.0, 0.2]), st.integers(1, 4))
+@settings(max_examples=20 if "NUMBA_DISABLE_JIT" in os.environ else 150, deadline=None)
+def test_a_weighted_row_equals_naive_small(seed, n_vocab, masked, n_members):
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(rng.choice([-30.0, 0.0, 30.0]), 2, (n_members, n_vocab)).astype(np.float32)
+    rows[rng.random(rows.shape) < masked] = -np.inf
+    rows[:, -1] = 0.5
+    weights = rng.choice([0.0, 1.0, 0.5, -0.4, -1.5, 1.1], n_members)
+    picked = weighted(rows, weights, MEMBERS[:n_members])
+    assert probs(picked, n_vocab) == pytest.approx(naive.weighted_probs(rows, weights), abs=3e-5)
+    assert picked.weights == tuple(weights)
+
+
+@given(st.integers(0, 2**32), sampling_params)
+@settings(max_examples=20 if "NUMBA_DISABLE_JIT" in os.environ else 60, deadline=None)
+def test_weights_hold_every_other_method_small(seed, sampling):
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(0, 2, (4, 300)).astype(np.float32)
+    draw = Draw(sampling, seed, 3, NO_TOKENS, n_top=9)
+    a, b = 0.7, -0.25
+    static = Fuser(300).pick([row[None] for row in rows], MEMBERS, STATIC, [[a, b]], [draw])[0]
+    if static.error:
+        return
+    picked = weighted(rows, [1.0, -(a + b), a, b], draw=draw)
+    assert picked.logprob == pytest.approx(static.logprob, abs=2e-5) or picked.token != static.token
+    assert [logprob for _, logprob in picked.top_logprobs] == pytest.approx(
+        [logprob for _, logprob in static.top_logprobs], abs=2e-5
+    )
+    for m in range(4):
+        only = weighted(rows, np.eye(4)[m], draw=draw)
+        assert only[:3] == alone(Fuser(300), rows[[m]], [draw])[0][:3]
+
+
+def test_the_sign_of_a_weight_decides_what_negative_infinity_means_small():
+    even, masked = [0.0, 0.0, 0.0], [-np.inf, 0.0, 0.0]
+    names = ("large", "one")
+    assert probs(weighted([even, masked], [1.0, 0.5], names), 3) == pytest.approx([0.0, 0.5, 0.5])
+    # log p of the masked member is 0 for token 0, and log ½ for the others: 1, 2 and 2 parts of 5
+    assert probs(weighted([even, masked], [1.0, -1.0], names), 3) == pytest.approx([0.2, 0.4, 0.4])
+    assert probs(weighted([even, masked], [1.0, 0.0], names), 3) == pytest.approx([1 / 3] * 3)
+    assert probs(weighted([masked, masked], [1.0, -1.0], names), 3) == pytest.approx([0.0, 0.5, 0.5])
+
+
+def test_members_that_exclude_every_token_are_an_error_small():
+    picked = weighted([[0.0, -np.inf], [-np.inf, 0.0]], [0.5, 0.5], ("large", "one"))
+    assert picked.token == -1
+    assert isinstance(picked.error, DecodeError)
+    assert str(picked.error) == "no token is possible for every member with a positive weight"
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (1.0, -0.5)])
+@pytest.mark.parametrize(("value", "what"), [(np.nan, "NaN"), (np.inf, "\\+inf"), (None, "no finite value")])
+def test_a_bad_weighted_row_names_the_member_small(weights, value, what):
+    rows = np.zeros((2, 50), np.float32)
+    rows[1, 31 if value else slice(None)] = value or -np.inf
+    picked = weighted(rows, weights, ("large", "one"))
+    assert isinstance(picked.error, NonFiniteLogitsError)
+    assert picked.error.member == "one"
+    assert re.search(what, str(picked.error))
+    assert weighted(rows, (0.5, 0.0), ("large", "one")).error is None
+
+
+def test_equal_models_with_weights_that_sum_to_one_are_that_model_small():
+    row = np.random.default_rng(0).normal(0, 3, 2000).astype(np.float32)
+    truth = naive.softmax(row.astype(np.float64))
+    for weights in ((0.54, -0.37, 0.83), (0.5, 0.0, 0.5), (1.0, -1.0, 1.0)):
+        assert probs(weighted([row] * 3, weights, MEMBERS[:3]), 2000) == pytest.approx(truth, abs=1e-5)
+
+
+def test_plausibility_asks_the_experts_of_a_weighted_row_small():
+    large, one = [5.0, 1.0, 0.0], [-9.0, 0.0, 0.0]
+    draw = Draw(GREEDY, 0, 0, NO_TOKENS, plausibility=0.5)
+    assert weighted([large, one], [1.0, 0.1], ("large", "one"), draw).token == 1
+    assert weighted([large, one], [1.0, 0.1], ("large", "base"), draw).token == 0
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 5])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import EdgeDLFError, InvalidParameterError
+from ..errors import DecodeError, EdgeDLFError, InvalidParameterError
 from ..params import FusionParams, SamplingParams
 from .kernels.fuse import GROUP
 from .kernels.pick import DRAW, PICK, pick_rows
@@ -50,16 +50,22 @@ class Fuser:
     ) -> list[Pick]:
         """Fuse each of K rows and choose a token from it.
 
-        A single member answers alone, and its row is taken as it is. Otherwise the fused row is
-        `large + Σ_t α_t (expert_t − base)`, unnormalised; with method="dynamic" α is searched first.
+        With method="weighted" the fused row is Σ_m w_m logits_m, so that fused(v) ∝ exp Σ_m w_m log p_m(v). With the
+        other methods a single member answers alone, and its row is taken as it is; several members are fused to
+        large + Σ_t α_t (expert_t − base), and with method="dynamic" α is searched first. No row is normalised.
 
-        members: rows of large, base, expert 1, …, expert T, or of one member
+        members: rows of large, base, expert 1, …, expert T, or of one member; with "weighted", of any members
         names: of the members, for errors
-        weights: α of each expert for each row, (K, T); ignored where α is searched or one member answers alone
+        weights: α of each expert for each row, (K, T); with "weighted", the weight of each member, (K, M). Ignored
+            where α is searched or one member answers alone
         draws: how to choose from each row, (K,)
 
+        A token is impossible in the weighted fusion if a member with a positive weight gives it −inf. A member with
+        a negative weight that gives it −inf is left out for this token: its log p counts as 0.
+
         A row from which nothing can be picked has `error` set: NonFiniteLogitsError where a member that takes part
-        returned NaN, +inf or no finite logit, InvalidParameterError where every token is banned.
+        returned NaN, +inf or no finite logit, DecodeError where no token is possible for every member with a positive
+        weight, InvalidParameterError where every token is banned.
         Raises ValueError where the shapes do not fit.
         """
         if not draws:
@@ -67,17 +73,19 @@ class Fuser:
         addresses = row_addresses(members, len(draws), self.n_vocab)
         choices: list[AlphaChoice | None] = [None] * len(draws)
         errors: dict[int, EdgeDLFError] = {}
-        if len(members) == 1:
+        is_weighted = params.method == "weighted"
+        if len(members) == 1 and not is_weighted:
             weights = [()] * len(draws)
         elif params.method == "dynamic":
             choices, found = self._search.search(addresses, names, params)
             errors.update(found)
             n_experts = len(members) - 2
             weights = [choice.weights(n_experts) if choice else (0.0,) * n_experts for choice in choices]
-        terms = _terms(len(members))
-        factors = np.array([(1.0, *row) for row in weights], np.float64)
+        terms = _weighted_terms(tuple(names)) if is_weighted else _difference_terms(len(members))
+        factors = np.array(weights if is_weighted else [(1.0, *row) for row in weights], np.float64)
         if factors.shape != (len(draws), len(terms)) or not np.isfinite(factors).all():
-            raise ValueError(f"weights must be K = {len(draws)} times {len(terms) - 1} finite numbers")
+            n_weights = len(terms) if is_weighted else len(terms) - 1
+            raise ValueError(f"weights must be K = {len(draws)} times {n_weights} finite numbers")
         picks, top_tokens, top_logprobs = self._choose(addresses, terms, factors, draws)
         results = []
         for k, (token, logprob, member, fault, n_top) in enumerate(picks.tolist()):
@@ -128,13 +136,21 @@ class Fuser:
 
 
 @lru_cache
-def _terms(n_members: int) -> Int64Array:
+def _weighted_terms(names: tuple[str, ...]) -> Int64Array:
+    """Terms of the weighted row, (M, 3), as `kernels.fuse` reads them: each member."""
+    return np.array([(m, -1, name not in ("large", "base")) for m, name in enumerate(names)], np.int64)
+
+
+@lru_cache
+def _difference_terms(n_members: int) -> Int64Array:
     """Terms of the fused row, (1 + T, 3), as `kernels.fuse` reads them: the first member, then each expert − base."""
     return np.array([(0, -1, 0), *((t, 1, 1) for t in range(2, n_members))], np.int64)
 
 
 def _error(names: Sequence[str], member: int, fault: int, token: int, draw: Draw) -> EdgeDLFError | None:
     """The reason why nothing can be picked from a row, if there is one."""
+    if fault and member < 0:
+        return DecodeError("no token is possible for every member with a positive weight")
     if fault:
         return non_finite(names[member], fault)
     if token < 0:
