@@ -90,6 +90,16 @@ def weighted_probs(rows, weights):
     return softmax(x)
 
 
+def weighted_loss(rows, weights, gold):
+    """−log softmax(Σ_m w_m l_m)[gold], its gradient (M,) and Hessian (M, M), over the tokens that no row gives −inf."""
+    logits = rows[:, np.isfinite(rows).all(axis=0)].astype(np.float64)
+    logprobs, probs = log_softmax(weights @ logits)
+    at_gold = np.isfinite(rows[:, :gold]).all(axis=0).sum()
+    means = logits @ probs
+    centred = logits - means[:, None]
+    return -logprobs[at_gold], means - logits[:, at_gold], (centred * probs) @ centred.T
+
+
 def restricted(fused, experts, alphas, plausibility):
     """−inf for tokens that no expert with a weight gives `plausibility` times its best one's probability."""
     probs = [softmax(row.astype(np.float64)) for row, alpha in zip(experts, alphas, strict=True) if alpha > 0]

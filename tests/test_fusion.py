@@ -310,7 +310,7 @@ def test_alpha_must_fit_the_experts(alpha):
 @pytest.mark.skipif(JIT_OFF, reason="runs itself")
 def test_jit_off():
     here = Path(__file__).parent
-    files = [str(here / name) for name in ("test_fusion.py", "test_select.py")]
+    files = [str(here / name) for name in ("test_fusion.py", "test_select.py", "test_fit.py")]
     options = ["-q", "-k", "small", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],

@@ -175,7 +175,8 @@ def _add_member_float64(member: Any, weight: float, x: Any) -> None:
 
 
 @jit
-def _find_fault(addresses: Any, terms: Any, weights: Any, n_vocab: int, fault: Any) -> None:
+def find_fault(addresses: Any, terms: Any, weights: Any, n_vocab: int, fault: Any) -> None:
+    """Set fault (2,) to the first member with a weight that has NaN, +inf or nothing finite, and to its condition."""
     keys = np.empty(2, np.int32)
     for member in range(addresses.size):
         takes_part = False
@@ -197,7 +198,7 @@ def fuse_float64(addresses: Any, terms: Any, weights: Any, fused: Any, x: Any, f
     fault: (2,), left alone unless a member has NaN, +inf or nothing finite: then the member and the condition. The
         member is −1 where no token is possible for all members with a positive weight.
     """
-    _find_fault(addresses, terms, weights, fused.size, fault)
+    find_fault(addresses, terms, weights, fused.size, fault)
     if fault[1] != OK:
         return
     x[:] = 0.0

@@ -45,7 +45,7 @@ def _candidate(bits: Any, token: Any) -> Any:
 
 
 @jit
-def _token(candidate: Any) -> Any:
+def candidate_token(candidate: Any) -> Any:
     return candidate & np.int64(0x7FFFFFFF)
 
 
@@ -77,7 +77,7 @@ def _gather(fused: Any, maxima: Any, threshold: Any, out: Any) -> Any:
 
 @jit
 def _weight(fused: Any, candidate: Any, top: float) -> Any:
-    return exp64(F64(fused[_token(candidate)]) - top)
+    return exp64(F64(fused[candidate_token(candidate)]) - top)
 
 
 @jit
@@ -125,14 +125,14 @@ def _keep_best(candidates: Any, wanted: float, by_weight: bool, fused: Any, top:
 
 
 @jit
-def _best(fused: Any, maxima: Any, n: int, out: Any) -> Any:
+def best_candidates(fused: Any, maxima: Any, n: int, out: Any) -> Any:
     """Write the n best candidates above −inf, or all if they are fewer, to `out` in any order. Returns their number."""
     n = min(n, fused.size)
     bits = maxima.view(np.int32)
     for group in range(maxima.size):
         out[group] = _candidate(bits[group], group)
     worst = out[: _keep_best(out[: maxima.size], n, False, fused, 0.0)].max()
-    threshold = max(maxima[_token(worst)], F32(-LARGEST_FLOAT))
+    threshold = max(maxima[candidate_token(worst)], F32(-LARGEST_FLOAT))
     step = F32(1)
     n_found = _gather(fused, maxima, threshold, out)
     while n_found < n and threshold > -LARGEST_FLOAT:
@@ -149,7 +149,7 @@ def _kept(draw: Any, fused: Any, maxima: Any, masses: Any, out: Any) -> Any:
     cut = F32(top + math.log(draw["min_p"])) if draw["min_p"] > 0.0 else F32(-LARGEST_FLOAT)
     wanted = top_p * math.exp(log_sum(maxima, masses) - top)
     if draw["top_k"] > 0:
-        n = _best(fused, maxima, draw["top_k"], out)
+        n = best_candidates(fused, maxima, draw["top_k"], out)
         if top_p < 1.0:
             wanted = top_p * _weights(fused, out[:n], top)
     elif top_p == 1.0 or draw["min_p"] > 0.0:
@@ -164,7 +164,7 @@ def _kept(draw: Any, fused: Any, maxima: Any, masses: Any, out: Any) -> Any:
         n = _keep_best(out[:n], wanted, True, fused, top)
     n_kept = 0
     for i in range(n):
-        if fused[_token(out[i])] >= cut:
+        if fused[candidate_token(out[i])] >= cut:
             out[n_kept] = out[i]
             n_kept += 1
     return n_kept
@@ -188,7 +188,7 @@ def draw_token(fused: Any, candidates: Any, top: float, temperature: float, seed
     state = mix(mix(seed + golden) + position * golden)
     best, best_score = np.int64(-1), -math.inf
     for candidate in candidates:
-        token = _token(candidate)
+        token = candidate_token(candidate)
         logit = (F64(fused[token]) - top) / temperature
         if logit + 37.5 < best_score:  # beyond the largest noise of 53 bits
             continue
@@ -296,10 +296,10 @@ def _pick(
     """Choose a token from one fused row, which is overwritten. Logprobs are those before penalties and filters."""
     total = log_sum(maxima, masses)
     if draw["n_top"] > 0:
-        n = _best(fused, maxima, draw["n_top"], candidates)
+        n = best_candidates(fused, maxima, draw["n_top"], candidates)
         best = np.sort(candidates[:n])
         for i in range(n):
-            top_tokens[i] = _token(best[i])
+            top_tokens[i] = candidate_token(best[i])
             top_logprobs[i] = F64(fused[top_tokens[i]]) - total
         pick["n_top"] = n
     if draw["scored"] >= 0:
