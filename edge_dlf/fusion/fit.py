@@ -196,7 +196,8 @@ def fit_weights(
 
     w = centre.copy()
     here, value = evaluate(w)
-    for n_steps in range(_NEWTON_STEPS):  # noqa: B007
+    n_steps = 0
+    while n_steps < _NEWTON_STEPS:
         gradient = here.gradients.sum(axis=0) + l2 * (w - centre)
         hessian = here.hessians.sum(axis=0) + l2 * np.eye(n_members)
         step = -np.linalg.solve(hessian, gradient)
@@ -211,6 +212,7 @@ def fit_weights(
         if lower >= value:  # float32 tells no two values apart that lie nearer
             break
         w, here, value = w + size * step, following, lower
+        n_steps += 1
     return WeightFit(w, _standard_errors(here, l2, groups), float(here.values.mean()), n_steps)
 
 
