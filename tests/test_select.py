@@ -342,10 +342,10 @@ def test_rows_of_another_kind_are_refused():
             Fuser(20).pick([row, wrong, row], ("large", "base", "expert"), STATIC, [[1.0]], [draw])
 
 
-@pytest.mark.parametrize("weights", [[[]], [[1.0, 2.0]], [[np.nan]], [[1.0], [1.0]]])
+@pytest.mark.parametrize("weights", [[[]], [[1.0, 2.0]], [[1.0], [1.0]]])
 def test_weights_must_fit_the_members(weights):
     row = np.zeros((1, 20), np.float32)
-    with pytest.raises(ValueError, match="weights must be K = 1 times 1 finite numbers"):
+    with pytest.raises(ValueError, match="weights must be K = 1 times 1 numbers"):
         Fuser(20).pick([row] * 3, ("large", "base", "expert"), STATIC, weights, [Draw(GREEDY, 0, 0, NO_TOKENS)])
 
 

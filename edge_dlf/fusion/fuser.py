@@ -83,9 +83,9 @@ class Fuser:
             weights = [choice.weights(n_experts) if choice else (0.0,) * n_experts for choice in choices]
         terms = _weighted_terms(tuple(names)) if is_weighted else _difference_terms(len(members))
         factors = np.array(weights if is_weighted else [(1.0, *row) for row in weights], np.float64)
-        if factors.shape != (len(draws), len(terms)) or not np.isfinite(factors).all():
+        if factors.shape != (len(draws), len(terms)):
             n_weights = len(terms) if is_weighted else len(terms) - 1
-            raise ValueError(f"weights must be K = {len(draws)} times {n_weights} finite numbers")
+            raise ValueError(f"weights must be K = {len(draws)} times {n_weights} numbers")
         picks, top_tokens, top_logprobs = self._choose(addresses, terms, factors, draws)
         results = []
         for k, (token, logprob, member, fault, n_top) in enumerate(picks.tolist()):
@@ -113,7 +113,7 @@ class Fuser:
     def _draw_tables(self, draws: Sequence[Draw]) -> tuple[npt.NDArray[Any], Int64Array, Int64Array, Float64Array]:
         """The draws as the kernel takes them: records (K,), and all rows' recent tokens, biased tokens and biases."""
         records = np.empty(len(draws), DRAW)
-        recent, bias_tokens, biases = [_NO_TOKENS], [_NO_TOKENS], [_NO_BIASES]
+        recent, bias_tokens, biases = [], [], []
         n_recent = n_biases = 0
         for k, draw in enumerate(draws):
             x = draw.sampling
@@ -132,7 +132,12 @@ class Fuser:
             if len(biased):
                 bias_tokens.append(biased)
                 biases.append(values)
-        return records, np.concatenate(recent), np.concatenate(bias_tokens), np.concatenate(biases)
+        return (
+            records,
+            np.concatenate(recent) if n_recent else _NO_TOKENS,
+            np.concatenate(bias_tokens) if n_biases else _NO_TOKENS,
+            np.concatenate(biases) if n_biases else _NO_BIASES,
+        )
 
 
 @lru_cache

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import NonFiniteLogitsError
-from .kernels.vector import HAS_INF, HAS_NAN, NONE_FINITE
+from .kernels.vector import HAS_INF, HAS_NAN, NONE_FINITE, address
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 Float64Array: TypeAlias = npt.NDArray[np.float64]
@@ -25,17 +25,18 @@ def row_addresses(members: Sequence[Rows], n_rows: int, n_vocab: int) -> Int64Ar
 
     Raises ValueError unless each member has K float32 rows of at least `n_vocab` contiguous logits.
     """
-    addresses = np.empty((n_rows, len(members)), np.int64)
-    for m, rows in enumerate(members):
+    addresses: list[list[int]] = []
+    for rows in members:
         if isinstance(rows, np.ndarray) and rows.ndim == 2 and _is_usable(rows, n_rows, n_vocab):
-            addresses[:, m] = rows.ctypes.data + rows.strides[0] * np.arange(n_rows)
+            start, stride = address(rows), rows.strides[0]
+            addresses.append([start + k * stride for k in range(n_rows)])
         elif not isinstance(rows, np.ndarray) and len(rows) == n_rows and all(_is_row(row, n_vocab) for row in rows):
-            addresses[:, m] = [row.ctypes.data for row in rows]
+            addresses.append([address(row) for row in rows])
         else:
             raise ValueError(
                 f"rows must be K = {n_rows} of {n_vocab} or more contiguous float32 logits for each member"
             )
-    return addresses
+    return np.array(list(zip(*addresses, strict=True)), np.int64)
 
 
 def _is_row(row: Float32Array, n_vocab: int) -> bool:

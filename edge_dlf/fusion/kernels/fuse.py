@@ -60,17 +60,31 @@ def measure_group(fused: Any, group: int, maxima: Any, masses: Any, keys: Any) -
 
 
 @jit
-def _set_member(member: Any, weight: Any, fused: Any) -> None:
+def _set_one(a: Any, weight: Any, fused: Any) -> None:
     use_wide_vectors()
     for i in range(fused.size):
-        fused[i] = weight * member[i]
+        fused[i] = weight * a[i]
 
 
 @jit
-def _add_member(member: Any, weight: Any, fused: Any) -> None:
+def _set_three(a: Any, b: Any, c: Any, weight_a: Any, weight_b: Any, weight_c: Any, fused: Any) -> None:
     use_wide_vectors()
     for i in range(fused.size):
-        fused[i] += weight * member[i]
+        fused[i] = weight_a * a[i] + weight_b * b[i] + weight_c * c[i]
+
+
+@jit
+def _set_one_and_difference(a: Any, member: Any, other: Any, weight_a: Any, weight: Any, fused: Any) -> None:
+    use_wide_vectors()
+    for i in range(fused.size):
+        fused[i] = weight_a * a[i] + weight * (member[i] - other[i])
+
+
+@jit
+def _add_one(a: Any, weight: Any, fused: Any) -> None:
+    use_wide_vectors()
+    for i in range(fused.size):
+        fused[i] += weight * a[i]
 
 
 @jit
@@ -78,6 +92,48 @@ def _add_difference(member: Any, other: Any, weight: Any, fused: Any) -> None:
     use_wide_vectors()
     for i in range(fused.size):
         fused[i] += weight * (member[i] - other[i])
+
+
+@jit
+def _next_term(weights: Any, n: int) -> Any:
+    """The first term from `n` on with a weight, or the number of terms."""
+    while n < weights.size and weights[n] == 0.0:
+        n += 1
+    return n
+
+
+@jit
+def _fuse_part(addresses: Any, terms: Any, weights: Any, start: int, part: Any) -> None:
+    """Fuse the tokens from `start` on into part (N,). The first terms share one pass."""
+    n_terms, offset, size = weights.size, 4 * start, part.size
+    i = _next_term(weights, 0)
+    if i == n_terms or terms[i, 1] >= 0:
+        part[:] = 0.0
+    else:
+        j = _next_term(weights, i + 1)
+        k = _next_term(weights, j + 1)
+        a, weight_a = row_at(addresses[terms[i, 0]] + offset, size), F32(weights[i])
+        if j >= n_terms:
+            _set_one(a, weight_a, part)
+            return
+        b, weight_b = row_at(addresses[terms[j, 0]] + offset, size), F32(weights[j])
+        i = k
+        if terms[j, 1] >= 0:
+            other = row_at(addresses[terms[j, 1]] + offset, size)
+            _set_one_and_difference(a, b, other, weight_a, weight_b, part)
+        elif k >= n_terms or terms[k, 1] >= 0:
+            _set_three(a, b, b, weight_a, weight_b, F32(0), part)
+        else:
+            c = row_at(addresses[terms[k, 0]] + offset, size)
+            _set_three(a, b, c, weight_a, weight_b, F32(weights[k]), part)
+            i = _next_term(weights, k + 1)
+    while i < n_terms:
+        member = row_at(addresses[terms[i, 0]] + offset, size)
+        if terms[i, 1] < 0:
+            _add_one(member, F32(weights[i]), part)
+        else:
+            _add_difference(member, row_at(addresses[terms[i, 1]] + offset, size), F32(weights[i]), part)
+        i = _next_term(weights, i + 1)
 
 
 @jit
@@ -92,25 +148,8 @@ def fuse_groups(
     n_unusual = 0
     keys = np.empty(2, np.int32)
     for group in range(first, last):
-        start, stop = group * GROUP, min(group * GROUP + GROUP, fused.size)
-        part, size, is_empty = fused[start:stop], stop - start, True
-        for n in range(weights.size):
-            weight = F32(weights[n])
-            if weight == 0.0:
-                continue
-            member = row_at(addresses[terms[n, 0]] + 4 * start, size)
-            if is_empty and terms[n, 1] < 0:
-                _set_member(member, weight, part)
-            else:
-                if is_empty:
-                    part[:] = 0.0
-                if terms[n, 1] < 0:
-                    _add_member(member, weight, part)
-                else:
-                    _add_difference(member, row_at(addresses[terms[n, 1]] + 4 * start, size), weight, part)
-            is_empty = False
-        if is_empty:
-            part[:] = 0.0
+        start = group * GROUP
+        _fuse_part(addresses, terms, weights, start, fused[start : min(start + GROUP, fused.size)])
         if measure_group(fused, group, maxima, masses, keys) != OK:
             n_unusual += 1
     return n_unusual

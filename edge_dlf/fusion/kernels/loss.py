@@ -7,9 +7,9 @@ expectations under softmax(z):
     gradient_m = E[d_m] = E[l_m] − l_m(gold)
     Hessian_mn = E[d_m d_n] − E[d_m] E[d_n] = Cov(l_m, l_n)
 
-Sums are taken about the likeliest token met so far, so that the Hessian does not cancel. Terms are float32, summed in
-float32 within a block and in float64 across blocks. A token that any member gives −inf is left out of the sums: then
-the problem is the same for all weights, and convex.
+Sums are taken about a mean of d, which moves when a block outweighs those before it, so that the Hessian does not
+cancel. Terms are float32, summed in float32 within a block and in float64 across blocks. A token that any member gives
+−inf is left out of the sums: then the problem is the same for all weights, and convex.
 """
 
 from __future__ import annotations
@@ -108,20 +108,15 @@ def _dot(t: Any, d: Any) -> Any:
 
 
 @jit
-def _move_reference(total: float, first: Any, second: Any, reference: Any, d: Any, scale: float) -> None:
-    """Scale Σ e d, (M,), and Σ e d_m d_n, (M, M), and take them about a new reference: the token whose d (M,) is given.
-
-    total: Σ e, already scaled
-    """
-    first *= scale
-    second *= scale
+def _move_reference(total: float, first: Any, second: Any, reference: Any, means: Any) -> None:
+    """Take Σ e d, (M,), and Σ e d_m d_n, (M, M), about the new reference `means`, given Σ e."""
     for m in range(first.size):
         for n in range(first.size):
-            shift_m, shift_n = reference[m] - d[m], reference[n] - d[n]
+            shift_m, shift_n = reference[m] - means[m], reference[n] - means[n]
             second[m, n] += first[m] * shift_n + shift_m * first[n] + total * shift_m * shift_n
     for m in range(first.size):
-        first[m] += total * (reference[m] - d[m])
-        reference[m] = d[m]
+        first[m] += total * (reference[m] - means[m])
+        reference[m] = means[m]
 
 
 @jit
@@ -130,20 +125,26 @@ def _add_block(
 ) -> Any:
     """Add one block's sums. Returns the largest z so far and Σ exp(z − it).
 
+    first, second, reference: Σ e d and Σ e d_m d_n about the reference, and this reference
     highest: the largest z of this block
     scratch: (M + 3, BLOCK or more): d of each member, z, and two more rows
     """
     n_members = first.size
     z, e, t = scratch[n_members, :size], scratch[n_members + 1, :size], scratch[n_members + 2, :size]
     if highest > top:
-        i = 0
-        while z[i] < highest:
-            i += 1
         scale = math.exp(top - highest)
         total *= scale
-        _move_reference(total, first, second, reference, scratch[:n_members, i], scale)
+        first *= scale
+        second *= scale
         top = highest
-    total += _exponentials(z, F32(top), e)
+    block_total = _exponentials(z, F32(top), e)
+    if block_total > total:
+        means = np.empty(n_members)
+        for m in range(n_members):
+            known = first[m] + total * reference[m]
+            means[m] = (known + _dot(e, scratch[m, :size])) / (total + block_total)
+        _move_reference(total, first, second, reference, means)
+    total += block_total
     for m in range(n_members):
         s, v = _centre(scratch[m, :size], F32(reference[m]), e, t)
         first[m] += s
