@@ -55,6 +55,20 @@ def _add_member(row: Any, gold: Any, weight: Any, d: Any, z: Any) -> None:
 
 
 @jit
+def _add_two_members(
+    row: Any, other_row: Any, gold: Any, other_gold: Any, weight: Any, other_weight: Any, d: Any, other_d: Any, z: Any
+) -> None:
+    """`_add_member` for two members in one pass."""
+    use_wide_vectors()
+    for i in range(z.size):
+        x = row[i] - gold
+        y = other_row[i] - other_gold
+        d[i] = x
+        other_d[i] = y
+        z[i] += weight * x + other_weight * y
+
+
+@jit
 def _leave_out_masked(d: Any, z: Any, fault: Any) -> None:
     """Leave tokens out that a member gives −inf; set fault (2,) to the member and condition where it gives NaN or +inf.
 
@@ -107,6 +121,17 @@ def _dot(t: Any, d: Any) -> Any:
     return s
 
 
+@jit_sum
+def _two_dots(t: Any, d: Any, other_d: Any) -> Any:
+    use_wide_vectors()
+    s = F32(0)
+    u = F32(0)
+    for i in range(d.size):
+        s += t[i] * d[i]
+        u += t[i] * other_d[i]
+    return s, u
+
+
 @jit
 def _move_reference(total: float, first: Any, second: Any, reference: Any, means: Any) -> None:
     """Take Σ e d, (M,), and Σ e d_m d_n, (M, M), about the new reference `means`, given Σ e."""
@@ -149,8 +174,12 @@ def _add_block(
         s, v = _centre(scratch[m, :size], F32(reference[m]), e, t)
         first[m] += s
         second[m, m] += v
-        for n in range(m):
-            second[m, n] += _dot(t, scratch[n, :size])
+        for n in range(0, m - 1, 2):
+            s, v = _two_dots(t, scratch[n, :size], scratch[n + 1, :size])
+            second[m, n] += s
+            second[m, n + 1] += v
+        if m % 2 == 1:
+            second[m, m - 1] += _dot(t, scratch[m - 1, :size])
     return top, total
 
 
@@ -179,7 +208,13 @@ def _loss(
             z[:] = row_at(log_weights + 4 * start, size)
         else:
             z[:] = 0.0
-        for m in range(n_members):
+        for m in range(0, n_members - 1, 2):
+            _add_two_members(
+                row_at(addresses[m] + 4 * start, size), row_at(addresses[m + 1] + 4 * start, size), golds[m],
+                golds[m + 1], F32(weights[m]), F32(weights[m + 1]), scratch[m, :size], scratch[m + 1, :size], z,
+            )  # fmt: skip
+        if n_members % 2 == 1:
+            m = n_members - 1
             _add_member(row_at(addresses[m] + 4 * start, size), golds[m], F32(weights[m]), scratch[m, :size], z)
         extremes(z.view(np.int32), keys)
         if row_condition(keys[0], keys[1]) != OK:
