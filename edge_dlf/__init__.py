@@ -28,7 +28,7 @@ from .params import FusionParams, SamplingParams
 
 if TYPE_CHECKING:
     from .api import FusedLlama
-    from .fusion.fuser import fuse_logits, search_alpha
+    from .fusion.arrays import fuse_logits, search_alpha
 
 __version__ = "0.1.0"
 __path__.append(f"{__path__[0]}/evidence/commands")  # for `python -m edge_dlf.harness`, a published name
@@ -55,7 +55,7 @@ __all__ = [
     "search_alpha",
 ]
 
-_LAZY = {"FusedLlama": ".api", "fuse_logits": ".fusion.fuser", "search_alpha": ".fusion.fuser"}
+_LAZY = {"FusedLlama": ".api", "fuse_logits": ".fusion.arrays", "search_alpha": ".fusion.arrays"}
 
 
 def __getattr__(name: str) -> Any:

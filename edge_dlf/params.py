@@ -261,11 +261,6 @@ class FusionParams:
         ratio = self.alpha_max / self.alpha_step
         _require(ratio < 1001 - 1e-9, f"alpha_max / alpha_step must not exceed 1000, not {ratio:.0f}")
 
-    @property
-    def n_grid(self) -> int:
-        """Number of grid values 0, alpha_step, …, alpha_max."""
-        return math.floor(self.alpha_max / self.alpha_step + 1e-9) + 1
-
 
 @dataclass(frozen=True)
 class SamplingParams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -345,11 +346,12 @@ def test_an_interrupt_stops_an_evaluation_and_the_next_one_is_right(base: Model)
 
 
 def test_llama_cpp_asks_the_flag_while_it_evaluates(base: Model) -> None:
-    """Set without the check before a batch: it is llama.cpp itself that stops."""
+    """Set in the buffer that llama.cpp reads alone: it is llama.cpp itself that stops."""
     interrupt = Interrupt()
     member = backend(base, interrupt=interrupt)
     interrupt.set()
-    interrupt.check = lambda: None  # type: ignore[method-assign]
+    interrupt.text, flag = ctypes.create_string_buffer(2), interrupt.text
+    assert flag.value
     with pytest.raises(RequestInterruptedError, match="base: interrupted while it evaluated 10 tokens"):
         feed(member, 0, TEXT[:10])
     member.close()

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dlf.errors import DecodeError, InvalidParameterError, NonFiniteLogitsError
-from edge_dlf.fusion.fuser import Fuser, fuse_logits
+from edge_dlf.fusion.arrays import fuse_logits
+from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.fusion.records import Draw, Pick
 from edge_dlf.params import FusionParams, SamplingParams
 

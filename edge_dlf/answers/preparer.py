@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,7 +38,8 @@ class Preparer:
         self._name = name
         self._defaults = defaults
         self._ensemble = ensemble
-        self._ends = ends
+        self._ends = functools.cache(ends)
+        self._piece = functools.cache(tokenizer.piece)
         self._said_stuck = False
 
     def answer(
@@ -85,7 +87,7 @@ class Preparer:
             is_end=self._ends,
         )
         constraint = self.tokenizer.constraint(grammar, json_schema, self._ends)
-        return Answer(Generation(request, constraint), self.tokenizer.piece, _stop_strings(stop))
+        return Answer(Generation(request, constraint), self._piece, _stop_strings(stop))
 
     def scorer(self, settings: Mapping[str, Any]) -> Callable[[Prompt, Sequence[int]], Answer]:
         """Return what makes a prompt and the tokens of its answer ready to be scored."""
@@ -106,7 +108,7 @@ class Preparer:
                 )
             prompts = dict.fromkeys(roles.members, tokens)
             request = GenerationRequest(roles, prompts, fusion, greedy, max_tokens=len(forced), n_top=1, forced=forced)
-            return Answer(Generation(request), self.tokenizer.piece)
+            return Answer(Generation(request), self._piece)
 
         return scored
 

@@ -195,8 +195,10 @@ class Decoder:
                 continue
             own = [[member[k]] for member in rows]
             if (banned := generation.banned(ahead, picks[k].token)) is not None:
-                draw = dataclasses.replace(draws[k], banned=banned)
-                (picks[k],) = self.fuser.pick(own, roles.members, fusion, weights[:1], [draw])
+                found, draw = picks[k], dataclasses.replace(draws[k], banned=banned)
+                again = dataclasses.replace(fusion, method="static") if found.choice else fusion
+                (picks[k],) = self.fuser.pick(own, roles.members, again, [found.weights], [draw])
+                picks[k] = picks[k]._replace(choice=found.choice)
             if generation.request.traced:
                 picks[k] = self._traced(generation, own, draws[k], picks[k])
         return picks

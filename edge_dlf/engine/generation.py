@@ -93,6 +93,7 @@ class Generation:
         self.n_prompt = len(self.tokens)
         self.strength: dict[str, float] = {}
         self.counts = Counts()
+        self._penalises = request.sampling.penalises
         self._constraint = constraint
         self._n_constrained = 0
         self._seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed
@@ -133,7 +134,7 @@ class Generation:
         n_top = max(request.n_top, N_CANDIDATES) if request.traced else request.n_top
         position = len(self.tokens) + len(ahead)
         forced = request.forced[position - self.n_prompt] if request.forced else None
-        recent = self._recent(ahead) if request.sampling.penalises else _NO_TOKENS
+        recent = self._recent(ahead) if self._penalises else _NO_TOKENS
         return Draw(request.sampling, self._seed, position, recent, n_top, forced, request.fusion.plausibility)
 
     def _recent(self, ahead: Sequence[int]) -> npt.NDArray[np.int32]:

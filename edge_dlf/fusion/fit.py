@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DecodeError
+from .dispatch import Float32Array, Float64Array, Int64Array, Rows, Threads, non_finite, row_addresses
 from .kernels.fuse import GROUP
 from .kernels.keep import keep_rows
 from .kernels.loss import BLOCK, IMPOSSIBLE, loss_rows
-from .kernels.threads import Threads
-from .rows import Float32Array, Float64Array, Int64Array, Rows, non_finite, row_addresses
 
 _NEWTON_STEPS = 50
 _TOLERANCE = 1e-9

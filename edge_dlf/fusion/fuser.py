@@ -1,4 +1,4 @@
-"""From the members' rows of logits to tokens: `Fuser.pick`, and the checked `search_alpha` and `fuse_logits`."""
+"""From the members' rows of logits to tokens: the search for α, the fused row, and the choice of a token."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DecodeError, EdgeDLFError, InvalidParameterError
+from ..errors import DecodeError, EdgeDLFError, InvalidParameterError, NonFiniteLogitsError
 from ..params import FusionParams, SamplingParams
+from .dispatch import Float32Array, Float64Array, Int64Array, Rows, Threads, non_finite, row_addresses
+from .kernels.float64 import cumulants_float64
 from .kernels.fuse import GROUP
 from .kernels.pick import DRAW, PICK, pick_rows
-from .kernels.threads import Threads
+from .kernels.search import ALL, CHOICE, CHUNK, NOISE, NOTHING, OBJECTIVE, choose, describe, search_rows
+from .kernels.sums import BLOCK
 from .records import AlphaChoice, Draw, Pick
-from .rows import Float32Array, Float64Array, Int64Array, Rows, non_finite, row_addresses
-from .search import AlphaSearch
 
 _NO_TOKENS: Int64Array = np.empty(0, np.int64)
 _NO_BIASES: Float64Array = np.empty(0)
+_NEWTON_STEPS = 20
+_Choices = npt.NDArray[Any]
 _GREEDY = Draw(SamplingParams(temperature=0.0), seed=0, position=0, recent=np.empty(0, np.int32))
 
 
@@ -73,14 +76,14 @@ class Fuser:
         addresses = row_addresses(members, len(draws), self.n_vocab)
         choices: list[AlphaChoice | None] = [None] * len(draws)
         errors: dict[int, EdgeDLFError] = {}
-        is_weighted = params.method == "weighted"
+        is_weighted = params.method == "weighted" and len(weights[0]) > 0
         if len(members) == 1 and not is_weighted:
             weights = [()] * len(draws)
         elif params.method == "dynamic":
             choices, found = self._search.search(addresses, names, params)
             errors.update(found)
             n_experts = len(members) - 2
-            weights = [choice.weights(n_experts) if choice else (0.0,) * n_experts for choice in choices]
+            weights = [_alphas(choice, n_experts) for choice in choices]
         terms = _weighted_terms(tuple(names)) if is_weighted else _difference_terms(len(members))
         factors = np.array(weights if is_weighted else [(1.0, *row) for row in weights], np.float64)
         if factors.shape != (len(draws), len(terms)):
@@ -117,7 +120,7 @@ class Fuser:
         n_recent = n_biases = 0
         for k, draw in enumerate(draws):
             x = draw.sampling
-            tokens = draw.recent if x.penalises else _NO_TOKENS
+            tokens = draw.recent
             biased, values = _biases(draw, self.n_vocab)
             records[k] = (
                 x.temperature, x.top_p, x.min_p, x.repeat_penalty, x.frequency_penalty, x.presence_penalty,
@@ -178,70 +181,159 @@ def _biases(draw: Draw, n_vocab: int) -> tuple[Int64Array, Float64Array]:
     return tokens, values
 
 
-def search_alpha(
-    large_logits: npt.ArrayLike,
-    base_logits: npt.ArrayLike,
-    expert_logits: npt.ArrayLike,
-    params: FusionParams | None = None,
-) -> AlphaChoice:
-    """Find the pair (expert, α) that minimises J(α) = Σ_t [(KL(P̃‖P) − a_t)² + (KL(P‖P̃) − b_t)²], the paper's Eq. 6.
+class AlphaSearch:
+    """Finds the pair (expert, α) that minimises J for rows of `n_vocab` logits. Not for concurrent use."""
 
-    large_logits, base_logits: (V,)
-    expert_logits: (V,) or (T, V)
+    def __init__(self, n_vocab: int, threads: Threads) -> None:
+        self._n_vocab = n_vocab
+        self._threads = threads
+        # 16 floats more than a block: rows a multiple of 4096 bytes apart would make stores and loads collide
+        self._blocks: Float32Array = np.empty((threads.n_threads, 3, BLOCK + 16), np.float32)
 
-    Raises InvalidParameterError where the shapes do not fit, NonFiniteLogitsError where a row has NaN, +inf or no
-    finite value.
-    """
-    members, names = _members(large_logits, base_logits, expert_logits)
-    n_vocab = members[0].shape[1]
-    search = AlphaSearch(n_vocab, Threads(1))
-    choices, errors = search.search(row_addresses(members, 1, n_vocab), names, params or FusionParams())
-    for error in errors.values():
-        raise error
-    assert choices[0] is not None
-    return choices[0]
+    def search(
+        self, addresses: Int64Array, names: Sequence[str], params: FusionParams
+    ) -> tuple[list[AlphaChoice | None], dict[int, NonFiniteLogitsError]]:
+        """The choice for each of K rows, and the errors of the rows that have none, by their number.
+
+        addresses: of the rows of large, base and each expert, (K, 2 + T)
+        names: of these members
+        """
+        alphas = _grid(params.alpha_max, params.alpha_step)
+        cumulants, targets, records = self._evaluate(addresses, alphas)
+        choices: list[AlphaChoice | None] = []
+        errors = {}
+        for k, (expert, grid_index, recompute, member, fault, *values) in enumerate(records.tolist()):
+            if fault:
+                errors[k] = non_finite(names[member], fault)
+                choices.append(None)
+                continue
+            choice = AlphaChoice(expert, *values)
+            if recompute == OBJECTIVE and params.search == "grid":
+                pair = np.empty((2, 3))
+                self._evaluate_float64(addresses[k], expert, alphas[[0, grid_index]], pair, targets[k, expert])
+                choice = _describe(expert, choice.alpha, pair[1], pair[0], targets[k])
+            elif recompute:
+                self._choose_float64(addresses[k], alphas, cumulants[k], targets[k], records[k : k + 1])
+                choice = _choice(records[k : k + 1])
+            if params.search == "exact" and targets[k].max() > NOISE:
+                choice = self._refine(choice, addresses[k : k + 1], cumulants[k], targets[k], alphas, params.alpha_max)
+            choices.append(choice)
+        return choices, errors
+
+    def _evaluate(self, addresses: Int64Array, alphas: Float64Array) -> tuple[Float64Array, Float64Array, _Choices]:
+        """Λ, Λ', Λ'' (K, T, G, 3) at `alphas` (G,), the targets a, b (K, T, 2), and the choices on this grid (K,)."""
+        n_rows, n_members = addresses.shape
+        n_experts, n_grid, n_chunks = n_members - 2, len(alphas), -(-self._n_vocab // CHUNK)
+        cumulants, targets = np.empty((n_rows, n_experts, n_grid, 3)), np.empty((n_rows, n_experts, 2))
+        choices = np.empty(n_rows, CHOICE)
+        keys, conditions = np.empty((n_rows, n_members, n_chunks, 2), np.int32), np.empty((n_rows, n_members), np.int32)
+        constants, sums = np.empty((n_rows, n_experts, 10)), np.empty((n_rows, n_experts, n_chunks, n_grid + 3, 3))
+        progress = np.zeros(2 * n_rows, np.int64)
+        counters = self._threads.run(
+            search_rows, addresses, self._n_vocab, alphas, keys, constants, conditions, sums,
+            cumulants, targets, choices, self._blocks, progress,
+        )  # fmt: skip
+        if counters[3]:
+            for k in np.flatnonzero(choices["recompute"] == ALL):
+                self._choose_float64(addresses[k], alphas, cumulants[k], targets[k], choices[k : k + 1])
+        return cumulants, targets, choices
+
+    def _choose_float64(
+        self,
+        addresses: Int64Array,
+        alphas: Float64Array,
+        cumulants: Float64Array,
+        targets: Float64Array,
+        choice: _Choices,
+    ) -> None:
+        """Compute one row's cumulants, targets and choice (1,) anew in float64."""
+        for t in range(len(cumulants)):
+            self._evaluate_float64(addresses, t, alphas, cumulants[t], targets[t])
+        choose(cumulants, targets, alphas, choice)
+        choice["recompute"] = NOTHING
+
+    def _evaluate_float64(
+        self, addresses: Int64Array, t: int, alphas: Float64Array, cumulants: Float64Array, targets: Float64Array
+    ) -> None:
+        """Compute cumulants (G, 3) and targets (2,) of one row and expert `t` in float64."""
+        cumulants_float64(addresses[[0, 1, 2 + t]], alphas, cumulants, targets, np.empty((3, self._n_vocab)))
+
+    def _refine(
+        self,
+        best: AlphaChoice,
+        addresses: Int64Array,
+        cumulants: Float64Array,
+        targets: Float64Array,
+        alphas: Float64Array,
+        alpha_max: float,
+    ) -> AlphaChoice:
+        """The lowest of `best`, the grid's, and the minima of J in the cells beside each local minimum of the grid."""
+        for t in range(len(cumulants)):
+            grid = [_describe(t, float(a), cumulants[t, k], cumulants[t, 0], targets) for k, a in enumerate(alphas)]
+            j = [math.inf, *(choice.objective for choice in grid), math.inf]
+            for k in range(len(grid)):
+                if j[k] >= j[k + 1] <= j[k + 2]:
+                    low = grid[max(k - 1, 0)].alpha
+                    high = grid[k + 1].alpha if k + 1 < len(grid) else alpha_max
+                    cell = (low, grid[k].alpha, high)
+                    best = self._descend(best, addresses[:, [0, 1, 2 + t]], t, cell, targets)
+        return best
+
+    def _descend(
+        self, best: AlphaChoice, addresses: Int64Array, t: int, cell: tuple[float, float, float], targets: Float64Array
+    ) -> AlphaChoice:
+        """Newton's method on J' in a cell (low, start, high), which is halved where a step would leave it.
+
+        Returns the choice with the lowest J on the way, or `best`.
+        """
+        low, alpha, high = cell
+        if low == alpha:  # J' vanishes at α = 0
+            alpha = 0.5 * (low + high)
+        for _ in range(_NEWTON_STEPS):
+            start, here = self._evaluate(addresses, np.array([0.0, alpha]))[0][0, 0]
+            choice = _describe(t, alpha, here, start, targets)
+            best = choice if choice.objective < best.objective else best
+            slope, curvature = _slope(choice, here, start)
+            low, high = (low, alpha) if slope > 0 else (alpha, high)
+            following = alpha - slope / curvature if curvature > 0 else math.inf
+            if not low < following < high:
+                following = 0.5 * (low + high)
+            if abs(following - alpha) < 1e-5:
+                break
+            alpha = following
+        return best
 
 
-def fuse_logits(
-    large_logits: npt.ArrayLike, base_logits: npt.ArrayLike, expert_logits: npt.ArrayLike, alpha: npt.ArrayLike
-) -> Float32Array:
-    """Compute large + Σ_t α_t (expert_t − base), unnormalised, (V,) float32.
-
-    Where base or expert_t gives −inf, log Q_t − log Q counts as 0. Shapes and errors are those of `search_alpha`.
-
-    alpha: (T,), or a number for a single expert
-    """
-    members, names = _members(large_logits, base_logits, expert_logits)
-    n_experts = len(members) - 2
-    alphas = np.atleast_1d(np.asarray(alpha, np.float64))
-    if alphas.shape != (n_experts,) or not np.isfinite(alphas).all():
-        raise InvalidParameterError(f"alpha must be {n_experts} finite numbers, one for each expert, not {alpha!r}")
-    fuser = Fuser(members[0].shape[1])
-    (pick,) = fuser.pick(members, names, FusionParams(method="static"), [alphas.tolist()], [_GREEDY])
-    if pick.error:
-        raise pick.error
-    fused: Float32Array = fuser._fused[-1]
-    return fused
+@lru_cache
+def _grid(alpha_max: float, alpha_step: float) -> Float64Array:
+    """The values 0, alpha_step, …, alpha_max of α."""
+    n_grid = math.floor(alpha_max / alpha_step + 1e-9) + 1
+    return np.round(np.arange(n_grid) * alpha_step, 12)
 
 
-def _members(large: npt.ArrayLike, base: npt.ArrayLike, expert: npt.ArrayLike) -> tuple[list[Float32Array], list[str]]:
-    """Check the shapes. Returns each member's row as (1, V), and the members' names."""
-    try:
-        arrays = [np.require(x, np.float32, ["C", "W", "A"]) for x in (large, base, expert)]
-    except (TypeError, ValueError) as error:
-        raise InvalidParameterError(f"logits must be arrays of numbers: {error}") from None
-    if arrays[0].ndim != 1 or not arrays[0].size:
-        raise InvalidParameterError(f"large_logits must have shape (V,), not {arrays[0].shape}")
-    n_vocab = arrays[0].size
-    if arrays[1].shape != (n_vocab,):
-        raise InvalidParameterError(f"base_logits must have shape ({n_vocab},), not {arrays[1].shape}")
-    experts = np.atleast_2d(arrays[2])
-    if experts.ndim != 2 or experts.shape[1] != n_vocab or not len(experts):
-        raise InvalidParameterError(
-            f"expert_logits must have shape ({n_vocab},) or (T, {n_vocab}), not {arrays[2].shape}"
-        )
-    names = ["large", "base", *(f"expert {t}" for t in range(len(experts)))]
-    return [arrays[0][None], arrays[1][None], *(row[None] for row in experts)], names
+def _alphas(choice: AlphaChoice | None, n_experts: int) -> tuple[float, ...]:
+    """α of each expert; zeros where the search failed."""
+    return tuple(choice.alpha if choice and t == choice.expert else 0.0 for t in range(n_experts))
+
+
+def _describe(expert: int, alpha: float, here: Float64Array, start: Float64Array, targets: Float64Array) -> AlphaChoice:
+    """J and its parts from Λ, Λ' at α (`here`) and at 0 (`start`), and the targets of every expert (T, 2)."""
+    choice = np.zeros(1, CHOICE)
+    choice["expert"] = expert
+    describe(alpha, here, start, targets, choice)
+    return _choice(choice)
+
+
+def _choice(record: _Choices) -> AlphaChoice:
+    ((expert, _grid_index, _recompute, _member, _fault, *values),) = record.tolist()
+    return AlphaChoice(expert, *values)
+
+
+def _slope(choice: AlphaChoice, here: Float64Array, start: Float64Array) -> tuple[float, float]:
+    """dJ/dα and d²J/dα², the latter without its term in the third cumulant, both divided by 2T."""
+    x, y = choice.kl_forward - choice.target_forward, choice.kl_reverse - choice.target_reverse
+    dx, dy = choice.alpha * float(here[2]), float(here[1]) - float(start[1])
+    return x * dx + y * dy, dx * dx + dy * dy + (x + y) * float(here[2])
 
 
 def warm_up() -> None:

@@ -59,10 +59,6 @@ class AlphaChoice:
     target_forward: float
     target_reverse: float
 
-    def weights(self, n_experts: int) -> tuple[float, ...]:
-        """α of each expert, in their order."""
-        return tuple(self.alpha if t == self.expert else 0.0 for t in range(n_experts))
-
 
 class Pick(NamedTuple):
     """A token chosen from one fused row.

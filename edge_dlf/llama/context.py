@@ -199,7 +199,8 @@ class LlamaBackend:
         self._wanted[:n_tokens] = wanted
 
     def _run(self, n_tokens: int, n_logits: int) -> None:
-        self._interrupt.check()
+        if self._interrupt.text.value:
+            raise RequestInterruptedError("the request was interrupted")
         self._n_logits, self._rows = 0, None
         self._batch.n_tokens = n_tokens
         code = lib.llama_decode(self._ctx, self._batch)

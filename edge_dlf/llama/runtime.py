@@ -14,7 +14,6 @@ from contextlib import contextmanager
 import llama_cpp as lib
 import psutil
 
-from ..errors import RequestInterruptedError
 from ..system.machine import GPU
 from .amx import amx_crashes
 from .ggml import call, handle
@@ -99,24 +98,19 @@ class Interrupt:
     asked = ctypes.cast(_LIBC.strlen, lib.ggml_abort_callback)
 
     def __init__(self) -> None:
-        self._text = ctypes.create_string_buffer(2)
+        self.text = ctypes.create_string_buffer(2)
 
     @property
     def address(self) -> int:
-        return ctypes.addressof(self._text)
+        return ctypes.addressof(self.text)
 
     def set(self) -> None:
         """Stop the evaluation. May be called from any thread."""
-        self._text[0] = b"\1"
+        self.text[0] = b"\1"
 
     def clear(self) -> None:
         """Allow evaluation again."""
-        self._text[0] = b"\0"
-
-    def check(self) -> None:
-        """Raise RequestInterruptedError if set."""
-        if self._text.value:
-            raise RequestInterruptedError("the request was interrupted")
+        self.text[0] = b"\0"
 
 
 def gpus() -> list[GPU]:

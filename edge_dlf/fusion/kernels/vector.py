@@ -156,12 +156,6 @@ _pointer: Any = intrinsic(_pointer_typing) if _compiled else _plain_pointer
 
 
 @jit
-def address(array: Any) -> Any:
-    """Memory address of an array's first element; five times quicker than `array.ctypes.data`."""
-    return array.ctypes.data
-
-
-@jit
 def row_at(address: Any, size: int) -> Any:
     """The float32 row (size,) at a memory address. A list of arrays would be compiled anew for each length."""
     return carray(_pointer(address), size)
