@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress, count
 from operator import ne
-from typing import NamedTuple
 
 from ..errors import InvalidParameterError
 from ..params import METHODS, FusionParams, Overlap
@@ -29,17 +28,6 @@ class Roles:
     members: tuple[str, ...]
     experts: tuple[str, ...] = ()
     alphas: tuple[float, ...] | None = ()
-
-
-class Decoded(NamedTuple):
-    """What a batch gave.
-
-    logits: rows of each member that was asked for any, (K, width), valid until the member's next call.
-    seconds: the time of each member. Members that overlap get shares by the size of their weights.
-    """
-
-    logits: dict[str, Logits]
-    seconds: dict[str, float]
 
 
 class _CacheIndex:
@@ -132,34 +120,29 @@ class Ensemble:
             raise InvalidParameterError(f"alpha names {unknown[0]!r}; the experts are {', '.join(self.experts)}")
         return tuple(float(params.alpha.get(name, 0.0)) for name in self.experts)
 
-    def decode(self, runs: Mapping[str, Sequence[Run]], on_decode: Callable[[], None] | None = None) -> Decoded:
+    def decode(
+        self, runs: Mapping[str, Sequence[Run]], on_decode: Callable[[], None] | None = None
+    ) -> dict[str, Logits]:
         """Append to each member what `runs` has for it, in one batch per member.
 
         on_decode: called just before members compute, which is when other threads may run Python.
+        Returns the rows of each member that was asked for any, (K, width), valid until the member's next call.
         Raises what a member raises. Then others may have been decoded or not, and none is still computing.
         """
         if on_decode:
             on_decode()
         groups = [[name for name in group if runs.get(name)] for group in self.groups]
-        seconds: dict[str, float] = {}
-        started = self.clock()
-        jobs = [partial(self._decode_group, group, runs, seconds) for group in groups if group]
+        jobs = [partial(self._decode_group, group, runs) for group in groups if group]
         if self.overlap == "threads" and len(jobs) > 1:
             self._threads.run(jobs)
         else:
             for job in jobs:
                 job()
-        logits = {name: self.members[name].logits() for name in seconds if any(run.n_rows for run in runs[name])}
-        if len(jobs) > 1 and self.overlap != "off":
-            elapsed, n_bytes = self.clock() - started, sum(self.members[name].n_bytes for name in seconds)
-            seconds = {name: elapsed * self.members[name].n_bytes / n_bytes for name in seconds}
-        return Decoded(logits, seconds)
+        return {name: self.members[name].logits() for name in runs if any(run.n_rows for run in runs[name])}
 
-    def _decode_group(self, names: Sequence[str], runs: Mapping[str, Sequence[Run]], seconds: dict[str, float]) -> None:
-        """Decode the members of one group in turn. A group alone waits for each, so that `seconds` tells them apart."""
-        waits = self.overlap == "off" or len(self.groups) == 1
+    def _decode_group(self, names: Sequence[str], runs: Mapping[str, Sequence[Run]]) -> None:
+        """Decode the members of one group, one after the other."""
         for name in names:
-            started = self.clock()
             self._repair(name)
             cache = self._caches[name]
             cache.unsure.update(run.seq for run in runs[name])
@@ -167,9 +150,8 @@ class Ensemble:
             for run in runs[name]:
                 cache.append(run.seq, run.tokens)
             cache.unsure.clear()
-            if waits:
+            if self.overlap == "off":
                 self.members[name].wait()
-            seconds[name] = self.clock() - started
 
     def begin(self, name: str, seq: int, tokens: Sequence[int]) -> int:
         """Make `seq` of the member `name` hold the longest known prefix of `tokens`, at most all but the last token:
