@@ -47,6 +47,15 @@ class _Ready:
         n = len(self.ahead) + 1
         return range(self.next, n if self.draft is None or self.draft.rows is None else min(n, len(self.draft.rows)))
 
+    def rows(self, name: str, logits: Mapping[str, Logits]) -> Logits:
+        """The rows of a member at these positions, (K, width)."""
+        start, stop = self.next, self.positions.stop
+        if name in self.first:
+            return logits[name][self.first[name] + start : self.first[name] + stop]
+        assert self.draft is not None
+        assert self.draft.rows is not None
+        return self.draft.rows[start:stop]
+
 
 class Decoder:
     """Decodes generations over one ensemble. One thread at a time."""
@@ -166,22 +175,18 @@ class Decoder:
         """Pick at every position of each generation that has its rows, those that are fused alike in one call."""
         picks: dict[Generation, list[Pick]] = {}
         for group in _fused_alike(ready):
-            places = [(each, k) for each in group for k in each.positions]
-            rows = [[self._row(each, k, name, logits) for each, k in places] for name in group[0].generation.members]
-            found = iter(self._select([(each.generation, each.ahead[each.next : k]) for each, k in places], rows))
+            places = [(each.generation, each.ahead[each.next : k]) for each in group for k in each.positions]
+            rows: list[Logits | Sequence[Logits]] = []
+            for name in group[0].generation.members:
+                own = [each.rows(name, logits) for each in group]
+                rows.append(own[0] if len(own) == 1 else [row for each in own for row in each])
+            found = iter(self._select(places, rows))
             for each in group:
                 picks[each.generation] = [next(found) for _ in each.positions]
         return picks
 
-    def _row(self, each: _Ready, k: int, name: str, logits: Mapping[str, Logits]) -> Logits:
-        if name not in each.first:
-            assert each.draft is not None
-            assert each.draft.rows is not None
-            return each.draft.rows[k]  # type: ignore[no-any-return]
-        return logits[name][each.first[name] + k]  # type: ignore[no-any-return]
-
     def _select(
-        self, places: Sequence[tuple[Generation, Sequence[int]]], rows: Sequence[Sequence[Logits]]
+        self, places: Sequence[tuple[Generation, Sequence[int]]], rows: Sequence[Logits | Sequence[Logits]]
     ) -> list[Pick]:
         """Fuse the rows of each place and pick a token.
 
@@ -197,14 +202,14 @@ class Decoder:
         for k, (generation, ahead) in enumerate(places):
             if picks[k].error:
                 continue
-            own = [[member[k]] for member in rows]
             if (banned := generation.banned(ahead, picks[k].token)) is not None:
                 found, draw = picks[k], dataclasses.replace(draws[k], banned=banned)
                 again = dataclasses.replace(fusion, method="static") if found.choice else fusion
+                own = [member[k : k + 1] for member in rows]
                 (picks[k],) = self.fuser.pick(own, roles.members, again, [found.weights], [draw])
                 picks[k] = picks[k]._replace(choice=found.choice)
             if generation.request.traced:
-                picks[k] = self._traced(generation, own, draws[k], picks[k])
+                picks[k] = self._traced(generation, [member[k : k + 1] for member in rows], draws[k], picks[k])
         return picks
 
     def _pick_alone(self, generation: Generation, name: str, row: Logits, ahead: Sequence[int]) -> Pick:
@@ -216,7 +221,9 @@ class Decoder:
             (pick,) = self.fuser.pick([[row]], (name,), generation.request.fusion, [()], [draw])
         return pick
 
-    def _traced(self, generation: Generation, rows: Sequence[Sequence[Logits]], draw: Draw, pick: Pick) -> Pick:
+    def _traced(
+        self, generation: Generation, rows: Sequence[Logits | Sequence[Logits]], draw: Draw, pick: Pick
+    ) -> Pick:
         """Add to a pick why it was chosen. A member whose own row is an error is left out."""
         roles, draw = generation.request.roles, dataclasses.replace(draw, n_top=N_CANDIDATES)
         alone = {}
