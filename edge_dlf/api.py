@@ -16,7 +16,7 @@ from .answers.completion import ChatCompletion, Completion, Dict
 from .answers.preparer import Preparer
 from .answers.requests import Request, schema_of
 from .answers.scoring import Score, run_scores
-from .answers.stream import Driver, TokenStream
+from .answers.stream import Answer, Driver, TokenStream
 from .answers.template import Message
 from .answers.tokenizer import Prompt, Tokenizer
 from .engine.decoder import Decoder
@@ -268,8 +268,12 @@ class FusedLlama:
             grammar=grammar,
             json_schema=json_schema,
             trace=trace,
-            settings=settings,
+            **settings,
         )
+        return self._start(answer)
+
+    def _start(self, answer: Answer) -> TokenStream:
+        """End the request before, and begin this one."""
         self._begin()
         return TokenStream(self._driver, answer)
 
@@ -283,72 +287,45 @@ class FusedLlama:
         self._members.interrupt.clear()
 
     def create_completion(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        logprobs: int | None = None,
-        stream: bool = False,
-        prompts: Mapping[str, Prompt] | None = None,
-        draft: int | Literal["auto", "off"] = "auto",
-        grammar: str | None = None,
-        json_schema: Mapping[str, Any] | None = None,
-        trace: bool = False,
-        **settings: Any,
+        self, prompt: Prompt, *, logprobs: int | None = None, stream: bool = False, **arguments: Any
     ) -> Dict | Iterator[Dict]:
-        """An OpenAI-shaped completion of `prompt`, or, with `stream`, an iterator of chunks. Arguments as in `stream`;
-        logprobs: how many likely tokens to list beside each token's own logprob. A traced result has its
-        tokens, as `--trace` writes them, in `["edge_dlf"]["trace"]["tokens"]`."""
-        self._preparer.params("create_completion", settings)
-        tokens = self.stream(
-            prompt,
-            max_tokens=max_tokens,
-            stop=stop,
-            top_logprobs=logprobs or 0,
-            prompts=prompts,
-            draft=draft,
-            grammar=grammar,
-            json_schema=json_schema,
-            trace=trace,
-            **settings,
-        )
-        completion = Completion(tokens.answer, self.name, logprobs is not None, self._tokenizer.name_bytes)
+        """Return an OpenAI-shaped completion of `prompt`, or, with `stream`, an iterator of chunks.
+
+        logprobs: how many likely tokens to list beside each token's own logprob.
+        arguments: those of `stream`.
+        A traced result has its tokens, as `--trace` writes them, in `["edge_dlf"]["trace"]["tokens"]`.
+        """
+        answer = self._preparer.answer("create_completion", prompt, top_logprobs=logprobs or 0, **arguments)
+        completion = Completion(answer, self.name, logprobs is not None, self._tokenizer.name_bytes)
+        tokens = self._start(answer)
         return completion.chunks(tokens) if stream else completion.result(list(tokens))
 
     def create_chat_completion(
         self,
         messages: Sequence[Message],
         *,
-        max_tokens: int | None = None,
-        stop: str | Sequence[str] | None = None,
         logprobs: bool = False,
         top_logprobs: int = 0,
         stream: bool = False,
         prompts: Mapping[str, Sequence[Message]] | None = None,
-        draft: int | Literal["auto", "off"] = "auto",
         response_format: Mapping[str, Any] | None = None,
-        grammar: str | None = None,
-        json_schema: Mapping[str, Any] | None = None,
-        trace: bool = False,
-        **settings: Any,
+        **arguments: Any,
     ) -> Dict | Iterator[Dict]:
-        """An OpenAI-shaped answer to `messages`, or, with `stream`, an iterator of chunks. Arguments as in `stream`;
-        prompts: member -> messages of its own. response_format: OpenAI's, in place of json_schema."""
-        self._preparer.params("create_chat_completion", settings)
-        tokens = self.stream(
-            self.apply_chat_template(messages),
-            max_tokens=max_tokens,
-            stop=stop,
-            top_logprobs=top_logprobs if logprobs else 0,
-            prompts={name: self.apply_chat_template(own) for name, own in (prompts or {}).items()},
-            draft=draft,
-            grammar=grammar,
-            json_schema=json_schema if response_format is None else schema_of(response_format),
-            trace=trace,
-            **settings,
-        )
-        completion = ChatCompletion(tokens.answer, self.name, logprobs, self._tokenizer.name_bytes)
+        """Return an OpenAI-shaped answer to `messages`, or, with `stream`, an iterator of chunks.
+
+        logprobs, top_logprobs: whether to list logprobs, and how many likely tokens beside each token's own.
+        prompts: member -> messages of its own.
+        response_format: OpenAI's, in place of json_schema.
+        arguments: those of `stream`.
+        """
+        if response_format is not None:
+            arguments["json_schema"] = schema_of(response_format)
+        own = {name: self.apply_chat_template(each) for name, each in (prompts or {}).items()}
+        n_top = top_logprobs if logprobs else 0
+        prompt = self.apply_chat_template(messages)
+        answer = self._preparer.answer("create_chat_completion", prompt, top_logprobs=n_top, prompts=own, **arguments)
+        completion = ChatCompletion(answer, self.name, logprobs, self._tokenizer.name_bytes)
+        tokens = self._start(answer)
         return completion.chunks(tokens) if stream else completion.result(list(tokens))
 
     def batch(
