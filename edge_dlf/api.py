@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,9 +35,6 @@ logger = logging.getLogger(__name__)
 
 ExpertFiles: TypeAlias = str | Path | Sequence[tuple[str | Path, float]]
 
-_PATIENCE_S = 4.0
-_WORTH_THREADS = 2**14
-"""Tokens of a vocabulary whose search takes longer than it takes to wake a thread that helps."""
 _MAX_OWN_CTX = 4096
 _FORM = frozenset(("max_tokens", "stop", "grammar", "json_schema"))
 
@@ -392,14 +388,6 @@ class FusedLlama:
 
 
 def _ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
-    from .fusion.fuser import Fuser, warm_up
+    from .fusion.fuser import ready_fuser  # loads numba
 
-    notice = "compiling kernels for this machine; they are kept, so later starts are quick"
-    timer = threading.Timer(_PATIENCE_S, logger.warning, [notice])
-    timer.daemon = True
-    timer.start()
-    try:
-        warm_up()
-    finally:
-        timer.cancel()
-    return Fuser(n_vocab, n_threads if n_vocab >= _WORTH_THREADS else 1)
+    return ready_fuser(n_vocab, n_threads)
