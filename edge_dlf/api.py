@@ -212,7 +212,7 @@ class FusedLlama:
     @property
     def chat_template(self) -> str | None:
         """The large model's chat template, as jinja text."""
-        return self._members.models[0].chat_template
+        return self._tokenizer.chat_template
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text` as a raw prompt: with BOS where the model expects one, and, if `special`, the names of
@@ -292,7 +292,7 @@ class FusedLlama:
         A traced result has its tokens, as `--trace` writes them, in `["edge_dlf"]["trace"]["tokens"]`.
         """
         answer = self._preparer.answer("create_completion", prompt, top_logprobs=logprobs or 0, **arguments)
-        completion = Completion(answer, self.name, logprobs is not None, self._tokenizer.name_bytes)
+        completion = self._preparer.completion(answer, prompt, logprobs)
         tokens = self._start(answer)
         return completion.chunks(tokens) if stream else completion.result(list(tokens))
 

@@ -130,7 +130,12 @@ class Preparer:
         answer = self.answer("prepare", prompt, draft=draft, trace=trace, **arguments)
         if request.is_chat:
             return ChatCompletion(answer, self._name, bool(logprobs), self.tokenizer.name_bytes)
-        return Completion(answer, self._name, logprobs is not None, self.tokenizer.name_bytes)
+        return self.completion(answer, prompt, logprobs)
+
+    def completion(self, answer: Answer, prompt: Prompt, logprobs: int | None) -> Completion:
+        """Return the shape of a completion of `prompt`."""
+        text = prompt if isinstance(prompt, str) else self.tokenizer.detokenize(prompt)
+        return Completion(answer, self._name, logprobs is not None, self.tokenizer.name_bytes, len(text))
 
     def _content(self, request: Request, *, raw: bool, system: str | None) -> Prompt:
         """Return the prompt of a batched request."""
