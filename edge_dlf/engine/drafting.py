@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +16,12 @@ from .ensemble import Ensemble
 from .generation import Generation
 from .prompt_lookup import lookup
 
-LOOKUP = "prompt lookup"
-"""The name of prompt lookup among the drafters. All others are members."""
+TextDrafter = Callable[[Sequence[int], int, Callable[[int], bool]], tuple[list[int], list[float]]]
+"""A drafter that reads the text alone: tokens so far, most tokens to draft, what tells whether a token ends the answer
+-> tokens, and how likely each is."""
+
+TEXT_DRAFTERS: Mapping[str, TextDrafter] = {"prompt lookup": lookup}
+"""By a name that no expert can have: it holds a space."""
 
 PickAlone = Callable[[Generation, str, Logits, Sequence[int]], Pick]
 """What one member alone picks after the text and some guesses: generation, member, its row (width,), guesses."""
@@ -29,10 +33,10 @@ class Draft:
 
     drafter: who guessed them; empty where nothing is drafted.
     probabilities: of each token, by the drafter.
-    n_verified: how many of the tokens the members verify.
+    n_verified: how many of the tokens the members verify in this step.
     rows: rows of a drafting member that is fused too, (K, width): after the text, and after each guess that it has
         evaluated. None where the drafter is no member of the fusion.
-    rival: a draft that was not chosen. Whether its guesses were right is counted too.
+    rivals: drafts that were not chosen. Whether their guesses were right is counted too.
     reading_s: seconds in which a drafter outside the fusion read the text first.
     """
 
@@ -41,7 +45,7 @@ class Draft:
     probabilities: list[float] = field(default_factory=list)
     n_verified: int = 0
     rows: Logits | None = None
-    rival: Draft | None = None
+    rivals: Sequence[Draft] = ()
     reading_s: float = 0.0
 
     @property
@@ -63,33 +67,36 @@ class Drafting:
         self._kept: Logits = np.empty((0, 0), np.float32)
 
     def draft(self, generation: Generation) -> Draft:
-        """Return the draft that promises the most tokens per second, or one of the length that was asked for."""
+        """Return the draft that promises the most tokens per second.
+
+        Where a length was asked for, a draft by the text goes before one by a member, which costs more.
+        """
         fixed, length = generation.request.n_draft, self._length(generation)
         if fixed is None and not length.drafts:
             return Draft()
         n_most = min(self._room(generation, generation.members), MAX_DRAFT if fixed is None else fixed)
-        looked_up = Draft(LOOKUP, *lookup(generation.tokens, n_most, generation.request.is_end))
-        member = self._drafting_member(generation) if n_most else None
-        if fixed is not None:
-            looked_up.n_verified = len(looked_up.tokens)
-            by_member = None if looked_up.tokens or member is None else 0.0
-        else:
-            rate, looked_up.n_verified = length.best(LOOKUP, len(looked_up.tokens), looked_up.probabilities)
-            by_member, n = length.best(member, n_most) if member else (None, 0)
+        drafts, best, best_rate = [], Draft(), 0.0
+        for name, drafter in TEXT_DRAFTERS.items():
+            draft = Draft(name, *drafter(generation.tokens, n_most, generation.request.is_end))
+            drafts.append(draft)
+            rate, n = 0.0, len(draft.tokens)
+            if fixed is None:
+                rate, n = length.best(name, n, draft.probabilities)
+            if n and (not best.drafter or rate > best_rate):
+                best, best_rate, best.n_verified = draft, rate, n
+        member = self._drafting_member(generation) if n_most and (fixed is None or not best.drafter) else None
+        if member is not None:
+            rate, n = length.best(member, n_most) if fixed is None else (0.0, n_most)
             # A member of the fusion evaluates the text anyway, so its first guess costs nothing.
-            is_worse = by_member is not None and looked_up.n_verified > 0 and by_member <= rate
-            if is_worse or not (n or member in generation.members):
-                by_member = None
-        if member is not None and by_member is not None:
-            draft = self._draft_by_member(generation, member, n_most, by_member)
-            draft.rival = looked_up
-            return draft
-        return looked_up if looked_up.n_verified else Draft(rival=looked_up)
+            if (n or member in generation.members) and (not best.drafter or rate > best_rate):
+                best = self._draft_by_member(generation, member, n_most, rate)
+        best.rivals = [draft for draft in drafts if draft is not best]
+        return best
 
     def learn(self, generation: Generation, draft: Draft, picks: Sequence[Pick], seconds: float) -> None:
         """Note which guesses were right, and what a step with this draft took."""
         length = self._length(generation)
-        for each in filter(None, (draft, draft.rival)):
+        for each in (draft, *draft.rivals):
             for guess, probability, pick in zip(each.tokens, each.probabilities, picks, strict=False):
                 length.judged(each.drafter, probability, guess == pick.token)
                 if guess != pick.token:
