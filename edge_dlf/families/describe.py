@@ -53,7 +53,7 @@ def describe(files: FamilyFiles) -> Description:
     ]
     large = files.models["large"]
     texts = large.vocabulary.tokens
-    shared = hashlib.sha256(texts.data[: int(texts.starts[files.n_vocab])])
+    shared = hashlib.sha256(texts.data[: texts.starts[files.n_vocab]])
     kind = _text(large.metadata.get("tokenizer.ggml.model"))
     licenses = dict.fromkeys(str(member["license"]) for member in members if member["license"])
     return Description(

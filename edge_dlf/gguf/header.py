@@ -11,8 +11,9 @@ import os
 import stat
 import struct
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -20,14 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelFileError
-from .texts import NO_TEXTS, U64, Texts, plain_starts, repeated
 
 Scalar = bool | int | float | str
 
 _MIB = 1 << 20
 _FIRST_READ_BYTES = 8 * _MIB
 _MAX_HEADER_BYTES = 32 * _MIB  # the largest vocabularies take half of it
-_WINDOW_BYTES = _MIB  # what stays in the processor's cache
 _MAX_TEXT_BYTES = 4 * _MIB  # of all string values together; the longest chat templates have 0.1 MiB
 _MAX_KEYS = 1 << 16
 _MAX_KEY_BYTES = 1 << 12
@@ -52,7 +51,7 @@ _SCALARS = {
     11: struct.Struct("<q"),
     12: struct.Struct("<d"),
 }
-_U32 = struct.Struct("<I")
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _TOKENS = "tokenizer.ggml.tokens"
 _TOKENIZER_LISTS = (_TOKENS, "tokenizer.ggml.merges")
 BLOCKS = {
@@ -79,6 +78,27 @@ class Array:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """An array of strings as it stands in a file, each after its length in 8 bytes.
+
+    starts: where the length of each begins, and the end of the last.
+    """
+
+    data: bytes
+    starts: array[int]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def since(self, first: int) -> Iterator[bytes]:
+        """The strings from number `first` on."""
+        return (self.data[start + 8 : end] for start, end in pairwise(self.starts[first:]))
+
+
+_NO_TEXTS = Texts(b"", array("q", [0]))
+
+
+@dataclass(frozen=True)
 class Tensor:
     """A tensor's type, shape (row length first, as llama.cpp has it) and size."""
 
@@ -101,7 +121,7 @@ class Vocabulary:
     @property
     def tokens(self) -> Texts:
         """Text of every token, by id."""
-        return self.lists.get(_TOKENS, NO_TEXTS)
+        return self.lists.get(_TOKENS, _NO_TEXTS)
 
 
 @dataclass(frozen=True)
@@ -164,7 +184,7 @@ class _Cursor:
 
     def text(self, what: str, limit: int) -> bytes:
         """A length, of `limit` at most, and as many bytes."""
-        n_bytes = self.number(U64, what)
+        n_bytes = self.number(_U64, what)
         if n_bytes > limit:
             self.fail(f"damaged: {what} has {n_bytes:,} bytes")
         self.need(n_bytes, what)
@@ -174,44 +194,31 @@ class _Cursor:
     def texts(self, n: int, what: str, like: Texts) -> Texts:
         """An array of `n` strings, `like` one that it may be the same as."""
         self.need(8 * n, what)
-        begin, known = self.pos, like.also_at(self.buffer, self.pos, n)
-        parts, n_left = [known[:-1]], n - len(known) + 1
-        self.pos += int(known[-1])
-        while n_left:
-            self.need(max(8, min(_WINDOW_BYTES, self.file_bytes - self.pos, _MAX_HEADER_BYTES - self.pos)), what)
-            starts = plain_starts(self.buffer[self.pos : self.pos + _WINDOW_BYTES], n_left)
-            if starts is None:
-                parts.append(self._texts_slowly(n_left, what) - begin)
-                break
-            parts.append(starts + (self.pos - begin))
-            n_left -= len(starts)
-            self.pos += int(starts[-1])
-            self.text(what, _MAX_HEADER_BYTES)
-        if len(known) == n + 1 == len(like) + 1:
+        begin = pos = self.pos
+        if len(like) == n and self.buffer.startswith(like.data, pos):
+            self.pos += len(like.data)
             return like
-        ends = np.array([self.pos - begin], np.int64)
-        return Texts(self.buffer[begin : self.pos], np.concatenate([*parts, ends]))
-
-    def _texts_slowly(self, n: int, what: str) -> npt.NDArray[np.int64]:
-        """Where each of `n` texts begins, one after the other."""
-        starts, pos = array("q"), self.pos
+        starts = array("q", [0])
         for _ in range(n):
             if pos + 8 > len(self.buffer):
                 self.pos = min(pos, self.file_bytes)
                 self.need(8, what)
-            starts.append(pos)
-            (n_bytes,) = U64.unpack_from(self.buffer, pos)
-            pos += 8 + n_bytes
+            pos += 8 + _U64.unpack_from(self.buffer, pos)[0]
+            if pos > self.file_bytes:
+                break
+            starts.append(pos - begin)
         self.pos = min(pos, self.file_bytes + 1)
         self.need(0, what)
-        return np.array(starts, np.int64)
+        return Texts(self.buffer[begin : self.pos], starts)
 
 
 def _check_distinct(header: _Cursor, texts: Texts) -> None:
-    """Fail where two entries of the vocabulary are the same: llama.cpp aborts on it."""
-    if pair := repeated(texts):
-        text = next(texts.since(pair[0])).split(b"\0", 1)[0]
-        header.fail(f"damaged: its tokens {pair[0]} and {pair[1]} are both {show(text or b'[EMPTY_%d]' % pair[0])}")
+    """Fail where two entries of the vocabulary are the same as C reads them: llama.cpp aborts on it."""
+    seen: dict[bytes, int] = {}
+    for number, entry in enumerate(texts.since(0)):
+        text = entry.split(b"\0", 1)[0] or b"[EMPTY_%d]" % number
+        if seen.setdefault(text, number) != number:
+            header.fail(f"damaged: its tokens {seen[text]} and {number} are both {show(text)}")
 
 
 def _read_value(header: _Cursor, key: str) -> Scalar | Array:
@@ -228,13 +235,13 @@ def _read_value(header: _Cursor, key: str) -> Scalar | Array:
         return scalar
     if kind != _ARRAY:
         header.fail(f"damaged: {what} has the unknown type {kind}")
-    kind, length = header.number(_U32, what), header.number(U64, what)
+    kind, length = header.number(_U32, what), header.number(_U64, what)
     if kind == _STRING:
         if length > _MAX_TEXTS:
             header.fail(f"damaged: {what} is an array of {length:,} texts")
         if key == _TOKENS and length > _MAX_VOCAB:
             header.fail(f"its vocabulary has {length:,} entries; the most that can be used are {_MAX_VOCAB:,}")
-        known = header.like.get(key, NO_TEXTS)
+        known = header.like.get(key, _NO_TEXTS)
         texts = header.texts(length, what, known)
         if key in _TOKENIZER_LISTS:
             header.lists[key] = texts
@@ -287,8 +294,8 @@ def _read_tensors(header: _Cursor, n_tensors: int, alignment: int) -> dict[str, 
         n_dims = header.number(_U32, what)
         if not 1 <= n_dims <= _MAX_DIMS:
             header.fail(f"damaged: {what} has {n_dims} dimensions")
-        shape = tuple(header.number(U64, what) for _ in range(n_dims))
-        kind, offset = header.number(_U32, what), header.number(U64, what)
+        shape = tuple(header.number(_U64, what) for _ in range(n_dims))
+        kind, offset = header.number(_U32, what), header.number(_U64, what)
         if kind not in BLOCKS:
             header.fail(f"{what} has the type {kind}, which this version of llama.cpp does not know")
         kind_name, block, block_bytes = BLOCKS[kind]
@@ -344,7 +351,7 @@ def read_header(path: Path, like: Mapping[str, Texts] | None = None) -> Header:
             header.fail("is a big-endian GGUF; only little-endian ones can be used")
         if version not in (2, 3):
             header.fail(f"is a GGUF of version {version}; only versions 2 and 3 can be used")
-        n_tensors, n_keys = header.number(U64, "the header"), header.number(U64, "the header")
+        n_tensors, n_keys = header.number(_U64, "the header"), header.number(_U64, "the header")
         if n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
             header.fail(f"damaged: it claims {n_tensors:,} tensors and {n_keys:,} keys")
         metadata = _read_metadata(header, n_keys)
