@@ -9,7 +9,6 @@ import os
 import random
 import threading
 import time
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 
 from edge_dlf import EdgeDLFError, InvalidParameterError
 from edge_dlf.batch.ids import Ids
-from edge_dlf.batch.intake import Intake, survey
+from edge_dlf.batch.intake import Intake, fingerprint
 from edge_dlf.batch.ledger import Ledger, locked, resume
 from edge_dlf.families.files import check_files
 from edge_dlf.families.manifest import Manifest
@@ -129,18 +128,6 @@ class TestIds:
             id = chance.choice([str, int])(chance.randrange(9000))
             assert ids.meet(id) == ("repeated" if id in seen else "finished" if id in finished else "new")
             seen.add(id)
-        assert len(ids) == len(finished | seen)
-
-    def test_24_bytes_each_are_enough(self) -> None:
-        tracemalloc.start()
-        try:
-            ids = Ids()
-            for number in range(1, 50_001):
-                ids.meet(str(number))
-                if number % 1000 == 0:
-                    assert tracemalloc.get_traced_memory()[0] <= 24 * number + (1 << 16)
-        finally:
-            tracemalloc.stop()
 
 
 class TestAppender:
@@ -349,16 +336,12 @@ class TestIntake:
         assert intake.finished(done("b")) == done("b")
         assert intake.n_running == 0
 
-    @given(
-        st.lists(st.sampled_from([b"\xef\xbb\xbf", b"\n", b" ", b"{}", b"\x00\r"]), max_size=9).map(b"".join),
-        st.integers(0, 30),
-    )
-    def test_a_survey_counts_and_digests(self, content: bytes, n_earlier: int) -> None:
-        seen = survey(io.BytesIO(content), n_earlier)
-        assert seen.n_rows == sum(1 for _ in read_lines(io.BytesIO(content)))
-        assert (seen.n_bytes, seen.digest) == (len(content), survey(io.BytesIO(content)).digest)
-        earlier = survey(io.BytesIO(content[:n_earlier])).digest
-        assert seen.earlier_digest == (earlier if n_earlier <= len(content) else None)
+    @given(st.binary(max_size=20), st.integers(0, 30))
+    def test_a_fingerprint_is_that_of_the_bytes_asked_for(self, content: bytes, n_bytes: int) -> None:
+        file = io.BytesIO(content)
+        assert fingerprint(file, n_bytes) == fingerprint(io.BytesIO(content[:n_bytes]))
+        assert (file.tell(), fingerprint(file)["bytes"]) == (0, len(content))
+        assert fingerprint(file) != fingerprint(io.BytesIO(content + b"x"))
 
 
 class TestManifest:
