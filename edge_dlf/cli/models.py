@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,7 +167,7 @@ def _measured(spec: FamilySpec, members: Sequence[dict[str, Any]], n_ctx: int) -
     from ..families.files import check_files
 
     files = check_files(spec)
-    told = {key: value for key, value in asdict(describe(files)).items() if value is not None}
+    told = describe(files)
     told["members"] = [{**member, **own} for member, own in zip(members, told["members"], strict=True)]
     return {**told, "memory": _fit(memory_bytes(files, n_ctx))}
 
