@@ -18,12 +18,11 @@ from edge_dlf import FusedLlama, InvalidParameterError, OutOfMemoryError
 from edge_dlf.engine.backend import N_ROWS
 from edge_dlf.families import members
 from edge_dlf.families.files import FamilyFiles, check_files
-from edge_dlf.families.footprint import CACHE_TYPES, footprint
+from edge_dlf.families.footprint import footprint
 from edge_dlf.families.plan import Plan, Planner, gpu_of_layer
 from edge_dlf.families.spec import FamilySpec
-from edge_dlf.gguf.header import Array
+from edge_dlf.gguf.header import CACHE_TYPES, Array
 from edge_dlf.gguf.info import GGUFInfo, read_info
-from edge_dlf.llama import CACHE_TYPES as ENGINE_CACHE_TYPES
 from edge_dlf.llama import LlamaBackend, Model
 from edge_dlf.llama.runtime import gpus, initialise
 from edge_dlf.system.machine import GPU, Machine, cgroup_bytes, this_machine
@@ -176,7 +175,8 @@ def test_a_step_of_all_sequences_is_one_batch(tiny: Path) -> None:
 
 
 def test_cache_types_are_the_engines() -> None:
-    assert tuple(ENGINE_CACHE_TYPES) == CACHE_TYPES
+    named = {name: getattr(llama_cpp, f"GGML_TYPE_{name.upper()}", CACHE_TYPES[name]) for name in CACHE_TYPES}
+    assert named == CACHE_TYPES
 
 
 @pytest.fixture(scope="module")

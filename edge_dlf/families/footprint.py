@@ -11,11 +11,8 @@ from dataclasses import dataclass
 
 from ..engine.backend import N_BATCH, N_ROWS, PLAIN_TOKENS
 from ..errors import InvalidParameterError
-from ..gguf.header import BLOCKS, Array
+from ..gguf.header import BLOCKS, CACHE_TYPES, Array
 from ..gguf.info import GGUFInfo
-
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-"""Types of a KV cache."""
 
 _NOT_QUANTIZED = (None, "f32", "f16", "bf16")
 _LAYER = re.compile(r"blk\.(\d+)\.")

@@ -73,7 +73,7 @@ def try_model(
     patience_s: float | None = None,
 ) -> Trial:
     """Load the model in `shards`, `loras` over it, in another process, decode a few tokens, and remember the result."""
-    state = _state(shards, loras)
+    key = _key(shards, loras)
     patience_s = patience_s or _PATIENCE_S + sum(path.stat().st_size for path in shards) / _SLOWEST_DISK
     question = {
         "model": str(shards[0]),
@@ -82,15 +82,13 @@ def try_model(
     }
     found = _run(question, patience_s)
     if found.is_final:
-        remember(_COLLECTION, _key(shards, loras), {"state": state, "trial": asdict(found)})
+        remember(_COLLECTION, key, asdict(found))
     return found
 
 
 def _remembered(shards: Sequence[Path]) -> Trial | None:
-    known = recall(_COLLECTION, _key(shards, ()))
-    if isinstance(known, dict) and known.get("state") == _state(shards, ()):
-        with suppress(KeyError, TypeError):
-            return Trial(**known["trial"])
+    with suppress(TypeError):
+        return Trial(**recall(_COLLECTION, _key(shards, ())))
     return None
 
 
@@ -150,12 +148,9 @@ def _decode(path: Path, loras: Adapters, gpu: Mapping[str, Any]) -> Trial:
 
 
 def _key(shards: Sequence[Path], loras: Adapters) -> str:
-    return "\n".join(str(path.resolve()) for path in (shards[0], *(lora for lora, _ in loras)))
-
-
-def _state(shards: Sequence[Path], loras: Adapters) -> list[Any]:
-    """What a result is valid for: size and time of every file, the build of llama.cpp, what is tried."""
-    return [system_info(), _attentions(), *states([*shards, *(lora for lora, _ in loras)])]
+    """What a result is valid for: path, size and time of every file, the build of llama.cpp, what is tried."""
+    paths = [*shards, *(lora for lora, _ in loras)]
+    return json.dumps([system_info(), _attentions(), [str(path.resolve()) for path in paths], states(paths)])
 
 
 def _attentions() -> list[int | None]:

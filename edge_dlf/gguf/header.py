@@ -66,6 +66,8 @@ BLOCKS = {
     42: ("Q2_0", 64, 18),
 }  # fmt: skip
 """ggml type -> name, elements a block, bytes a block."""
+CACHE_TYPES = {BLOCKS[number][0].lower(): number for number in (0, 1, 30, 8, 7, 6, 3, 2, 20)}
+"""Type of a KV cache -> ggml's number of it."""
 
 
 @dataclass(frozen=True)

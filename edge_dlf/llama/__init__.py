@@ -6,7 +6,7 @@ with its own KV cache and LoRA adapters, so that a base and its LoRA experts sha
 
 from ..engine.backend import N_BATCH
 from .amx import amx_crashes
-from .context import CACHE_TYPES, LlamaBackend
+from .context import LlamaBackend
 from .device import copy_bytes_s
 from .grammar import Grammar
 from .model import Model
@@ -14,7 +14,6 @@ from .runtime import AMX_REBUILD, Interrupt, default_n_threads, gpus, repacks_we
 
 __all__ = [
     "AMX_REBUILD",
-    "CACHE_TYPES",
     "N_BATCH",
     "Grammar",
     "Interrupt",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,9 @@ from ..errors import (
     OutOfMemoryError,
     RequestInterruptedError,
 )
+from ..gguf.header import CACHE_TYPES
 from .model import Model
 from .runtime import Interrupt, default_n_threads, initialise
-
-CACHE_TYPES: Mapping[str, int] = {
-    "f32": lib.GGML_TYPE_F32,
-    "f16": lib.GGML_TYPE_F16,
-    "bf16": 30,  # GGML_TYPE_BF16, which llama_cpp does not name
-    "q8_0": lib.GGML_TYPE_Q8_0,
-    "q5_1": lib.GGML_TYPE_Q5_1,
-    "q5_0": lib.GGML_TYPE_Q5_0,
-    "q4_1": lib.GGML_TYPE_Q4_1,
-    "q4_0": lib.GGML_TYPE_Q4_0,
-    "iq4_nl": lib.GGML_TYPE_IQ4_NL,
-}
-"""Type of a KV cache -> ggml's number of it."""
 
 _FAILURES = {
     1: (ContextOverflowError, "no free KV cells for {} more tokens"),
