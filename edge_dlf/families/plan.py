@@ -189,8 +189,8 @@ class Planner:
         is_wanted = max(self._wanted.values()) > 0 or main_gpu is not None or tensor_split is not None
         self.lacks_gpu = is_wanted and not machine.gpus
         self._n_rows, self._n_seqs = max(n_rows, n_seqs), n_seqs
-        paths = {info.path: info for info in files.models.values()}
-        self._models = [self._model(path, footprint(info, type_k, type_v)) for path, info in paths.items()]
+        sizes = {info.path: footprint(info, type_k, type_v) for info in files.models.values()}
+        self._models = [self._model(path, size) for path, size in sizes.items()]
 
     def _model(self, path: Path, own: Footprint) -> _Model:
         members = tuple(name for name, info in self._files.models.items() if info.path == path)

@@ -39,19 +39,11 @@ _MAX_LAYERS = 512  # arrays up to this length keep their values: hyperparameters
 _MAX_KEPT_VALUES = 1 << 16
 _UINT32, _INT32, _STRING, _ARRAY = 4, 5, 8, 9
 _SCALARS = {
-    0: struct.Struct("<B"),
-    1: struct.Struct("<b"),
-    2: struct.Struct("<H"),
-    3: struct.Struct("<h"),
-    4: struct.Struct("<I"),
-    5: struct.Struct("<i"),
-    6: struct.Struct("<f"),
-    7: struct.Struct("<?"),
-    10: struct.Struct("<Q"),
-    11: struct.Struct("<q"),
-    12: struct.Struct("<d"),
+    kind: struct.Struct(f"<{code}")
+    for kind, code in zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
 }
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+"""Type of a value of the metadata that is no text and no array -> its layout."""
+_U32, _U64 = _SCALARS[4], _SCALARS[10]
 _TOKENS = "tokenizer.ggml.tokens"
 _TOKENIZER_LISTS = (_TOKENS, "tokenizer.ggml.merges")
 BLOCKS = {
