@@ -74,7 +74,7 @@ def test_what_llama_cpp_refuses_is_the_reason(tmp_path: Path) -> None:
         ("kill -SEGV $$", "llama.cpp crashed (SIGSEGV)", True),
         (
             "echo 'GGML_ASSERT(n > 0) failed' >&2; kill -ABRT $$",
-            "llama.cpp gave up (SIGABRT: GGML_ASSERT(n > 0) failed)",
+            "llama.cpp crashed (SIGABRT: GGML_ASSERT(n > 0) failed)",
             True,
         ),
         ("kill -KILL $$", "its process was killed, as the system does where memory runs out", False),

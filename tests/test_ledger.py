@@ -226,7 +226,7 @@ class TestResume:
     def test_finished_rows_are_known(self, reopen: Callable[..., Any], tmp_path: Path) -> None:
         content = dump_line(done("a")) + dump_line(failed("b")) + dump_line(failed(None, 7))
         ledger, notices = reopen(content)
-        assert (ledger.n_completed, ledger.n_failed, notices) == (1, 2, [])
+        assert (ledger.n_rows, ledger.n_failed, notices) == (3, 2, [])
         assert [ledger.ids.meet(id) for id in ("a", "b", 7, "7", "c")] == ["finished"] * 3 + ["new"] * 2
         assert (tmp_path / "out").read_bytes() == content
 
@@ -235,7 +235,7 @@ class TestResume:
         for n_bytes in range(1, len(second)):
             ledger, notices = reopen(first + second[:n_bytes])
             assert (tmp_path / "out").read_bytes() == first
-            assert (ledger.n_completed, len(notices)) == (1, 1)
+            assert (ledger.n_rows, len(notices)) == (1, 1)
             assert ledger.ids.meet("ü") == "new"
 
     @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ class TestResume:
         good = [dump_line(done("a")), dump_line(done("c")), dump_line(failed("d"))]
         ledger, notices = reopen(good[0] + damaged + damaged + good[1] + damaged + good[2])
         assert (tmp_path / "out").read_bytes() == b"".join(good)
-        assert (ledger.n_completed, ledger.n_failed) == (2, 1)
+        assert (ledger.n_rows, ledger.n_failed) == (3, 1)
         assert notices == [f"{tmp_path / 'out'}: 3 damaged or repeated rows are left out; what is missing runs again"]
 
     def test_failed_rows_are_retried(self, reopen: Callable[..., Any], tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ class TestResume:
         bad = [dump_line(failed("b")), dump_line(failed(None, 3)), b'{"torn']
         ledger, notices = reopen(bad[0] + good[0] + bad[1] + good[1] + bad[2], retry_errors=True)
         assert (tmp_path / "out").read_bytes() == b"".join(good)
-        assert (ledger.n_completed, ledger.n_failed, len(notices)) == (2, 0, 1)
+        assert (ledger.n_rows, ledger.n_failed, len(notices)) == (2, 0, 1)
         assert [ledger.ids.meet(id) for id in ("a", "b", 3)] == ["finished", "new", "new"]
 
     def test_what_a_killed_rewrite_left_behind_goes(self, reopen: Callable[..., Any], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from ..errors import EdgeDLFError, InvalidParameterError
 from ..families.manifest import Manifest
 from ..system.jsonl import read_lines
 from .intake import fingerprint
-from .ledger import Ledger, is_begun, locked, resume
+from .ledger import Ledger, locked, resume
 
 STDIO = "-"
 _AGAIN = "; give the same again, or --restart, which keeps the earlier file and begins anew"
@@ -94,7 +94,7 @@ def open_outputs(
     ledger, n_rows = Ledger(), None
     with ExitStack() as stack:
         stack.enter_context(locked(targets.files))
-        begun = [path for path in targets.files if is_begun(path)]
+        begun = [path for path in targets.files if path.is_file() and path.stat().st_size]
         if restart and begun:
             targets.set_aside()
             begun = []

@@ -21,17 +21,13 @@ class Ledger:
     """Writes finished rows, and counts them.
 
     ids: those whose rows are finished.
-    n_completed, n_failed: rows in the files, earlier runs included.
+    n_rows, n_failed: rows in the files, and those of them with an error, earlier runs included.
     """
 
     def __init__(self) -> None:
         self.ids = Ids()
-        self.n_completed = self.n_failed = 0
+        self.n_rows = self.n_failed = 0
         self._append: dict[bool, Callable[[bytes], None]] = {}
-
-    @property
-    def n_rows(self) -> int:
-        return self.n_completed + self.n_failed
 
     def write_to(self, output: Callable[[bytes], None], errors: Callable[[bytes], None] | None = None) -> None:
         """Set what takes the lines: `errors` those of rows with an error, if it is given, `output` all others."""
@@ -44,10 +40,8 @@ class Ledger:
 
     def count(self, row: Row) -> None:
         """Count a row that is in a file."""
-        if row["error"]:
-            self.n_failed += 1
-        else:
-            self.n_completed += 1
+        self.n_rows += 1
+        self.n_failed += bool(row["error"])
 
 
 @contextmanager
@@ -64,14 +58,6 @@ def locked(paths: Sequence[Path]) -> Iterator[None]:
             except OSError as error:
                 raise file_error(path, error) from error
         yield
-
-
-def is_begun(path: Path) -> bool:
-    """Whether there is anything in the file."""
-    try:
-        return path.stat().st_size > 0
-    except OSError:
-        return False
 
 
 def resume(ledger: Ledger, path: Path, *, retry_errors: bool, notice: Callable[[str], None]) -> Appender:

@@ -32,8 +32,7 @@ _PATIENCE_S = 120.0
 _SLOWEST_DISK = 20e6  # bytes a second
 _N_TOKENS = 8
 _TRY = f"import sys; from {__name__} import main; main(sys.argv[1])"
-_CRASHES = {signal.SIGSEGV: "crashed", signal.SIGABRT: "gave up", signal.SIGBUS: "crashed", signal.SIGILL: "crashed",
-            signal.SIGFPE: "crashed"}  # fmt: skip
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
 @dataclass(frozen=True)
@@ -105,12 +104,11 @@ def _run(question: Mapping[str, Any], patience_s: float) -> Trial:
     with suppress(ValueError, TypeError, IndexError):
         return Trial(**json.loads(done.stdout.splitlines()[-1]))
     code = done.returncode
-    if -code in _CRASHES:
-        name = signal.Signals(-code).name
-        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-        return Trial(False, f"llama.cpp {_CRASHES[signal.Signals(-code)]} ({': '.join([name, *last])})")
     if code == -signal.SIGKILL:
         return Trial(False, "its process was killed, as the system does where memory runs out", is_final=False)
+    if -code in _CRASHES:
+        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return Trial(False, f"llama.cpp crashed ({': '.join([signal.Signals(-code).name, *last])})")
     return Trial(False, f"its process ended with code {code}", is_final=False)
 
 

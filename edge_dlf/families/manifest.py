@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -79,24 +80,18 @@ class Manifest:
 
 
 def _family(files: FamilyFiles) -> dict[str, list[dict[str, Any]]]:
-    digests: dict[Path, str] = {}
+    entries = {file: list(map(_entry, info.shards, repeat(info))) for file, info in files.infos.items()}
+    return {
+        role: [{**entry, "scale": scale} for path, scale in files.loras[role] for entry in entries[path]]
+        if role in files.loras
+        else entries[info.path]
+        for role, info in files.models.items()
+    }
 
-    def entries(info: GGUFInfo) -> Iterator[dict[str, Any]]:
-        header_bytes = info.file_bytes - info.tensor_bytes
-        for path in info.shards:
-            if path not in digests:
-                digests[path] = _sampled_digest(path, header_bytes)
-            yield {"file": path.name, "bytes": path.stat().st_size, "digest": digests[path]}
 
-    family = {}
-    for role, info in files.models.items():
-        loras = files.loras.get(role)
-        family[role] = (
-            list(entries(info))
-            if loras is None
-            else [{**entry, "scale": scale} for path, scale in loras for entry in entries(files.infos[path])]
-        )
-    return family
+def _entry(path: Path, info: GGUFInfo) -> dict[str, Any]:
+    digest = _sampled_digest(path, info.file_bytes - info.tensor_bytes)
+    return {"file": path.name, "bytes": path.stat().st_size, "digest": digest}
 
 
 def _sampled_digest(path: Path, header_bytes: int) -> str:

@@ -156,19 +156,17 @@ class LlamaBackend:
                 f"{self.name}: {n_tokens} tokens and {n_rows} rows in a batch, {N_BATCH} and {self._n_rows} reserved"
             )
         for run in runs:
-            self._require_room(run.seq, len(run.tokens))
+            n_past = self._n_past[run.seq]
+            if n_past + len(run.tokens) > self.n_ctx:
+                raise ContextOverflowError(
+                    f"{self.name}: {n_past} tokens and {len(run.tokens)} more exceed its context of {self.n_ctx}"
+                )
         # llama.cpp evaluates streams together only where they come in order and without gaps.
         self._fill(sorted(runs) if self.has_streams else runs, n_tokens)
         self._run(n_tokens, n_rows)
         self._order = _restoring(runs) if self.has_streams else None
         for run in runs:
             self._n_past[run.seq] += len(run.tokens)
-
-    def _require_room(self, seq: int, n_tokens: int) -> None:
-        if self._n_past[seq] + n_tokens > self.n_ctx:
-            raise ContextOverflowError(
-                f"{self.name}: {self._n_past[seq]} tokens and {n_tokens} more exceed its context of {self.n_ctx}"
-            )
 
     def _fill(self, runs: Sequence[Run], n_tokens: int) -> None:
         tokens: list[int] = []
