@@ -240,9 +240,7 @@ HOSTILE = ["../x.gguf", "a/../../x.gguf", "/etc/x.gguf", "a\\b.gguf", "C:x.gguf"
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_never_leave_the_cache(server: HubServer, tmp_path: Path, name: str) -> None:
     server.repos[REPO] = FakeRepo({NAME: CONTENT, name: CONTENT})
-    with pytest.raises(
-        DownloadError, match="o/r-GGUF is not safe to use, nothing was downloaded: .* is no name of a GGUF"
-    ):
+    with pytest.raises(DownloadError, match=r"o/r-GGUF: http.* answers with nonsense \(.* is no name of a GGUF"):
         hub.read_repo(REPO)
     with pytest.raises(InvalidParameterError):
         hub_cache.cached(REPO, name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import constants
 
-from ..errors import DownloadError, InvalidParameterError
+from ..errors import DownloadError
 from ..gguf.shards import shard_names
 from .hub_cache import COMMIT, check_names, folder, snapshot
 
@@ -110,16 +110,12 @@ def read_repo(repo: str, revision: str | None = None) -> Repo:
             raise ValueError(f"the commit {commit!r}")
         for sibling in info.siblings or ():
             if sibling.rfilename.lower().endswith(".gguf"):
+                check_names(repo, sibling.rfilename, commit)
                 sha256 = sibling.lfs.sha256 if sibling.lfs else None
                 blob, n_bytes = sha256 or str(sibling.blob_id), sibling.size
                 if not (_SHA256 if sha256 else COMMIT).fullmatch(blob) or n_bytes is None:
                     raise ValueError(f"the hash {blob!r} or the size {n_bytes} of {sibling.rfilename!r}")
                 files[sibling.rfilename] = HubFile(repo, sibling.rfilename, commit, n_bytes, blob, sha256)
-    for name in files:
-        try:
-            check_names(repo, name, commit)
-        except InvalidParameterError as error:
-            raise DownloadError(f"{repo} is not safe to use, nothing was downloaded: {error}") from error
     return Repo(repo, commit, files)
 
 

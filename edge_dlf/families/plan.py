@@ -86,11 +86,6 @@ class Plan:
         return sum(member.n_gpu_layers for member in self.members if not member.shares_with)
 
     @property
-    def gpu_bytes(self) -> int:
-        """Bytes on all GPUs together."""
-        return sum(self.each_gpu_bytes)
-
-    @property
     def n_bytes(self) -> int:
         """Bytes of all members."""
         return sum(member.weights_bytes + member.cache_bytes + member.buffer_bytes for member in self.members)

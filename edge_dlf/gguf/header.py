@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -170,11 +170,11 @@ class _Cursor:
         if end > len(self.buffer):
             self.fail("changed while it was read")
 
-    def number(self, layout: struct.Struct, what: str) -> int:
+    def number(self, layout: struct.Struct, what: str) -> Any:
         self.need(layout.size, what)
         (value,) = layout.unpack_from(self.buffer, self.pos)
         self.pos += layout.size
-        return int(value)
+        return value
 
     def text(self, what: str, limit: int) -> bytes:
         """A length, of `limit` at most, and as many bytes."""
@@ -226,9 +226,7 @@ def _read_value(header: _Cursor, key: str) -> Scalar | Array:
     if kind in _SCALARS:
         if key == "general.alignment" and kind != _UINT32:
             header.fail(f"damaged: {what} has the type {kind}, not {_UINT32}")
-        header.need(_SCALARS[kind].size, what)
-        scalar: bool | int | float = _SCALARS[kind].unpack_from(header.buffer, header.pos)[0]
-        header.pos += _SCALARS[kind].size
+        scalar: bool | int | float = header.number(_SCALARS[kind], what)
         return scalar
     if kind != _ARRAY:
         header.fail(f"damaged: {what} has the unknown type {kind}")

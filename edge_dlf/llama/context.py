@@ -163,7 +163,15 @@ class LlamaBackend:
                 )
         # llama.cpp evaluates streams together only where they come in order and without gaps.
         self._fill(sorted(runs) if self.has_streams else runs, n_tokens)
-        self._run(n_tokens, n_rows)
+        if self._interrupt.text.value:
+            raise RequestInterruptedError("the request was interrupted")
+        self._n_logits, self._rows = 0, None
+        self._batch.n_tokens = n_tokens
+        code = lib.llama_decode(self._ctx, self._batch)
+        if code:
+            kind, what = _FAILURES.get(code, (DecodeError, f"llama_decode failed with code {code}"))
+            raise kind(f"{self.name}: {what.format(n_tokens)}")
+        self._n_logits = n_rows
         self._order = _restoring(runs) if self.has_streams else None
         for run in runs:
             self._n_past[run.seq] += len(run.tokens)
@@ -183,17 +191,6 @@ class LlamaBackend:
         self._pos[:n_tokens] = positions
         self._seq_id[:n_tokens] = seqs
         self._wanted[:n_tokens] = wanted
-
-    def _run(self, n_tokens: int, n_logits: int) -> None:
-        if self._interrupt.text.value:
-            raise RequestInterruptedError("the request was interrupted")
-        self._n_logits, self._rows = 0, None
-        self._batch.n_tokens = n_tokens
-        code = lib.llama_decode(self._ctx, self._batch)
-        if code:
-            kind, what = _FAILURES.get(code, (DecodeError, f"llama_decode failed with code {code}"))
-            raise kind(f"{self.name}: {what.format(n_tokens)}")
-        self._n_logits = n_logits
 
     def wait(self) -> None:
         lib.llama_synchronize(self._ctx)
