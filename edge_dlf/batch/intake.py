@@ -46,7 +46,9 @@ class Intake:
                     raise _RowError("duplicate_id", f"the id {id!r} is that of an earlier line")
             except _RowError as reason:
                 if self._ids.meet(line.number) == "new":
-                    self._reject(_rejected(line.number, reason))
+                    id, error = f"batch_req_line_{line.number}", {"code": reason.code, "message": str(reason)}
+                    row = {"id": id, "custom_id": None, "response": None, "error": {**error, "line": line.number}}
+                    self._reject(row)
                 continue
             if found == "new":
                 self._running[id] = line.number
@@ -83,12 +85,3 @@ def _request(line: Line) -> tuple[str, dict[str, Any]]:
         raise _RowError("invalid_request", f"{name} must be a text that is not empty, or a whole number")
     text = str(line.number if id is None else id)
     return text, {**request, name: text}
-
-
-def _rejected(number: int, reason: _RowError) -> dict[str, Any]:
-    return {
-        "id": f"batch_req_line_{number}",
-        "custom_id": None,
-        "response": None,
-        "error": {"code": reason.code, "message": str(reason), "line": number},
-    }

@@ -100,20 +100,20 @@ def footprint(info: GGUFInfo, type_k: str | None = None, type_v: str | None = No
     """
     n_layers = max(_number(info, "block_count") - _number(info, "nextn_predict_layers"), 1)
     layers, top = [0] * n_layers, {"input": 0, "output": 0}
+    repacked = in_experts = 0
     for name, tensor in info.tensors.items():
         match = _LAYER.match(name)
         if not match:
             top["input" if name.startswith(("token_embd", "per_layer_token_embd")) else "output"] += tensor.n_bytes
         elif int(match[1]) < n_layers:
             layers[int(match[1])] += tensor.n_bytes
+            in_experts += tensor.n_bytes if "_exps." in name else 0
+        repacked += tensor.n_bytes if tensor.type in _REPACKED and not name.startswith("token_embd") else 0
     is_tied = "output.weight" not in info.tensors
     tied_bytes = info.tensors["token_embd.weight"].n_bytes if is_tied and "token_embd.weight" in info.tensors else 0
-    repacked = sum(
-        tensor.n_bytes
-        for name, tensor in info.tensors.items()
-        if tensor.type in _REPACKED and not name.startswith("token_embd")
-    )
+    n_experts = _number(info, "expert_count")
     n_used = _number(info, "expert_used_count")
+    idle = in_experts * (n_experts - n_used) // n_experts if n_experts else 0  # feed-forward experts of other tokens
     widths = _numbers(info, "feed_forward_length", n_layers), _numbers(info, "expert_feed_forward_length", n_layers)
     n_embd = _number(info, "embedding_length")
     return Footprint(
@@ -121,7 +121,7 @@ def footprint(info: GGUFInfo, type_k: str | None = None, type_v: str | None = No
         input=top["input"],
         output=top["output"] + tied_bytes,
         is_tied=is_tied,
-        read=sum(layers) + top["output"] + tied_bytes - _idle(info, n_layers),
+        read=sum(layers) + top["output"] + tied_bytes - idle,
         repacked=repacked,
         vocabulary=_TOKEN_BYTES * (info.n_vocab or 0),
         kv=_kv(info, n_layers, type_k, type_v),
@@ -145,14 +145,6 @@ def _plain_heads(info: GGUFInfo, n_layers: int, type_k: str | None, type_v: str 
     is_latent = _number(info, "attention.key_length_mla") > 0
     is_sparse = any(key.startswith(f"{info.architecture}.attention.indexer.") for key in info.metadata)
     return 0 if is_quantized or is_padded or is_latent or is_sparse else _number(info, "attention.head_count")
-
-
-def _idle(info: GGUFInfo, n_layers: int) -> int:
-    """Bytes of the feed-forward experts that one token does not use."""
-    n_experts, n_used = _number(info, "expert_count"), _number(info, "expert_used_count")
-    matches = ((_LAYER.match(name), name, tensor) for name, tensor in info.tensors.items())
-    n_bytes = sum(t.n_bytes for match, name, t in matches if match and int(match[1]) < n_layers and "_exps." in name)
-    return n_bytes * (n_experts - n_used) // n_experts if n_experts else 0
 
 
 def _kv(info: GGUFInfo, n_layers: int, type_k: str | None, type_v: str | None) -> tuple[float, ...]:

@@ -45,17 +45,15 @@ class Manifest:
         """Read the manifest; None if there is no such file. Raises InvalidParameterError if it cannot be read."""
         try:
             saved = json.loads(path.read_bytes())
-            is_ours = saved.pop("format") == _FORMAT
-            manifest = cls(**saved)
+            if saved.pop("format") == _FORMAT:
+                return cls(**saved)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise file_error(path, error) from error
         except (ValueError, TypeError, KeyError, AttributeError):
-            is_ours = False
-        if not is_ours:
-            raise InvalidParameterError(f"{path}: is no manifest that this version of edge-dlf can read")
-        return manifest
+            pass
+        raise InvalidParameterError(f"{path}: is no manifest that this version of edge-dlf can read")
 
     def save(self, path: Path) -> None:
         """Write it, all at once. Raises EdgeDLFError."""

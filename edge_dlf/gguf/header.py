@@ -122,7 +122,6 @@ class Vocabulary:
 class Header:
     """The header of one file."""
 
-    version: int
     metadata: Mapping[str, Scalar | Array]
     vocabulary: Vocabulary
     tensors: Mapping[str, Tensor]
@@ -359,4 +358,4 @@ def read_header(path: Path, like: Mapping[str, Texts] | None = None) -> Header:
         if len(types) < n_vocab:
             header.fail(f"damaged: it has {n_vocab:,} tokens and {len(types):,} token types")
         vocabulary = Vocabulary(header.lists, types[:n_vocab])
-        return Header(version, metadata, vocabulary, _read_tensors(header, n_tensors, alignment), header.file_bytes)
+        return Header(metadata, vocabulary, _read_tensors(header, n_tensors, alignment), header.file_bytes)

@@ -29,7 +29,6 @@ class GGUFInfo:
     """
 
     path: Path
-    version: int
     architecture: str
     is_adapter: bool
     n_vocab: int | None
@@ -83,7 +82,6 @@ def read_info(path: str | Path, like: GGUFInfo | None = None) -> GGUFInfo:
     tokens = metadata.get("tokenizer.ggml.tokens")
     return GGUFInfo(
         path=path,
-        version=first.version,
         architecture=architecture,
         is_adapter=is_adapter,
         n_vocab=tokens.length if isinstance(tokens, Array) else None,
