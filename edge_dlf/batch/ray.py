@@ -40,7 +40,7 @@ _LOADING = -1
 """Stands for the number of a share while an actor loads the family."""
 
 
-class RayLlama:
+class RayLlama(contextlib.AbstractContextManager["RayLlama"]):
     """Copies of one family on the machines of a Ray cluster, which answer a batch together. A context manager.
 
     load: makes a FusedLlama from `n_threads`, `n_gpu_layers`, `n_parallel` and `settings`, in every actor: each machine
@@ -73,9 +73,6 @@ class RayLlama:
             self._loading["n_threads"] = n_threads
         self._n_rows = max(1, (n_parallel if isinstance(n_parallel, int) else _N_PARALLEL) // (N_SHARES // 2))
         self._is_interrupted = threading.Event()
-
-    def __enter__(self) -> RayLlama:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

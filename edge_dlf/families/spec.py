@@ -233,9 +233,7 @@ def read_toml(path: Path) -> Table:
     try:
         table: Table = tomllib.loads(content.decode("utf-8"))
         return table
-    except UnicodeDecodeError as error:
-        raise InvalidParameterError(f"is not UTF-8 text (byte {error.start})") from error
-    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8, a number of thousands of digits
         raise InvalidParameterError(f"is not valid TOML: {error}") from error
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -29,7 +29,7 @@ def file_error(path: Path, error: OSError) -> EdgeDLFError:
     return EdgeDLFError(f"{path}: {reason}")
 
 
-class Appender:
+class Appender(AbstractContextManager["Appender"]):
     """A file that grows by whole lines. Each of them is there in full or not at all, and on disk a second later.
 
     A context manager. Raises EdgeDLFError where the disk is full or fails.
@@ -48,9 +48,6 @@ class Appender:
         except OSError as error:
             raise file_error(path, error) from error
         sync_folder(path.parent)
-
-    def __enter__(self) -> Appender:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         with suppress(*([EdgeDLFError] if kind else [])):
