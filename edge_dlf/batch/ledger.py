@@ -27,7 +27,6 @@ class Ledger:
     def __init__(self) -> None:
         self.ids = Ids()
         self.n_rows = self.n_failed = 0
-        self._append: dict[bool, Callable[[bytes], None]] = {}
 
     def write_to(self, output: Callable[[bytes], None], errors: Callable[[bytes], None] | None = None) -> None:
         """Set what takes the lines: `errors` those of rows with an error, if it is given, `output` all others."""

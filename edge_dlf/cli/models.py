@@ -48,14 +48,12 @@ def list_(json: bool) -> None:
             "path": str(family.folder),
             "complete": family.is_complete,
             "problem": family.problem,
-            "bytes": family.n_bytes,
+            "bytes": _total(family.files),
         }
         for family in families
     ]
     names = {family.name for family in families}
-    catalogue: list[dict[str, Any]] = [
-        _catalogued(entry) for name, entry in read_catalogue().items() if name not in names
-    ]
+    catalogue = [_catalogued(entry) for name, entry in read_catalogue().items() if name not in names]
     if json:
         screen.show(dumps({"families": here, "catalogue": catalogue, "models": models}, ensure_ascii=False))
         return

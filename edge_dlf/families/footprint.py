@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..engine.backend import N_BATCH, N_ROWS, PLAIN_TOKENS
-from ..errors import InvalidParameterError
-from ..gguf.header import BLOCKS, CACHE_TYPES, Array
+from ..gguf.header import BLOCKS, Array, cache_type
 from ..gguf.info import GGUFInfo
 
 _NOT_QUANTIZED = (None, "f32", "f16", "bf16")
@@ -19,7 +18,6 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 _CELLS = 256  # llama.cpp rounds contexts up to a multiple of it
 _TOKEN_BYTES = 320  # of the vocabulary in llama.cpp, by token; 200 to 300 were measured
 _REPACKED = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL", "MXFP4"})  # on x86; a few more on ARM
-_BLOCK_BYTES = {name.lower(): n_bytes / n_values for name, n_values, n_bytes in BLOCKS.values()}
 
 
 def rounded(n_cells: int) -> int:
@@ -76,10 +74,9 @@ class Footprint:
         head = 4 * n_tokens * 2 * self.n_embd + 4 * n_rows * self.n_vocab
         inputs = n_copies * (4 if n_ubatch else 2) * n_tokens * rounded(n_cells) * self.n_masks
         n_scores = n_tokens * rounded(n_cells) * self.n_heads if n_ubatch else 0
-        scores = 4 * n_scores
         # The CPU's own, which llama.cpp does not log: what a product reads, in the type of its weights or of V.
         work = max(4 * n_tokens * max(self.n_ff, self.n_embd), 2 * n_scores)
-        return max(layer, head) + inputs + scores + work + 4 * n_rows * self.n_vocab
+        return max(layer, head) + inputs + 4 * n_scores + work + 4 * n_rows * self.n_vocab
 
     def n_ubatch(self, n_ctx: int, n_seqs: int = 1) -> int | None:
         """Tokens for a CPU to evaluate at a time with plain attention, if each of `n_seqs` sequences has a cache of
@@ -197,9 +194,8 @@ def _state(info: GGUFInfo, n_layers: int) -> int:
 
 def _cache_bytes(kind: str | None) -> float:
     """Bytes of one value in a KV cache of this type."""
-    if kind is not None and kind not in CACHE_TYPES:
-        raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {kind!r}")
-    return _BLOCK_BYTES[kind or "f16"]
+    _, n_values, n_bytes = BLOCKS[cache_type(kind)]
+    return n_bytes / n_values
 
 
 def _number(info: GGUFInfo, key: str, default: int = 0) -> int:

@@ -42,11 +42,6 @@ class Installed:
         return list(dict.fromkeys(path for source in sources for path in source.local_files))
 
     @property
-    def n_bytes(self) -> int:
-        """Size of its files that are on this machine."""
-        return sum(path.stat().st_size for path in self.files)
-
-    @property
     def hub_files(self) -> list[CachedFile]:
         """Its files that are in the hub's cache."""
         return [file for file in map(hub_cache.locate, self.files) if file]

@@ -257,9 +257,8 @@ def _text(value: Any, where: str) -> str:
 
 
 def _local(path: Any, folder: Path, where: str) -> ModelSource:
-    if isinstance(path, os.PathLike):
-        path = os.fspath(path)
-    return ModelSource(path=folder / expanded(_text(path, f"the path of {where}")))
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    return ModelSource(path=folder / expanded(_text(text, f"the path of {where}")))
 
 
 def _source(table: Table, folder: Path, where: str, also: frozenset[str] = frozenset()) -> ModelSource:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ModelFileError
+from ..errors import InvalidParameterError, ModelFileError
 
 Scalar = bool | int | float | str
 
@@ -60,6 +60,13 @@ BLOCKS = {
 """ggml type -> name, elements a block, bytes a block."""
 CACHE_TYPES = {BLOCKS[number][0].lower(): number for number in (0, 1, 30, 8, 7, 6, 3, 2, 20)}
 """Type of a KV cache -> ggml's number of it."""
+
+
+def cache_type(name: str | None) -> int:
+    """ggml's number of a type of KV cache, f16 where None. Raises InvalidParameterError."""
+    if name is not None and name not in CACHE_TYPES:
+        raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {name!r}")
+    return CACHE_TYPES[name or "f16"]
 
 
 @dataclass(frozen=True)

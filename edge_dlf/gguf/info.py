@@ -75,10 +75,8 @@ def read_info(path: str | Path, like: GGUFInfo | None = None) -> GGUFInfo:
     is_adapter = metadata.get("general.type") == "adapter"
     if is_adapter:
         _check_adapter(path, metadata, tensors)
-    else:
-        reason = why_refused(architecture, metadata, first.vocabulary, tensors)
-        if reason:
-            _fail(path, reason)
+    elif reason := why_refused(architecture, metadata, first.vocabulary, tensors):
+        _fail(path, reason)
     tokens = metadata.get("tokenizer.ggml.tokens")
     return GGUFInfo(
         path=path,

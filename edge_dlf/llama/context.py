@@ -20,7 +20,7 @@ from ..errors import (
     OutOfMemoryError,
     RequestInterruptedError,
 )
-from ..gguf.header import CACHE_TYPES
+from ..gguf.header import cache_type
 from .model import Model
 from .runtime import Interrupt, default_n_threads, initialise
 
@@ -46,7 +46,7 @@ class LlamaBackend:
         whole batches.
     n_rows: rows of logits that one `decode` may ask for; llama.cpp reserves memory for so many.
     n_threads: None for the physical cores, or fewer for a small model.
-    type_k, type_v: types of the KV cache, from CACHE_TYPES.
+    type_k, type_v: types of the KV cache, from CACHE_TYPES of gguf/header.py.
     loras: (file, scale) pairs that are added to the weights.
     interrupt: stops the evaluation.
     Raises ModelFileError for an adapter that does not fit, OutOfMemoryError where memory does not suffice, LoadError
@@ -70,9 +70,6 @@ class LlamaBackend:
         loras: Sequence[tuple[Path, float]] = (),
         interrupt: Interrupt | None = None,
     ) -> None:
-        for cache_type in (type_k, type_v):
-            if cache_type is not None and cache_type not in CACHE_TYPES:
-                raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {cache_type!r}")
         if not 1 <= n_ctx <= _MAX_POSITIONS // n_seq_max:
             raise InvalidParameterError(f"n_ctx must lie in 1 to {_MAX_POSITIONS // n_seq_max}, not {n_ctx}")
         self.n_cells = n_cells or n_ctx * n_seq_max
@@ -88,7 +85,7 @@ class LlamaBackend:
         self.has_streams = streams
         self._n_rows = max(n_rows, n_seq_max)
         self._interrupt = interrupt or Interrupt()
-        self._ctx = self._open(n_threads, CACHE_TYPES[type_k or "f16"], CACHE_TYPES[type_v or "f16"])
+        self._ctx = self._open(n_threads, cache_type(type_k), cache_type(type_v))
         self._memory = lib.llama_get_memory(self._ctx)
         self._n_past = [0] * n_seq_max
         self._n_logits = 0
