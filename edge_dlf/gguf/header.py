@@ -214,14 +214,17 @@ class _Cursor:
 
 def _check_distinct(header: _Cursor, texts: Texts) -> None:
     """Fail where two entries of the vocabulary are the same as C reads them: llama.cpp aborts on it."""
-    seen: dict[bytes, int] = {}
-    entries = list(texts.since(0))
-    if len({b"", *entries}) == len(entries) + 1 and b"\0" not in b"".join(entries):
+    # By hashes and counts: half a million entries must not take 200 MB.
+    lengths = np.diff(np.frombuffer(texts.starts, np.int64)) - 8
+    n_not_nul = np.count_nonzero(np.frombuffer(texts.data, np.uint8)) - np.count_nonzero(lengths.view(np.uint8))
+    if n_not_nul == lengths.sum() and lengths.all() and len({*map(hash, texts.since(0))}) == len(texts):
         return
-    for number, entry in enumerate(entries):
+    seen: dict[int, int] = {}
+    for number, entry in enumerate(texts.since(0)):
         text = entry.split(b"\0", 1)[0] or b"[EMPTY_%d]" % number
-        if seen.setdefault(text, number) != number:
-            header.fail(f"damaged: its tokens {seen[text]} and {number} are both {show(text)}")
+        first = seen.setdefault(hash(text), number)
+        if first != number:
+            header.fail(f"damaged: its tokens {first} and {number} are both {show(text)}")
 
 
 def _read_value(header: _Cursor, key: str) -> Scalar | Array:
