@@ -20,22 +20,6 @@ from __future__ import annotations
 from os import PathLike
 from typing import ClassVar
 
-__all__ = [
-    "CapacityError",
-    "ContextOverflowError",
-    "DecodeError",
-    "DownloadError",
-    "EdgeDLFError",
-    "FamilyError",
-    "InvalidParameterError",
-    "LoadError",
-    "ModelFileError",
-    "NonFiniteLogitsError",
-    "OutOfMemoryError",
-    "RequestInterruptedError",
-    "VocabMismatchError",
-]
-
 
 class EdgeDLFError(Exception):
     """Base of all errors; `str(error)` is one line for a person."""

@@ -57,7 +57,8 @@ def test_a_model_and_its_adapter_run(model: Path, tmp_path: Path, cache: Path) -
     found = try_model([model], [(tiny_lora(tmp_path / "lora.gguf"), 0.5)])
     assert found.ok, found.reason
     assert found.tps > 0
-    assert list(json.loads(cache.read_bytes())) == [f"{model}\n{tmp_path / 'lora.gguf'}"]
+    (key,) = json.loads(cache.read_bytes())
+    assert [str(model), str(tmp_path / "lora.gguf")] in json.loads(key)
 
 
 def test_what_llama_cpp_refuses_is_the_reason(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_what_llama_cpp_refuses_is_the_reason(tmp_path: Path) -> None:
         ("kill -SEGV $$", "llama.cpp crashed (SIGSEGV)", True),
         (
             "echo 'GGML_ASSERT(n > 0) failed' >&2; kill -ABRT $$",
-            "llama.cpp gave up (SIGABRT: GGML_ASSERT(n > 0) failed)",
+            "llama.cpp crashed (SIGABRT: GGML_ASSERT(n > 0) failed)",
             True,
         ),
         ("kill -KILL $$", "its process was killed, as the system does where memory runs out", False),
@@ -122,22 +123,21 @@ class TestRemembering:
         shard = untried.with_name("shard")
         shard.touch()
         try_model([untried, shard])
-        (before,) = json.loads(cache.read_bytes()).values()
         shard.write_bytes(b"x")
         try_model([untried, shard])
-        (after,) = json.loads(cache.read_bytes()).values()
-        assert before["state"] != after["state"]
+        assert len(json.loads(cache.read_bytes())) == 2
 
     def test_a_damaged_memory_is_forgotten(self, untried: Path, python: FakePython, cache: Path) -> None:
         python.finds('{"ok": true}')
-        cache.parent.mkdir()
-        for damage in (b"{", b"[1]", b'{"%s": 7}' % os.fsencode(untried), b"\xff"):
+        self.check(untried)
+        seven = json.dumps(dict.fromkeys(json.loads(cache.read_bytes()), 7)).encode()
+        for damage in (b"{", b"[1]", seven, b"\xff"):
             cache.write_bytes(damage)
             self.check(untried)
         cache.unlink()
         cache.mkdir()
         self.check(untried)
-        assert python.n_runs == 4 + 2
+        assert python.n_runs == 1 + 4 + 2
 
     def test_a_trial_beside_a_gpu_says_nothing_of_plain_attention(
         self, untried: Path, python: FakePython, monkeypatch: pytest.MonkeyPatch

@@ -18,12 +18,11 @@ from edge_dlf import FusedLlama, InvalidParameterError, OutOfMemoryError
 from edge_dlf.engine.backend import N_ROWS
 from edge_dlf.families import members
 from edge_dlf.families.files import FamilyFiles, check_files
-from edge_dlf.families.footprint import CACHE_TYPES, footprint
+from edge_dlf.families.footprint import footprint
 from edge_dlf.families.plan import Plan, Planner, gpu_of_layer
 from edge_dlf.families.spec import FamilySpec
-from edge_dlf.gguf.header import Array
+from edge_dlf.gguf.header import CACHE_TYPES, Array
 from edge_dlf.gguf.info import GGUFInfo, read_info
-from edge_dlf.llama import CACHE_TYPES as ENGINE_CACHE_TYPES
 from edge_dlf.llama import LlamaBackend, Model
 from edge_dlf.llama.runtime import gpus, initialise
 from edge_dlf.system.machine import GPU, Machine, cgroup_bytes, this_machine
@@ -176,7 +175,8 @@ def test_a_step_of_all_sequences_is_one_batch(tiny: Path) -> None:
 
 
 def test_cache_types_are_the_engines() -> None:
-    assert tuple(ENGINE_CACHE_TYPES) == CACHE_TYPES
+    named = {name: getattr(llama_cpp, f"GGML_TYPE_{name.upper()}", CACHE_TYPES[name]) for name in CACHE_TYPES}
+    assert named == CACHE_TYPES
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_a_family_shares_the_weights_of_the_base(files: FamilyFiles) -> None:
     assert by_name["lora"].weights_bytes == files.loras["lora"][0][0].stat().st_size
     assert by_name["lora"].cache_bytes == by_name["base"].cache_bytes > 0
     assert plan.n_bytes < plan.host_bytes
-    assert plan.gpu_bytes == 0
+    assert sum(plan.each_gpu_bytes) == 0
     assert plan.layers == dict.fromkeys(by_name, -1)
     assert None not in {member.n_ubatch for member in plan.members}
 
@@ -213,7 +213,10 @@ def gpu(free: int, **settings: object) -> GPU:
 def test_all_layers_go_to_a_gpu_that_holds_them(files: FamilyFiles) -> None:
     plan = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)))
     assert plan.layers == dict.fromkeys(("large", "base", "lora", "tuned"), -1)
-    assert plan.gpu_bytes > sum(info.tensor_bytes for info in {id(i): i for i in files.models.values()}.values()) / 2
+    assert (
+        sum(plan.each_gpu_bytes)
+        > sum(info.tensor_bytes for info in {id(i): i for i in files.models.values()}.values()) / 2
+    )
 
 
 def test_the_small_models_go_to_the_gpu_first(tiny: Path, tmp_path: Path) -> None:
@@ -222,8 +225,8 @@ def test_the_small_models_go_to_the_gpu_first(tiny: Path, tmp_path: Path) -> Non
     whole = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)))
     rows = []
     for percent in range(0, 101, 5):
-        plan = planned(files, Machine(8 * GB, gpus=(gpu(400_000_000 + whole.gpu_bytes * percent // 100),)))
-        assert plan.gpu_bytes <= whole.gpu_bytes * percent / 100
+        plan = planned(files, Machine(8 * GB, gpus=(gpu(400_000_000 + sum(whole.each_gpu_bytes) * percent // 100),)))
+        assert sum(plan.each_gpu_bytes) <= sum(whole.each_gpu_bytes) * percent / 100
         by_name = {member.name: member.n_gpu_layers for member in plan.members}
         assert by_name["base"] == by_name["lora"]
         rows.append((by_name["base"], by_name["large"]))
@@ -237,7 +240,7 @@ def test_the_small_models_go_to_the_gpu_first(tiny: Path, tmp_path: Path) -> Non
 def test_a_gpu_that_uses_the_hosts_memory_counts_there_too(files: FamilyFiles) -> None:
     apart = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)))
     shared = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB, shares_host=True),)))
-    assert shared.host_bytes == apart.host_bytes + apart.gpu_bytes
+    assert shared.host_bytes == apart.host_bytes + sum(apart.each_gpu_bytes)
 
 
 def test_layers_asked_for_that_the_gpu_cannot_hold(files: FamilyFiles) -> None:
@@ -263,8 +266,8 @@ def test_room_for_many_sequences_pushes_no_layer_off_the_gpu(
     files = of_sizes(tiny, tmp_path)
     one = planned(files, several(8 * GB), 512, n_seqs=32)
     many = planned(files, several(8 * GB), 32 * 512, n_seqs=32)
-    assert many.gpu_bytes > one.gpu_bytes + 10**6
-    machine = several(400_000_000 + (one.gpu_bytes + many.gpu_bytes) // 2)
+    assert sum(many.each_gpu_bytes) > sum(one.each_gpu_bytes) + 10**6
+    machine = several(400_000_000 + (sum(one.each_gpu_bytes) + sum(many.each_gpu_bytes)) // 2)
     assert planned(files, machine, 32 * 512, n_seqs=32).layers["large"] < 7
     monkeypatch.setattr(members, "this_machine", lambda _: machine)
     asked: dict[str, Any] = dict.fromkeys(("main_gpu", "tensor_split", "type_k", "type_v"))
@@ -285,8 +288,8 @@ def test_of_several_gpus_a_model_gets_one_that_holds_it(tiny: Path, tmp_path: Pa
     files = of_sizes(tiny, tmp_path)
     one = planned(files, several(8 * GB))
     large, base = (Planner(files, several(8 * GB), n_gpu_layers=layers) for layers in ({"base": 0}, {"large": 0}))
-    large_bytes, base_bytes = (planner.plan(512).gpu_bytes for planner in (large, base))
-    assert one.gpu_bytes == large_bytes + base_bytes
+    large_bytes, base_bytes = (sum(planner.plan(512).each_gpu_bytes) for planner in (large, base))
+    assert sum(one.each_gpu_bytes) == large_bytes + base_bytes
     two = planned(files, several(400_000_000 + large_bytes, 400_000_000 + base_bytes))
     assert two.splits == {"large": (1.0, 0.0), "base": (0.0, 1.0), "lora": (0.0, 1.0)}
     assert two.each_gpu_bytes == (large_bytes, base_bytes)
@@ -295,12 +298,12 @@ def test_of_several_gpus_a_model_gets_one_that_holds_it(tiny: Path, tmp_path: Pa
 
 def test_a_model_that_no_gpu_holds_alone_is_spread_over_them(tiny: Path, tmp_path: Path) -> None:
     files = of_sizes(tiny, tmp_path)
-    large_bytes = planned(files, several(8 * GB), n_gpu_layers={"base": 0}).gpu_bytes
+    large_bytes = sum(planned(files, several(8 * GB), n_gpu_layers={"base": 0}).each_gpu_bytes)
     plan = planned(files, several(*[400_000_000 + large_bytes - 1] * 2), n_gpu_layers={"base": 0})
     assert all(plan.splits["large"])
     assert plan.layers["large"] == -1
     assert 0 < min(plan.each_gpu_bytes) < max(plan.each_gpu_bytes) < large_bytes
-    assert plan.gpu_bytes > large_bytes
+    assert sum(plan.each_gpu_bytes) > large_bytes
 
 
 def test_gpus_and_shares_that_are_asked_for(tiny: Path, tmp_path: Path) -> None:

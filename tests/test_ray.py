@@ -1,4 +1,4 @@
-"""Batches by Ray Data: everything comes back once, whatever dies. Runs where the extra `ray` is installed."""
+"""Batches by Ray: everything comes back once, whatever dies. Runs where the extra `ray` is installed."""
 
 from __future__ import annotations
 

@@ -13,8 +13,9 @@ from typing import IO, Any
 
 from ..errors import EdgeDLFError, InvalidParameterError
 from ..families.manifest import Manifest
-from .intake import survey
-from .ledger import Ledger, is_begun, locked, resume
+from ..system.jsonl import read_lines
+from .intake import fingerprint
+from .ledger import Ledger, locked, resume
 
 STDIO = "-"
 _AGAIN = "; give the same again, or --restart, which keeps the earlier file and begins anew"
@@ -93,7 +94,7 @@ def open_outputs(
     ledger, n_rows = Ledger(), None
     with ExitStack() as stack:
         stack.enter_context(locked(targets.files))
-        begun = [path for path in targets.files if is_begun(path)]
+        begun = [path for path in targets.files if path.is_file() and path.stat().st_size]
         if restart and begun:
             targets.set_aside()
             begun = []
@@ -105,7 +106,7 @@ def open_outputs(
         def opened(path: Path | None) -> Callable[[bytes], None]:
             if path and _is_file(path):
                 return stack.enter_context(resume(ledger, path, retry_errors=retry_errors, notice=notice)).append
-            return stack.enter_context(_Stream(path)).append
+            return _stream(stack, path)
 
         ledger.write_to(opened(targets.output), opened(targets.errors) if targets.errors else None)
         yield ledger, n_rows
@@ -124,45 +125,40 @@ def _compare(targets: Targets, begun: list[Path], input: IO[bytes], now: Manifes
         )
     if before and (found := before.differences(now)):
         raise InvalidParameterError(f"{targets.output}: was begun with something else: {'; '.join(found)}{_AGAIN}")
-    n_rows = None
-    earlier = before.input if before else None
+    n_rows, earlier = None, before.input if before else None
     if _is_regular(status_of(input)) and input is not sys.stdin.buffer:
-        seen = survey(input, earlier["bytes"] if earlier else 0)
-        if earlier and seen.earlier_digest != earlier["blake2b"]:
+        if earlier and fingerprint(input, earlier["bytes"]) != earlier:
             raise InvalidParameterError(
                 f"{targets.output}: was begun with another input: the first {earlier['bytes']:,} bytes of {input.name} "
                 f"have changed (new rows may only be added at its end){_AGAIN}"
             )
-        n_rows, earlier = seen.n_rows, {"bytes": seen.n_bytes, "blake2b": seen.digest}
+        n_rows, earlier = sum(1 for _ in read_lines(input)), fingerprint(input)
     now = replace(now, input=earlier)
     if now != before:
         now.save(targets.manifest)
     return n_rows
 
 
-class _Stream:
-    """Stdout, or a file that cannot be read again, such as a pipe."""
+def _stream(stack: ExitStack, path: Path | None) -> Callable[[bytes], None]:
+    """What appends to stdout, or to a file that cannot be read again, such as a pipe."""
+    file = path.open("wb") if path else sys.stdout.buffer
 
-    def __init__(self, path: Path | None) -> None:
-        self._name = str(path or "stdout")
-        self._file = path.open("wb") if path else sys.stdout.buffer
+    def close() -> None:
+        with suppress(OSError):  # of a write that failed before
+            file.close()
 
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not sys.stdout.buffer:
-            with suppress(OSError):  # of a write that failed before
-                self._file.close()
-
-    def append(self, line: bytes) -> None:
+    def append(line: bytes) -> None:
         try:
-            self._file.write(line)
-            self._file.flush()
+            file.write(line)
+            file.flush()
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise EdgeDLFError(f"{self._name}: {(error.strerror or str(error)).lower()}") from error
+            raise EdgeDLFError(f"{path or 'stdout'}: {(error.strerror or str(error)).lower()}") from error
+
+    if path:
+        stack.callback(close)
+    return append
 
 
 def _real(name: str) -> Path:

@@ -3,54 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import IO, Any
 
-from ..system.jsonl import MAX_LINE_BYTES, Line, parse_object, read_lines
+from ..system.jsonl import MAX_LINE_BYTES, Line, parse_object
 from .ids import Ids
 
 _BLOCK_BYTES = 1 << 20
 _OPENAI = {"custom_id", "url", "body"}
 
 
-@dataclass(frozen=True)
-class Survey:
-    """Size and digest of an input.
-
-    n_rows: lines that are not blank.
-    digest: of all its n_bytes.
-    earlier_digest: of as many bytes at its beginning as an earlier survey read; None if there are fewer now.
-    """
-
-    n_rows: int
-    n_bytes: int
-    digest: str
-    earlier_digest: str | None
-
-
-def survey(file: IO[bytes], n_earlier_bytes: int = 0) -> Survey:
-    """Digest and count all of `file`, and go back to its beginning."""
+def fingerprint(file: IO[bytes], n_bytes: int | None = None) -> dict[str, Any]:
+    """Size and digest of `file`, or of its first `n_bytes`; goes back to its beginning."""
     digest = blake2b(digest_size=16)
-    earlier_digest = None if n_earlier_bytes else digest.hexdigest()
     file.seek(0)
-    for block in _blocks(file, n_earlier_bytes):
+    while block := file.read(_BLOCK_BYTES if n_bytes is None else min(_BLOCK_BYTES, n_bytes - file.tell())):
         digest.update(block)
-        if file.tell() == n_earlier_bytes:
-            earlier_digest = digest.hexdigest()
-    n_bytes = file.tell()
+    found = {"bytes": file.tell(), "blake2b": digest.hexdigest()}
     file.seek(0)
-    n_rows = sum(1 for _ in read_lines(file))
-    file.seek(0)
-    return Survey(n_rows, n_bytes, digest.hexdigest(), earlier_digest)
-
-
-def _blocks(file: IO[bytes], boundary: int) -> Iterator[bytes]:
-    """All of `file`; one block ends at `boundary`."""
-    position = 0
-    while block := file.read(min(_BLOCK_BYTES, boundary - position) if position < boundary else _BLOCK_BYTES):
-        position += len(block)
-        yield block
+    return found
 
 
 class Intake:
@@ -75,7 +46,9 @@ class Intake:
                     raise _RowError("duplicate_id", f"the id {id!r} is that of an earlier line")
             except _RowError as reason:
                 if self._ids.meet(line.number) == "new":
-                    self._reject(_rejected(line.number, reason))
+                    id, error = f"batch_req_line_{line.number}", {"code": reason.code, "message": str(reason)}
+                    row = {"id": id, "custom_id": None, "response": None, "error": {**error, "line": line.number}}
+                    self._reject(row)
                 continue
             if found == "new":
                 self._running[id] = line.number
@@ -112,12 +85,3 @@ def _request(line: Line) -> tuple[str, dict[str, Any]]:
         raise _RowError("invalid_request", f"{name} must be a text that is not empty, or a whole number")
     text = str(line.number if id is None else id)
     return text, {**request, name: text}
-
-
-def _rejected(number: int, reason: _RowError) -> dict[str, Any]:
-    return {
-        "id": f"batch_req_line_{number}",
-        "custom_id": None,
-        "response": None,
-        "error": {"code": reason.code, "message": str(reason), "line": number},
-    }

@@ -14,8 +14,6 @@ from ..system.durable import Appender, file_error, new_name, replacing
 from ..system.jsonl import Line, dump_line, parse_object, read_lines
 from .ids import Ids
 
-_BLOCK_BYTES = 1 << 20
-
 Row: TypeAlias = Mapping[str, Any]
 
 
@@ -23,17 +21,12 @@ class Ledger:
     """Writes finished rows, and counts them.
 
     ids: those whose rows are finished.
-    n_completed, n_failed: rows in the files, earlier runs included.
+    n_rows, n_failed: rows in the files, and those of them with an error, earlier runs included.
     """
 
     def __init__(self) -> None:
         self.ids = Ids()
-        self.n_completed = self.n_failed = 0
-        self._append: dict[bool, Callable[[bytes], None]] = {}
-
-    @property
-    def n_rows(self) -> int:
-        return self.n_completed + self.n_failed
+        self.n_rows = self.n_failed = 0
 
     def write_to(self, output: Callable[[bytes], None], errors: Callable[[bytes], None] | None = None) -> None:
         """Set what takes the lines: `errors` those of rows with an error, if it is given, `output` all others."""
@@ -46,10 +39,8 @@ class Ledger:
 
     def count(self, row: Row) -> None:
         """Count a row that is in a file."""
-        if row["error"]:
-            self.n_failed += 1
-        else:
-            self.n_completed += 1
+        self.n_rows += 1
+        self.n_failed += bool(row["error"])
 
 
 @contextmanager
@@ -68,14 +59,6 @@ def locked(paths: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-def is_begun(path: Path) -> bool:
-    """Whether there is anything in the file."""
-    try:
-        return path.stat().st_size > 0
-    except OSError:
-        return False
-
-
 def resume(ledger: Ledger, path: Path, *, retry_errors: bool, notice: Callable[[str], None]) -> Appender:
     """Enter the rows of an earlier run into the ledger, and open the file at their end.
 
@@ -85,11 +68,12 @@ def resume(ledger: Ledger, path: Path, *, retry_errors: bool, notice: Callable[[
     new_name(path).unlink(missing_ok=True)
     try:
         with path.open("rb") as file:
-            end, gaps = _enter(ledger, file, retry_errors, lambda what: notice(f"{path}: {what}"))
-            if gaps:
+            end, dropped = _enter(ledger, file, retry_errors, lambda what: notice(f"{path}: {what}"))
+            if dropped:
+                file.seek(0)
                 with replacing(path) as new:
-                    for start, stop in _between(gaps, end):
-                        _copy(file, new, start, stop)
+                    lines = (line for line in read_lines(file) if line.is_whole and line.number not in dropped)
+                    new.writelines(line.content or b"" for line in lines)
                     end = new.tell()
     except FileNotFoundError:
         end = 0
@@ -98,33 +82,25 @@ def resume(ledger: Ledger, path: Path, *, retry_errors: bool, notice: Callable[[
     return Appender(path, end)
 
 
-def _enter(
-    ledger: Ledger, file: IO[bytes], retry_errors: bool, notice: Callable[[str], None]
-) -> tuple[int, list[tuple[int, int]]]:
-    """Enter the rows of `file`; returns where the last whole line ends, and the byte ranges to leave out before it."""
+def _enter(ledger: Ledger, file: IO[bytes], retry_errors: bool, notice: Callable[[str], None]) -> tuple[int, set[int]]:
+    """Enter the rows of `file`; returns where the last whole line ends, and the numbers of lines to leave out."""
     end = n_damaged = 0
-    gaps: list[tuple[int, int]] = []
+    dropped: set[int] = set()
     for line in read_lines(file):
         if not line.is_whole:
             notice("the last line was torn; its row runs again")
             break
         end = line.start + line.n_bytes
         row = _row(line)
-        is_kept = False
-        if row is None:
-            n_damaged += 1
-        elif not (row["error"] and retry_errors):
-            is_kept = ledger.ids.finish(_id(row))
-            n_damaged += not is_kept
-        if row is not None and is_kept:
+        is_retried = row is not None and row["error"] and retry_errors
+        if row is not None and not is_retried and ledger.ids.finish(_id(row)):
             ledger.count(row)
-        elif gaps and gaps[-1][1] == line.start:
-            gaps[-1] = gaps[-1][0], end
         else:
-            gaps.append((line.start, end))
+            dropped.add(line.number)
+            n_damaged += not is_retried
     if n_damaged:
         notice(f"{n_damaged} damaged or repeated rows are left out; what is missing runs again")
-    return end, gaps
+    return end, dropped
 
 
 def _row(line: Line) -> Row | None:
@@ -144,20 +120,3 @@ def _id(row: Row) -> str | int:
     """The row's id, or the number of its input line if it has none."""
     id = row["custom_id"]
     return id if isinstance(id, str) else int(row["error"]["line"])
-
-
-def _between(gaps: Sequence[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
-    """The byte ranges up to `end` that are outside `gaps`."""
-    start = 0
-    for gap_start, gap_end in [*gaps, (end, end)]:
-        if start < gap_start:
-            yield start, gap_start
-        start = gap_end
-
-
-def _copy(file: IO[bytes], new: IO[bytes], start: int, stop: int) -> None:
-    file.seek(start)
-    while start < stop:
-        block = file.read(min(_BLOCK_BYTES, stop - start))
-        new.write(block)
-        start += len(block)

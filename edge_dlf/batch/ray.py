@@ -1,52 +1,46 @@
-"""`RayLlama`: one batch over many machines by Ray Data, with the face of `FusedLlama`.
+"""`RayLlama`: one batch over many machines of a Ray cluster, with the face of `FusedLlama`.
 
-Requests travel in shares of a few, each a row of a dataset. The driver hands shares to a feed, an actor beside it; a
-read task makes them a stream of blocks, `map_batches` runs these on a pool of actors, and the results come back the
-same way. What runs where, what waits, and what runs again because a process or a machine died is Ray's business. The
-results of a share come all at once or not at all, so that one that runs again neither loses nor doubles a row.
+Requests travel in shares of a few. Each actor holds a copy of the family and answers up to `N_SHARES` shares at a time.
+The results of a share come all at once or not at all, so that one that runs again, because its process or its machine
+died, neither loses nor doubles a row.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
-import pickle
-import queue
 import signal
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource
-from ray.data.block import BlockMetadata
-from ray.data.datasource import ReadTask
+from ray.exceptions import RayActorError, RayError
 
 from ..answers.requests import request_id
 from ..api import FusedLlama
 from ..errors import EdgeDLFError, InvalidParameterError, RequestInterruptedError
 from ..llama import default_n_threads
-from .ray_worker import Result, Share, Worker
+from .ray_worker import Result, Share, Worker, died
 
 logger = logging.getLogger(__name__)
 
 N_SHARES = 8
 """Shares that an actor has at a time: while some wait for their longest row, others keep its sequences busy."""
+N_ATTEMPTS = 3
+"""Times that a share may be begun; after that its rows are taken for what kills the process."""
 _N_PARALLEL = 32
 """Rows decoded at once that shares are made for where each actor finds its own number."""
-_PATIENCE_S = 30.0
+_POLL_S = 0.1
+_LOADING = -1
+"""Stands for the number of a share while an actor loads the family."""
 
-_Arrivals: TypeAlias = "queue.SimpleQueue[tuple[int, bytes] | BaseException]"
 
-
-class RayLlama:
+class RayLlama(contextlib.AbstractContextManager["RayLlama"]):
     """Copies of one family on the machines of a Ray cluster, which answer a batch together. A context manager.
 
     load: makes a FusedLlama from `n_threads`, `n_gpu_layers`, `n_parallel` and `settings`, in every actor: each machine
@@ -78,10 +72,7 @@ class RayLlama:
         if n_threads:
             self._loading["n_threads"] = n_threads
         self._n_rows = max(1, (n_parallel if isinstance(n_parallel, int) else _N_PARALLEL) // (N_SHARES // 2))
-        self._arrivals: _Arrivals = queue.SimpleQueue()
-
-    def __enter__(self) -> RayLlama:
-        return self
+        self._is_interrupted = threading.Event()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -98,7 +89,7 @@ class RayLlama:
 
     def interrupt(self) -> None:
         """Stop the running batch, which raises RequestInterruptedError; for other threads."""
-        self._arrivals.put(RequestInterruptedError("the batch was interrupted"))
+        self._is_interrupted.set()
 
     def batch(self, requests: Iterable[Any], *, ordered: bool = False, **settings: Any) -> Iterator[Result]:
         """FusedLlama.batch on all machines, which load the family anew for it.
@@ -107,121 +98,111 @@ class RayLlama:
         so often that it is taken for the reason gives an error with the code "worker_died". Raises what loading the
         family or its batch raises, with the machine's name, and EdgeDLFError where Ray fails.
         """
-        arrivals: _Arrivals = queue.SimpleQueue()
-        self._arrivals = arrivals
-        feed = ray.remote(num_cpus=0)(_Feed).remote()
-        collector = threading.Thread(target=_collect, args=(self._dataset(feed, settings), arrivals), daemon=True)
-        collector.start()
-        shares = _shares(requests, self._n_rows)
+        self._is_interrupted.clear()
+        worker = ray.remote(Worker).options(
+            num_cpus=self._n_cores, num_gpus=self._n_gpus, max_concurrency=N_SHARES, max_restarts=0
+        )
+        made = (self._load, self._loading, self._n_cores, settings, str(Path.cwd()))
+        pool = _Pool(lambda: worker.remote(*made), self.n_actors)
+        shares = enumerate(_shares(requests, self._n_rows))
         n_sent = n_given = 0
-        running: dict[int, int] = {}
         done: dict[int, list[Result]] = {}
         try:
             while True:
-                for share in islice(shares, n_given + 2 * N_SHARES * self.n_actors - n_sent):
-                    feed.put.remote(n_sent, pickle.dumps(share))
-                    running[n_sent] = len(share)
+                for number, share in islice(shares, n_given + 2 * N_SHARES * self.n_actors - n_sent):
+                    pool.waiting.append((number, share))
                     n_sent += 1
                 if n_given == n_sent:
                     return
-                number, results = _opened(arrivals.get())
-                if number not in running:
-                    continue
-                if len(results) != running.pop(number):
-                    raise EdgeDLFError("Ray returned fewer results than it was given requests")
-                feed.drop.remote(number)
-                done[number] = results
-                while (ready := done.pop(n_given if ordered else number, None)) is not None:
-                    yield from ready
-                    n_given += 1
+                for number, results in pool.finished():
+                    done[number] = results
+                    while (ready := done.pop(n_given if ordered else number, None)) is not None:
+                        yield from ready
+                        n_given += 1
+                if self._is_interrupted.is_set():
+                    raise RequestInterruptedError("the batch was interrupted")
+        except RayError as error:
+            raise EdgeDLFError(f"Ray failed: {_one_line(error)}") from error
         finally:
-            ray.kill(feed)  # which ends the read task, and so the dataset and its actors
-            collector.join(_PATIENCE_S)  # a thread that calls Ray after its end would start it again
-
-    def _dataset(self, feed: Any, settings: Mapping[str, Any]) -> Dataset:
-        """Results of the shares that `feed` gives, each a row and a block."""
-        context = DataContext.get_current().copy()
-        context.target_max_block_size = 1
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        with DataContext.current(context):
-            shares = ray.data.read_datasource(_Shares(feed), override_num_blocks=1, num_cpus=0)
-            return shares.map_batches(
-                Worker,
-                fn_constructor_args=(feed, self._load, self._loading, self._n_cores, settings, str(Path.cwd())),
-                batch_size=None,
-                batch_format="pyarrow",
-                num_cpus=self._n_cores,
-                num_gpus=self._n_gpus,
-                compute=ActorPoolStrategy(
-                    size=self.n_actors,
-                    max_tasks_in_flight_per_actor=N_SHARES,
-                    max_concurrent_calls_per_actor=N_SHARES,
-                    enable_true_multi_threading=True,
-                ),
-            )
+            pool.close()
 
 
-class _Feed:
-    """Shares by number, kept until their results are in, for what may have to run again; how often each was begun."""
+class _Pool:
+    """Actors that load the family, and the shares that wait for them.
 
-    def __init__(self) -> None:
-        self._shares: dict[int, bytes] = {}
+    An actor that died is replaced by a new one, and what it held waits again.
+    make: starts an actor.
+    waiting: shares that no actor has, by number.
+    """
+
+    def __init__(self, make: Callable[[], Any], n_actors: int) -> None:
+        self._make = make
+        self._n_free: Counter[Any] = Counter()  # shares that each living actor has room for
+        self._calls: dict[Any, tuple[Any, int, Share]] = {}
         self._n_begun: Counter[int] = Counter()
-        self._n_shares = 0
-        self._has_more = asyncio.Condition()
+        self._n_failed_loads = 0
+        self.waiting: deque[tuple[int, Share]] = deque()
+        for _ in range(n_actors):
+            self._add_actor()
 
-    async def put(self, number: int, share: bytes) -> None:
-        """Take in a share."""
-        async with self._has_more:
-            self._shares[number] = share
-            while self._n_shares in self._shares:  # calls may overtake each other
-                self._n_shares += 1
-            self._has_more.notify_all()
+    def _add_actor(self) -> None:
+        actor = self._make()
+        self._n_free[actor] = 0
+        self._calls[actor.answer.remote([])] = actor, _LOADING, []
 
-    async def get(self, number: int) -> bytes:
-        """A share, once it is there; empty if its results are in."""
-        async with self._has_more:
-            await self._has_more.wait_for(lambda: number < self._n_shares)
-            return self._shares.get(number, b"")
+    def finished(self) -> Iterator[tuple[int, list[Result]]]:
+        """Hand out shares, and wait a moment for results. Raises what an actor found in their place."""
+        self._hand_out()
+        for call in ray.wait([*self._calls], timeout=_POLL_S)[0]:
+            actor, number, share = self._calls.pop(call)
+            try:
+                results = ray.get(call)
+            except RayActorError:
+                self._replace(actor, has_loaded=number != _LOADING)
+                if self._n_begun[number] >= N_ATTEMPTS:
+                    yield number, [died(custom_id, N_ATTEMPTS) for custom_id, _ in share]
+                elif number != _LOADING:
+                    self.waiting.append((number, share))
+                continue
+            if isinstance(results, EdgeDLFError):
+                raise results
+            if actor in self._n_free:
+                self._n_free[actor] += N_SHARES if number == _LOADING else 1
+            if number != _LOADING:
+                del self._n_begun[number]
+                yield number, results
 
-    async def drop(self, number: int) -> None:
-        """Forget a share."""
-        self._shares.pop(number, None)
-        self._n_begun.pop(number, None)
+    def _hand_out(self) -> None:
+        """Give waiting shares to the actors with the most room.
 
-    async def n_begun(self, number: int) -> int:
-        """Times that a share was begun so far."""
-        return self._n_begun[number]
+        What was there at all deaths but the last allowed runs without others of its kind: only the one that kills will
+        be there at the next.
+        """
+        while self.waiting:
+            actor, n_free = self._n_free.most_common(1)[0]
+            is_tried = any(self._n_begun[number] == N_ATTEMPTS for _, number, _ in self._calls.values())
+            most = N_ATTEMPTS - 2 if is_tried else N_ATTEMPTS - 1
+            found = next((share for share in self.waiting if self._n_begun[share[0]] <= most), None)
+            if not n_free or not found:
+                return
+            self.waiting.remove(found)
+            self._n_free[actor] -= 1
+            self._n_begun[found[0]] += 1
+            self._calls[actor.answer.remote(found[1])] = actor, *found
 
-    async def begin(self, number: int) -> None:
-        """Note that a share is begun."""
-        self._n_begun[number] += 1
+    def _replace(self, actor: Any, has_loaded: bool) -> None:
+        """Start an actor in place of one that died. Raises the error at hand where none gets as far as to load."""
+        self._n_failed_loads = 0 if has_loaded else self._n_failed_loads + 1
+        if self._n_failed_loads >= N_ATTEMPTS:
+            raise
+        if actor in self._n_free:
+            del self._n_free[actor]
+            self._add_actor()
 
-
-class _Shares(Datasource):  # type: ignore[misc]
-    """The shares of a feed, in one read task beside it that ends with the feed."""
-
-    def __init__(self, feed: Any) -> None:
-        super().__init__()
-        self._feed = feed
-
-    @property
-    def supports_distributed_reads(self) -> bool:
-        return False
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(partial(_read, self._feed), metadata)]
-
-
-def _read(feed: Any) -> Iterator[pa.Table]:
-    for number in count():
-        share = ray.get(feed.get.remote(number))
-        yield pa.table({"number": [number], "share": pa.array([share], pa.large_binary())})
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self._n_free:
+            ray.kill(actor)
 
 
 def _shares(requests: Iterable[Any], n_rows: int) -> Iterator[Share]:
@@ -229,29 +210,6 @@ def _shares(requests: Iterable[Any], n_rows: int) -> Iterator[Share]:
     named = ((request_id(request, number), request) for number, request in enumerate(requests, 1))
     while share := list(islice(named, n_rows)):
         yield share
-
-
-def _collect(dataset: Dataset, arrivals: _Arrivals) -> None:
-    """Put results into `arrivals` as they come, or what Ray failed of."""
-    try:
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in table.to_pylist():
-                arrivals.put((row["number"], row["results"]))
-    except Exception as error:
-        arrivals.put(error)
-
-
-def _opened(arrival: tuple[int, bytes] | BaseException) -> tuple[int, list[Result]]:
-    """Number and results of a share. Raises what was found in their place."""
-    if isinstance(arrival, EdgeDLFError):
-        raise arrival
-    if isinstance(arrival, BaseException):
-        raise EdgeDLFError(f"Ray failed: {_one_line(arrival)}") from arrival
-    number, pickled = arrival
-    results = pickle.loads(pickled)
-    if isinstance(results, EdgeDLFError):
-        raise results
-    return number, results
 
 
 def _one_line(error: BaseException) -> str:
@@ -276,9 +234,6 @@ def _start(address: str | None) -> None:
     """Join the cluster at `address`, or start one here. What Ray has to say goes to its logs, not to the terminal."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    for handler in logging.getLogger("ray.data").handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.CRITICAL)
     own = {"num_cpus": default_n_threads(), "include_dashboard": False} if address is None else {}
     ray._private.worker.print_to_stdstream = _log  # it writes of every death to stdout
     sigterm = signal.getsignal(signal.SIGTERM)

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any
 
 from ..answers.batch import LATER
 from ..families.files import FamilyFiles
 from ..families.manifest import Manifest
 from ..params import FusionParams, SamplingParams
-from ..system.jsonl import Pipe, read_lines
+from ..system.jsonl import Line, Pipe, read_lines
 from .files import Targets, open_outputs, status_of
 from .intake import Intake
 from .ledger import Ledger, Row
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from ..api import FusedLlama
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
 
 _DEFAULTS = {field.name: field.default for kind in (FusionParams, SamplingParams) for field in dataclasses.fields(kind)}
 
@@ -123,7 +121,7 @@ def manifest_of(files: FamilyFiles, settings: Mapping[str, Any], *, n_ctx: int, 
     return Manifest.of(files, {**parameters, "n_ctx": n_ctx, "type_k": type_k, "type_v": type_v})
 
 
-def _each(waiting: Callable[[], AbstractContextManager[object]], items: Iterator[Item]) -> Iterator[Item]:
+def _each(waiting: Callable[[], AbstractContextManager[object]], items: Iterator[Line]) -> Iterator[Line]:
     """`items`, each waited for inside `waiting`."""
     while True:
         with waiting():

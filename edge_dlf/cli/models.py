@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,14 +48,12 @@ def list_(json: bool) -> None:
             "path": str(family.folder),
             "complete": family.is_complete,
             "problem": family.problem,
-            "bytes": family.n_bytes,
+            "bytes": _total(family.files),
         }
         for family in families
     ]
     names = {family.name for family in families}
-    catalogue: list[dict[str, Any]] = [
-        _catalogued(entry) for name, entry in read_catalogue().items() if name not in names
-    ]
+    catalogue = [_catalogued(entry) for name, entry in read_catalogue().items() if name not in names]
     if json:
         screen.show(dumps({"families": here, "catalogue": catalogue, "models": models}, ensure_ascii=False))
         return
@@ -168,7 +165,7 @@ def _measured(spec: FamilySpec, members: Sequence[dict[str, Any]], n_ctx: int) -
     from ..families.files import check_files
 
     files = check_files(spec)
-    told = {key: value for key, value in asdict(describe(files)).items() if value is not None}
+    told = describe(files)
     told["members"] = [{**member, **own} for member, own in zip(members, told["members"], strict=True)]
     return {**told, "memory": _fit(memory_bytes(files, n_ctx))}
 

@@ -1,12 +1,12 @@
-"""How far a batch is, on stderr: a line that moves on a terminal, one line a minute elsewhere, and a summary."""
+"""How far a batch is, on stderr: a line that moves on a terminal, elsewhere a line a minute, and a summary."""
 
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from ..batch.progress import Progress
 from .screen import Screen
@@ -20,6 +20,9 @@ _BAR_WIDTH = 30
 
 class ProgressLine(Progress):
     """Progress as lines of text."""
+
+    _say: Callable[[str], None] | None = None
+    _said_s = 0.0
 
     def figures(self) -> str:
         """Rows, failures, speed and time left, on one line."""
@@ -46,18 +49,23 @@ class ProgressLine(Progress):
             parts.append(f"{self.n_tokens:,} tokens in {duration(self.elapsed_s)} ({self.generation_tps:.1f} tokens/s)")
         return " · ".join(parts)
 
+    def add(self, row: Mapping[str, Any]) -> None:
+        super().add(row)
+        if self._say and self.elapsed_s >= self._said_s + _LINE_EVERY_S:
+            self._said_s = self.elapsed_s
+            self._say(self.figures())
+
     @contextmanager
     def shown(self, screen: Screen) -> Iterator[None]:
         """Show the figures while this lasts; time counts from here."""
-        self.start_clock()
-        with self._live() if sys.stderr.isatty() else self._each_minute(screen):
-            yield
-
-    @contextmanager
-    def _live(self) -> Iterator[None]:
         from rich.console import Console
         from rich.live import Live
 
+        self.start_clock()
+        if not sys.stderr.isatty():
+            self._say = screen.say
+            yield
+            return
         console = Console(stderr=True, highlight=False)
         with Live(console=console, get_renderable=self._line, transient=True, refresh_per_second=4):
             yield
@@ -74,33 +82,7 @@ class ProgressLine(Progress):
         line.add_row(ProgressBar(total=self.n_total, completed=self.n_done, width=_BAR_WIDTH), figures)
         return line
 
-    @contextmanager
-    def _each_minute(self, screen: Screen) -> Iterator[None]:
-        is_over = threading.Event()
-
-        def tell() -> None:
-            while not is_over.wait(_LINE_EVERY_S):
-                screen.say(self.figures())
-
-        teller = threading.Thread(target=tell, daemon=True)
-        teller.start()
-        try:
-            yield
-        finally:
-            is_over.set()
-            teller.join()
-
 
 def duration(seconds: float) -> str:
-    """In the units that matter."""
-    if seconds < 59.5:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    if seconds < 600:
-        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    hours = round(minutes / 60)
-    return f"{hours // 24} days {hours % 24} h"
+    """Seconds, or hours, minutes and seconds."""
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))

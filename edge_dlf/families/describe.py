@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
-from ..engine.backend import N_ROWS
 from ..gguf.header import Array, Scalar
 from ..gguf.info import GGUFInfo
+from ..system.machine import Machine
 from .files import FamilyFiles
-from .footprint import footprint
-from .plan import KERNELS_BYTES
+from .plan import KERNELS_BYTES, Planner
 
 _FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
@@ -23,25 +22,14 @@ _FILE_TYPES = {
 """`general.file_type` (llama.cpp's llama_ftype) -> its name."""
 
 
-@dataclass(frozen=True)
-class Description:
-    """A family as its files describe it.
+def describe(files: FamilyFiles) -> dict[str, Any]:
+    """Take from the headers what a person wants to know, without what they do not say.
 
     tokenizer: kind, n_vocab (tokens that all share) and the sha256 of their texts.
     template: the large model's.
     n_ctx_train: the shortest context that a member was made for.
     members: kind, quantization, n_vocab and license of each file, in the order of `FamilySpec.members`.
     """
-
-    license: str | None
-    tokenizer: dict[str, Any]
-    template: str | None
-    n_ctx_train: int | None
-    members: list[dict[str, Any]]
-
-
-def describe(files: FamilyFiles) -> Description:
-    """Take from the headers what a person wants to know."""
     members = [
         {
             "kind": f"LoRA over {info.architecture}" if info.is_adapter else info.architecture,
@@ -53,16 +41,17 @@ def describe(files: FamilyFiles) -> Description:
     ]
     large = files.models["large"]
     texts = large.vocabulary.tokens
-    shared = hashlib.sha256(texts.data[: int(texts.starts[files.n_vocab])])
+    shared = hashlib.sha256(texts.data[: texts.starts[files.n_vocab]])
     kind = _text(large.metadata.get("tokenizer.ggml.model"))
     licenses = dict.fromkeys(str(member["license"]) for member in members if member["license"])
-    return Description(
-        license=", ".join(licenses) or None,
-        tokenizer={"kind": kind, "n_vocab": files.n_vocab, "sha256": shared.hexdigest()},
-        template=_text(large.metadata.get("tokenizer.chat_template")),
-        n_ctx_train=min((n_ctx for model in files.models.values() if (n_ctx := model.n_ctx_train)), default=None),
-        members=members,
-    )
+    told = {
+        "license": ", ".join(licenses),
+        "tokenizer": {"kind": kind, "n_vocab": files.n_vocab, "sha256": shared.hexdigest()},
+        "template": _text(large.metadata.get("tokenizer.chat_template")),
+        "n_ctx_train": min((n_ctx for model in files.models.values() if (n_ctx := model.n_ctx_train)), default=None),
+        "members": members,
+    }
+    return {name: value for name, value in told.items() if value}
 
 
 def _text(value: Scalar | Array | None) -> str | None:
@@ -82,11 +71,7 @@ def quantization(info: GGUFInfo) -> str:
 
 def memory_bytes(files: FamilyFiles, n_ctx: int) -> dict[str, int]:
     """Memory to run the family on a CPU with a context of `n_ctx`: weights, KV cache in f16, and the rest."""
-    models = {info.path: footprint(info, None, None) for info in files.models.values()}
-    contexts = [models[info.path] for info in files.models.values()]
-    loras = {path for pairs in files.loras.values() for path, _ in pairs}
-    weights = sum(model.weights for model in models.values()) + sum(path.stat().st_size for path in loras)
-    kv = sum(context.cache(n_ctx) for context in contexts)
-    other = sum(model.vocabulary for model in models.values()) + KERNELS_BYTES
-    other += sum(context.compute(n_ctx, N_ROWS) for context in contexts)
+    members = Planner(files, Machine(sys.maxsize)).plan(n_ctx).members
+    weights, kv = (sum(getattr(member, f"{what}_bytes") for member in members) for what in ("weights", "cache"))
+    other = sum(member.buffer_bytes for member in members) + KERNELS_BYTES
     return {"n_ctx": n_ctx, "weights": weights, "kv": kv, "other": other, "total": weights + kv + other}

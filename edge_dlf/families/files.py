@@ -50,25 +50,24 @@ class FamilyFiles:
         Raises InvalidParameterError for GPUs that do not exist, impossible shares, and both settings for all members.
         """
         own = self._each("main_gpu", main_gpu)
-        shares = [] if tensor_split is None else [float(share) for share in tensor_split]
-        if any(n is not None and n < 0 for n in own.values()):
+        numbers = [n for n in own.values() if n is not None]
+        shares = tuple(float(share) for share in tensor_split or ())
+        if min(numbers, default=0) < 0:
             raise InvalidParameterError(f"main_gpu counts GPUs from 0 on, it cannot be {main_gpu!r}")
         if tensor_split is not None:
             if not all(0 <= share < math.inf for share in shares) or not sum(shares):
-                raise InvalidParameterError(f"tensor_split must be shares of each GPU, such as 3,1; not {shares}")
-            if None not in own.values():
+                raise InvalidParameterError(f"tensor_split must be shares of each GPU, such as 3,1; not {[*shares]}")
+            if len(numbers) == len(own):
                 raise InvalidParameterError("tensor_split and main_gpu for every member exclude each other")
-        if not n_gpus:
-            return {}
-        if highest := max((n for n in own.values() if n is not None and n >= n_gpus), default=None):
-            raise InvalidParameterError(f"main_gpu is {highest}, but the GPUs are 0 to {n_gpus - 1}")
-        if any(shares[n_gpus:]):
+        if n_gpus and max(numbers, default=0) >= n_gpus:
+            raise InvalidParameterError(f"main_gpu is {max(numbers)}, but the GPUs are 0 to {n_gpus - 1}")
+        if n_gpus and any(shares[n_gpus:]):
             raise InvalidParameterError(f"tensor_split has {len(shares)} shares for {n_gpus} GPUs")
-        spread = tuple([*shares, *[0.0] * n_gpus][:n_gpus]) if shares else None
+        spread = (*shares, *[0.0] * n_gpus)[:n_gpus]
         split = {
             name: spread if n is None else tuple(float(gpu == n) for gpu in range(n_gpus)) for name, n in own.items()
         }
-        return {name: each for name, each in split.items() if each}
+        return {name: each for name, each in split.items() if any(each)}
 
     def _each(self, setting: str, value: int | Mapping[str, int] | None) -> dict[str, int | None]:
         """Value of a setting for each role; None if it does not name the role.

@@ -10,19 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..engine.backend import N_BATCH, N_ROWS, PLAIN_TOKENS
-from ..errors import InvalidParameterError
-from ..gguf.header import BLOCKS, Array
+from ..gguf.header import BLOCKS, Array, cache_type
 from ..gguf.info import GGUFInfo
-
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-"""Types of a KV cache."""
 
 _NOT_QUANTIZED = (None, "f32", "f16", "bf16")
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _CELLS = 256  # llama.cpp rounds contexts up to a multiple of it
 _TOKEN_BYTES = 320  # of the vocabulary in llama.cpp, by token; 200 to 300 were measured
 _REPACKED = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL", "MXFP4"})  # on x86; a few more on ARM
-_BLOCK_BYTES = {name.lower(): n_bytes / n_values for name, n_values, n_bytes in BLOCKS.values()}
 
 
 def rounded(n_cells: int) -> int:
@@ -79,10 +74,9 @@ class Footprint:
         head = 4 * n_tokens * 2 * self.n_embd + 4 * n_rows * self.n_vocab
         inputs = n_copies * (4 if n_ubatch else 2) * n_tokens * rounded(n_cells) * self.n_masks
         n_scores = n_tokens * rounded(n_cells) * self.n_heads if n_ubatch else 0
-        scores = 4 * n_scores
         # The CPU's own, which llama.cpp does not log: what a product reads, in the type of its weights or of V.
         work = max(4 * n_tokens * max(self.n_ff, self.n_embd), 2 * n_scores)
-        return max(layer, head) + inputs + scores + work + 4 * n_rows * self.n_vocab
+        return max(layer, head) + inputs + 4 * n_scores + work + 4 * n_rows * self.n_vocab
 
     def n_ubatch(self, n_ctx: int, n_seqs: int = 1) -> int | None:
         """Tokens for a CPU to evaluate at a time with plain attention, if each of `n_seqs` sequences has a cache of
@@ -103,20 +97,20 @@ def footprint(info: GGUFInfo, type_k: str | None = None, type_v: str | None = No
     """
     n_layers = max(_number(info, "block_count") - _number(info, "nextn_predict_layers"), 1)
     layers, top = [0] * n_layers, {"input": 0, "output": 0}
+    repacked = in_experts = 0
     for name, tensor in info.tensors.items():
         match = _LAYER.match(name)
         if not match:
             top["input" if name.startswith(("token_embd", "per_layer_token_embd")) else "output"] += tensor.n_bytes
         elif int(match[1]) < n_layers:
             layers[int(match[1])] += tensor.n_bytes
+            in_experts += tensor.n_bytes if "_exps." in name else 0
+        repacked += tensor.n_bytes if tensor.type in _REPACKED and not name.startswith("token_embd") else 0
     is_tied = "output.weight" not in info.tensors
     tied_bytes = info.tensors["token_embd.weight"].n_bytes if is_tied and "token_embd.weight" in info.tensors else 0
-    repacked = sum(
-        tensor.n_bytes
-        for name, tensor in info.tensors.items()
-        if tensor.type in _REPACKED and not name.startswith("token_embd")
-    )
+    n_experts = _number(info, "expert_count")
     n_used = _number(info, "expert_used_count")
+    idle = in_experts * (n_experts - n_used) // n_experts if n_experts else 0  # feed-forward experts of other tokens
     widths = _numbers(info, "feed_forward_length", n_layers), _numbers(info, "expert_feed_forward_length", n_layers)
     n_embd = _number(info, "embedding_length")
     return Footprint(
@@ -124,7 +118,7 @@ def footprint(info: GGUFInfo, type_k: str | None = None, type_v: str | None = No
         input=top["input"],
         output=top["output"] + tied_bytes,
         is_tied=is_tied,
-        read=sum(layers) + top["output"] + tied_bytes - _idle(info, n_layers),
+        read=sum(layers) + top["output"] + tied_bytes - idle,
         repacked=repacked,
         vocabulary=_TOKEN_BYTES * (info.n_vocab or 0),
         kv=_kv(info, n_layers, type_k, type_v),
@@ -148,14 +142,6 @@ def _plain_heads(info: GGUFInfo, n_layers: int, type_k: str | None, type_v: str 
     is_latent = _number(info, "attention.key_length_mla") > 0
     is_sparse = any(key.startswith(f"{info.architecture}.attention.indexer.") for key in info.metadata)
     return 0 if is_quantized or is_padded or is_latent or is_sparse else _number(info, "attention.head_count")
-
-
-def _idle(info: GGUFInfo, n_layers: int) -> int:
-    """Bytes of the feed-forward experts that one token does not use."""
-    n_experts, n_used = _number(info, "expert_count"), _number(info, "expert_used_count")
-    matches = ((_LAYER.match(name), name, tensor) for name, tensor in info.tensors.items())
-    n_bytes = sum(t.n_bytes for match, name, t in matches if match and int(match[1]) < n_layers and "_exps." in name)
-    return n_bytes * (n_experts - n_used) // n_experts if n_experts else 0
 
 
 def _kv(info: GGUFInfo, n_layers: int, type_k: str | None, type_v: str | None) -> tuple[float, ...]:
@@ -208,9 +194,8 @@ def _state(info: GGUFInfo, n_layers: int) -> int:
 
 def _cache_bytes(kind: str | None) -> float:
     """Bytes of one value in a KV cache of this type."""
-    if kind is not None and kind not in CACHE_TYPES:
-        raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {kind!r}")
-    return _BLOCK_BYTES[kind or "f16"]
+    _, n_values, n_bytes = BLOCKS[cache_type(kind)]
+    return n_bytes / n_values
 
 
 def _number(info: GGUFInfo, key: str, default: int = 0) -> int:

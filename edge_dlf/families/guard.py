@@ -32,8 +32,7 @@ _PATIENCE_S = 120.0
 _SLOWEST_DISK = 20e6  # bytes a second
 _N_TOKENS = 8
 _TRY = f"import sys; from {__name__} import main; main(sys.argv[1])"
-_CRASHES = {signal.SIGSEGV: "crashed", signal.SIGABRT: "gave up", signal.SIGBUS: "crashed", signal.SIGILL: "crashed",
-            signal.SIGFPE: "crashed"}  # fmt: skip
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def try_model(
     patience_s: float | None = None,
 ) -> Trial:
     """Load the model in `shards`, `loras` over it, in another process, decode a few tokens, and remember the result."""
-    state = _state(shards, loras)
+    key = _key(shards, loras)
     patience_s = patience_s or _PATIENCE_S + sum(path.stat().st_size for path in shards) / _SLOWEST_DISK
     question = {
         "model": str(shards[0]),
@@ -82,15 +81,13 @@ def try_model(
     }
     found = _run(question, patience_s)
     if found.is_final:
-        remember(_COLLECTION, _key(shards, loras), {"state": state, "trial": asdict(found)})
+        remember(_COLLECTION, key, asdict(found))
     return found
 
 
 def _remembered(shards: Sequence[Path]) -> Trial | None:
-    known = recall(_COLLECTION, _key(shards, ()))
-    if isinstance(known, dict) and known.get("state") == _state(shards, ()):
-        with suppress(KeyError, TypeError):
-            return Trial(**known["trial"])
+    with suppress(TypeError):
+        return Trial(**recall(_COLLECTION, _key(shards, ())))
     return None
 
 
@@ -107,12 +104,11 @@ def _run(question: Mapping[str, Any], patience_s: float) -> Trial:
     with suppress(ValueError, TypeError, IndexError):
         return Trial(**json.loads(done.stdout.splitlines()[-1]))
     code = done.returncode
-    if -code in _CRASHES:
-        name = signal.Signals(-code).name
-        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-        return Trial(False, f"llama.cpp {_CRASHES[signal.Signals(-code)]} ({': '.join([name, *last])})")
     if code == -signal.SIGKILL:
         return Trial(False, "its process was killed, as the system does where memory runs out", is_final=False)
+    if -code in _CRASHES:
+        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return Trial(False, f"llama.cpp crashed ({': '.join([signal.Signals(-code).name, *last])})")
     return Trial(False, f"its process ended with code {code}", is_final=False)
 
 
@@ -150,12 +146,9 @@ def _decode(path: Path, loras: Adapters, gpu: Mapping[str, Any]) -> Trial:
 
 
 def _key(shards: Sequence[Path], loras: Adapters) -> str:
-    return "\n".join(str(path.resolve()) for path in (shards[0], *(lora for lora, _ in loras)))
-
-
-def _state(shards: Sequence[Path], loras: Adapters) -> list[Any]:
-    """What a result is valid for: size and time of every file, the build of llama.cpp, what is tried."""
-    return [system_info(), _attentions(), *states([*shards, *(lora for lora, _ in loras)])]
+    """What a result is valid for: path, size and time of every file, the build of llama.cpp, what is tried."""
+    paths = [*shards, *(lora for lora, _ in loras)]
+    return json.dumps([system_info(), _attentions(), [str(path.resolve()) for path in paths], states(paths)])
 
 
 def _attentions() -> list[int | None]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import constants
 
-from ..errors import DownloadError, InvalidParameterError
+from ..errors import DownloadError
 from ..gguf.shards import shard_names
 from .hub_cache import COMMIT, check_names, folder, snapshot
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _CHUNK_BYTES = 1 << 20
@@ -61,7 +64,6 @@ class Repo:
     name: str
     commit: str
     files: Mapping[str, HubFile]
-    license: str | None
 
     def file(self, name: str) -> HubFile:
         """The file of that name. Raises DownloadError."""
@@ -108,18 +110,13 @@ def read_repo(repo: str, revision: str | None = None) -> Repo:
             raise ValueError(f"the commit {commit!r}")
         for sibling in info.siblings or ():
             if sibling.rfilename.lower().endswith(".gguf"):
+                check_names(repo, sibling.rfilename, commit)
                 sha256 = sibling.lfs.sha256 if sibling.lfs else None
                 blob, n_bytes = sha256 or str(sibling.blob_id), sibling.size
                 if not (_SHA256 if sha256 else COMMIT).fullmatch(blob) or n_bytes is None:
                     raise ValueError(f"the hash {blob!r} or the size {n_bytes} of {sibling.rfilename!r}")
                 files[sibling.rfilename] = HubFile(repo, sibling.rfilename, commit, n_bytes, blob, sha256)
-        license = info.card_data.get("license") if info.card_data else None
-    for name in files:
-        try:
-            check_names(repo, name, commit)
-        except InvalidParameterError as error:
-            raise DownloadError(f"{repo} is not safe to use, nothing was downloaded: {error}") from error
-    return Repo(repo, commit, files, license if isinstance(license, str) else None)
+    return Repo(repo, commit, files)
 
 
 def missing_bytes(file: HubFile) -> int:
@@ -191,20 +188,12 @@ def _fetch(file: HubFile) -> None:
     url = hf_hub_url(file.repo, file.name, revision=file.commit, endpoint=constants.ENDPOINT)
     headers = build_hf_headers(library_name="edge-dlf")
     # http_get itself resumes after most errors; the loop is for the rest, such as a connection that is reset.
-    while True:
-        with file.partial.open("ab") as target:
-            had = target.tell()
+    named = {"expected_size": file.n_bytes, "displayed_filename": file.name}
+    with file.partial.open("ab") as target:
+        while (had := target.tell()) < file.n_bytes:
             try:
-                http_get(
-                    url,
-                    target,
-                    resume_size=had,
-                    headers=headers,
-                    expected_size=file.n_bytes,
-                    displayed_filename=file.name,
-                )
-                break
-            except _transport_errors():
+                http_get(url, target, resume_size=had, headers=headers, **named)  # type: ignore[arg-type]
+            except _transport_error():
                 if target.tell() == had:
                     raise
     if not _is_intact(file.partial, file):
@@ -231,63 +220,51 @@ def _is_intact(path: Path, file: HubFile) -> bool:
 @contextmanager
 def _explained(what: str, repo: str) -> Iterator[None]:
     """Turn what huggingface-hub and the system raise into a DownloadError that says what to do."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     if constants.HF_HUB_OFFLINE:
         raise DownloadError(f"{what} is not on this machine, and HF_HUB_OFFLINE forbids the network")
+    transport_error = _transport_error()
     try:
         yield
-    except OfflineModeIsEnabled as error:
-        raise DownloadError(f"{what}: HF_HUB_OFFLINE forbids the network") from error
-    except HfHubHTTPError as error:
-        raise DownloadError(f"{what} {_reason(error, repo)}") from error
-    except _transport_errors() as error:
-        why = f"the connection to {constants.ENDPOINT} failed ({_first_line(error)})"
-        raise DownloadError(f"{what}: {why}; {_GOES_ON}") from error
-    except OSError as error:
-        cause = error.__cause__
-        if isinstance(cause, HfHubHTTPError):
-            raise DownloadError(f"{what} {_reason(cause, repo)}") from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            why = f"the disk of {constants.HF_HUB_CACHE} is full ({os.strerror(error.errno).lower()}); make room"
-            raise DownloadError(f"{what}: {why}, then the same command goes on where it stopped") from error
-        raise DownloadError(f"{what}: {_first_line(error)}; {_GOES_ON}") from error
+    except (OSError, transport_error) as error:
+        refusal = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if isinstance(refusal, HfHubHTTPError):
+            raise DownloadError(f"{what} {_reason(refusal, repo)}") from error
+        why = f"{_first_line(error)}; {_GOES_ON}"
+        if isinstance(error, transport_error):
+            why = f"the connection to {constants.ENDPOINT} failed ({_first_line(error)}); {_GOES_ON}"
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            why = f"the disk of {constants.HF_HUB_CACHE} is full; make room, and {_GOES_ON}"
+        raise DownloadError(f"{what}: {why}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DownloadError(f"{what}: {constants.ENDPOINT} answers with nonsense ({_first_line(error)})") from error
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
+def _transport_error() -> type[Exception]:
     """What the HTTP library raises; which one that is differs between versions of huggingface-hub."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    bases = [base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("http")]
-    return tuple(base for base in bases if issubclass(base, Exception))
+    base: type[Exception] = HfHubHTTPError.__mro__[1]
+    return base
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _reason(error: Exception, repo: str) -> str:
+def _reason(error: HfHubHTTPError, repo: str) -> str:
     """What the hub refuses, as the end of a sentence that begins with what was asked for."""
-    from huggingface_hub import errors, get_token
+    from huggingface_hub import errors
 
-    response = getattr(error, "response", None)
-    status = response.status_code if response is not None else None
+    status = error.response.status_code
     log_in = "`hf auth login`, or HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
-        asked = "this token's account has not been granted that" if get_token() else f"then log in ({log_in})"
-        return f"is gated: accept its terms at {constants.ENDPOINT}/{repo}; {asked}"
+        return f"is gated: accept its terms at {constants.ENDPOINT}/{repo}, then log in as who accepted them ({log_in})"
     if isinstance(error, errors.RevisionNotFoundError):
         return "has no such revision"
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
-        if get_token():
-            return f"does not exist, or the token in use gives no access to it (HTTP {status}); another one: {log_in}"
-        return f"does not exist, or it is private and needs a token ({log_in})"
-    if status == 404:
-        return "is not there (HTTP 404)"
-    if status == 429:
-        return "is refused, there were too many requests (HTTP 429); wait some minutes, or log in"
-    if status is not None and status >= 500:
-        return f"cannot be had, the hub is out of order (HTTP {status}); {_GOES_ON}"
-    return f"is refused: {_first_line(error)}"
+        return f"does not exist, or it is private and needs a token that gives access to it ({log_in})"
+    hints = {404: "it is not there", 429: "there were too many requests; wait some minutes, or log in"}
+    hint = f"the hub is out of order; {_GOES_ON}" if status >= 500 else hints.get(status, _first_line(error))
+    return f"is refused (HTTP {status}): {hint}"

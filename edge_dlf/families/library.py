@@ -12,6 +12,7 @@ import tomli_w
 
 from ..errors import DownloadError, EdgeDLFError, FamilyError, InvalidParameterError
 from ..gguf.shards import shard_names
+from ..system.durable import replacing
 from ..system.paths import models_dir, shipped_dir
 from . import hub_cache
 from .catalogue import read_catalogue
@@ -39,11 +40,6 @@ class Installed:
         """Every file of the family that is on this machine."""
         sources = self.spec.sources if self.spec else ()
         return list(dict.fromkeys(path for source in sources for path in source.local_files))
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of its files that are on this machine."""
-        return sum(path.stat().st_size for path in self.files)
 
     @property
     def hub_files(self) -> list[CachedFile]:
@@ -150,10 +146,9 @@ def write_family(spec: FamilySpec) -> Path:
             name: {str(key): each for key, each in value.items()} if isinstance(value, dict) else value
             for name, value in spec.defaults.items()
         }
-    part = folder / f"{FILE_NAME}.part"
-    part.unlink(missing_ok=True)
-    part.write_text(tomli_w.dumps(table), "utf-8")
-    return part.replace(folder / FILE_NAME)
+    with replacing(folder / FILE_NAME) as file:
+        tomli_w.dump(table, file)
+    return folder / FILE_NAME
 
 
 def _table(source: ModelSource) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,15 @@ class Manifest:
         """Read the manifest; None if there is no such file. Raises InvalidParameterError if it cannot be read."""
         try:
             saved = json.loads(path.read_bytes())
-            is_ours = saved.pop("format") == _FORMAT
-            manifest = cls(**saved)
+            if saved.pop("format") == _FORMAT:
+                return cls(**saved)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise file_error(path, error) from error
         except (ValueError, TypeError, KeyError, AttributeError):
-            is_ours = False
-        if not is_ours:
-            raise InvalidParameterError(f"{path}: is no manifest that this version of edge-dlf can read")
-        return manifest
+            pass
+        raise InvalidParameterError(f"{path}: is no manifest that this version of edge-dlf can read")
 
     def save(self, path: Path) -> None:
         """Write it, all at once. Raises EdgeDLFError."""
@@ -79,24 +78,18 @@ class Manifest:
 
 
 def _family(files: FamilyFiles) -> dict[str, list[dict[str, Any]]]:
-    digests: dict[Path, str] = {}
+    entries = {file: list(map(_entry, info.shards, repeat(info))) for file, info in files.infos.items()}
+    return {
+        role: [{**entry, "scale": scale} for path, scale in files.loras[role] for entry in entries[path]]
+        if role in files.loras
+        else entries[info.path]
+        for role, info in files.models.items()
+    }
 
-    def entries(info: GGUFInfo) -> Iterator[dict[str, Any]]:
-        header_bytes = info.file_bytes - info.tensor_bytes
-        for path in info.shards:
-            if path not in digests:
-                digests[path] = _sampled_digest(path, header_bytes)
-            yield {"file": path.name, "bytes": path.stat().st_size, "digest": digests[path]}
 
-    family = {}
-    for role, info in files.models.items():
-        loras = files.loras.get(role)
-        family[role] = (
-            list(entries(info))
-            if loras is None
-            else [{**entry, "scale": scale} for path, scale in loras for entry in entries(files.infos[path])]
-        )
-    return family
+def _entry(path: Path, info: GGUFInfo) -> dict[str, Any]:
+    digest = _sampled_digest(path, info.file_bytes - info.tensor_bytes)
+    return {"file": path.name, "bytes": path.stat().st_size, "digest": digest}
 
 
 def _sampled_digest(path: Path, header_bytes: int) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import InvalidParameterError
 from ..llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights, system_info
@@ -41,13 +40,10 @@ def plan_memory(
     *,
     n_ctx: int,
     n_parallel: int | Literal["auto"],
-    n_gpu_layers: int | Mapping[str, int],
-    main_gpu: int | Mapping[str, int] | None,
-    tensor_split: Sequence[float] | None,
-    type_k: str | None,
-    type_v: str | None,
+    **asked: Any,
 ) -> Plan:
-    """Find room for `files`, before anything is loaded, on this machine as it is now. Arguments as in FusedLlama.
+    """Find room for `files`, before anything is loaded, on this machine as it is now. Arguments as in FusedLlama; those
+    in `asked` go to Planner.
 
     Sequences share as many positions as memory allows, of one context at least, and more than that only where they push
     no layer off a GPU. Raises OutOfMemoryError or InvalidParameterError.
@@ -57,19 +53,8 @@ def plan_memory(
     if not is_number and n_parallel != "auto":
         raise InvalidParameterError(f"n_parallel must be auto or 1 to {MAX_PARALLEL}, not {n_parallel!r}")
     n_seqs = _AUTO_PARALLEL[bool(machine.gpus)] if n_parallel == "auto" else int(n_parallel)
-    planner = Planner(
-        files,
-        machine,
-        n_gpu_layers=n_gpu_layers,
-        main_gpu=main_gpu,
-        tensor_split=tensor_split,
-        type_k=type_k,
-        type_v=type_v,
-        n_seqs=n_seqs,
-        repacks=repacks_weights(),
-    )
-    wants_gpu = n_gpu_layers.values() if isinstance(n_gpu_layers, Mapping) else [n_gpu_layers]
-    if not machine.gpus and (max(wants_gpu, default=0) > 0 or main_gpu is not None or tensor_split is not None):
+    planner = Planner(files, machine, n_seqs=n_seqs, repacks=repacks_weights(), **asked)
+    if planner.lacks_gpu:
         logger.warning("there is no GPU that this build of llama.cpp can use: everything runs on the CPU")
     n_shared = n_seqs * min(n_ctx, _CELLS_PER_SEQUENCE)
     return planner.plan(max(n_ctx, planner.largest_n_cells(n_shared, n_ctx) if n_shared > n_ctx else 0))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from ..engine.backend import N_ROWS
 from ..errors import OutOfMemoryError
@@ -57,6 +57,8 @@ class Plan:
     n_cells: positions that they share in the KV cache of each member.
     layers: n_gpu_layers of each member, as llama.cpp takes it.
     host_bytes, each_gpu_bytes: what all members together take there.
+    left_bytes: what is left on each GPU, below 0 if too little.
+    address_bytes: of address space, in which repacked weights count twice.
     """
 
     n_seqs: int
@@ -65,6 +67,8 @@ class Plan:
     layers: Mapping[str, int]
     host_bytes: int
     each_gpu_bytes: tuple[int, ...]
+    left_bytes: tuple[int, ...]
+    address_bytes: int
 
     @property
     def splits(self) -> dict[str, tuple[float, ...]]:
@@ -77,14 +81,23 @@ class Plan:
         return frozenset(member.name for member in self.members if member.n_gpu_layers == member.n_layers)
 
     @property
-    def gpu_bytes(self) -> int:
-        """Bytes on all GPUs together."""
-        return sum(self.each_gpu_bytes)
+    def n_on_gpu(self) -> int:
+        """Layers of all models on GPUs."""
+        return sum(member.n_gpu_layers for member in self.members if not member.shares_with)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of all members."""
         return sum(member.weights_bytes + member.cache_bytes + member.buffer_bytes for member in self.members)
+
+
+class _Layout(NamedTuple):
+    """Where one model is: layers on GPUs, the share of each GPU, and bytes on the host and on each GPU."""
+
+    n_gpu: int
+    split: tuple[float, ...]
+    host_bytes: int
+    each_gpu_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -126,19 +139,6 @@ class _Model:
         return _Layout(n_gpu, tuple(split), host, tuple(each))
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where one model is: layers on GPUs, the share of each GPU, and bytes on the host and on each GPU."""
-
-    n_gpu: int
-    split: tuple[float, ...]
-    host_bytes: int
-    each_gpu_bytes: tuple[int, ...]
-
-    def fits(self, rooms: Sequence[int]) -> bool:
-        return all(n_bytes <= room for n_bytes, room in zip(self.each_gpu_bytes, rooms, strict=True))
-
-
 def gpu_of_layer(number: int, n_gpu: int, split: Sequence[float]) -> int:
     """The GPU that llama.cpp gives the layer `number` of `n_gpu` to: the first whose shares, with all before it, exceed
     its part of the way through them."""
@@ -150,25 +150,6 @@ def gpu_of_layer(number: int, n_gpu: int, split: Sequence[float]) -> int:
     return len(split) - 1
 
 
-@dataclass(frozen=True)
-class _Arrangement:
-    """Layouts of all models, and their bytes. left_bytes: what is left on each GPU, below 0 if too little."""
-
-    layouts: tuple[_Layout, ...]
-    host_bytes: int
-    each_gpu_bytes: tuple[int, ...]
-    left_bytes: tuple[int, ...]
-
-    @property
-    def n_on_gpu(self) -> int:
-        """Layers of all models on GPUs."""
-        return sum(layout.n_gpu for layout in self.layouts)
-
-    @property
-    def fits_gpus(self) -> bool:
-        return min(self.left_bytes, default=0) >= 0
-
-
 class Planner:
     """Plans a family for one machine.
 
@@ -176,6 +157,7 @@ class Planner:
     n_rows: rows of logits that one decode may ask for.
     n_seqs: sequences decoded at once.
     repacks: whether the CPU keeps weights twice.
+    Its attribute `lacks_gpu` says whether a GPU was asked for on a machine without one.
 
     Raises InvalidParameterError for cache types, names of members and GPUs that do not exist.
     """
@@ -199,9 +181,11 @@ class Planner:
         self._files = files
         self._wanted = files.layers(n_gpu_layers)
         self._splits = files.splits(main_gpu, tensor_split, len(machine.gpus))
+        is_wanted = max(self._wanted.values()) > 0 or main_gpu is not None or tensor_split is not None
+        self.lacks_gpu = is_wanted and not machine.gpus
         self._n_rows, self._n_seqs = max(n_rows, n_seqs), n_seqs
-        paths = {info.path: info for info in files.models.values()}
-        self._models = [self._model(path, footprint(info, type_k, type_v)) for path, info in paths.items()]
+        sizes = {info.path: footprint(info, type_k, type_v) for info in files.models.values()}
+        self._models = [self._model(path, size) for path, size in sizes.items()]
 
     def _model(self, path: Path, own: Footprint) -> _Model:
         members = tuple(name for name, info in self._files.models.items() if info.path == path)
@@ -214,16 +198,64 @@ class Planner:
     def plan(self, n_cells: int) -> Plan:
         """The family with `n_cells` positions in every KV cache. Raises OutOfMemoryError, which says what would fit."""
         best = self._arranged(n_cells)
-        if not self._fits(best, n_cells):
-            raise OutOfMemoryError(self._why(best, n_cells))
-        members, layers = {}, {}
-        for model, layout in zip(self._models, best.layouts, strict=True):
-            is_whole = layout.n_gpu == model.n_layers or not self.machine.gpus
-            for name in model.members:
-                members[name] = self._member(name, model, layout, n_cells)
-                layers[name] = self._wanted[name] if is_whole else layout.n_gpu
+        if not self._fits(best):
+            raise OutOfMemoryError(self._why(best))
+        return best
+
+    def largest_n_cells(self, at_most: int, least: int = 0) -> int:
+        """The largest context up to `at_most` that fits; 0 if not even the smallest does.
+
+        least: a larger context than this counts only if it moves no more layers off the GPUs than this one does.
+        """
+        n_on_gpu = self._arranged(least).n_on_gpu if least else 0
+        low, high = 0, at_most // _LEAST_CELLS
+        while low < high:
+            middle = (low + high + 1) // 2
+            arranged = self._arranged(middle * _LEAST_CELLS)
+            if self._fits(arranged) and arranged.n_on_gpu >= n_on_gpu:
+                low = middle
+            else:
+                high = middle - 1
+        return low * _LEAST_CELLS
+
+    def _arranged(self, n_cells: int, n_wanted: int | None = None) -> Plan:
+        """Give GPUs what is asked for, then whole models from the smallest on, then the layers for which there is room.
+
+        n_wanted: in place of what is asked for.
+        """
+        wanted = {model: model.wanted if n_wanted is None else n_wanted for model in self._models}
+        left = [max(0, gpu.free_bytes - _GPU_RESERVE_BYTES) for gpu in self.machine.gpus]
+        layouts: dict[_Model, _Layout] = {}
+        for model in sorted(self._models, key=lambda m: (wanted[m] < 0, sum(m.size.layers) + m.size.output)):
+            for layout in self._layouts(model, wanted[model], left, n_cells):
+                layouts[model] = layout
+                if all(n_bytes <= room for n_bytes, room in zip(layout.each_gpu_bytes, left, strict=True)):
+                    break
+            left = [room - taken for room, taken in zip(left, layouts[model].each_gpu_bytes, strict=True)]
+        each = tuple(map(sum, zip(*(layout.each_gpu_bytes for layout in layouts.values()), strict=True)))
+        host = sum(layout.host_bytes for layout in layouts.values()) + KERNELS_BYTES
+        if self.machine.gpus and all(device.shares_host for device in self.machine.gpus):
+            host += sum(each)
+        copies = sum(m.size.repacked for m, layout in layouts.items() if self._repacks and not layout.n_gpu)
+        members = {name: self._member(name, m, layout, n_cells) for m, layout in layouts.items() for name in m.members}
         in_order = tuple(members[name] for name in self._files.models)
-        return Plan(self._n_seqs, n_cells, in_order, layers, best.host_bytes, best.each_gpu_bytes)
+        layers = {
+            m.name: self._wanted[m.name] if m.n_gpu_layers == m.n_layers or not self.machine.gpus else m.n_gpu_layers
+            for m in in_order
+        }
+        address = host + copies + _KERNELS_ADDRESS_BYTES
+        return Plan(self._n_seqs, n_cells, in_order, layers, host, each, tuple(left), address)
+
+    def _layouts(self, model: _Model, n_wanted: int, left: Sequence[int], n_cells: int) -> Iterator[_Layout]:
+        """Layouts of a model, best first: the most layers on GPUs; as asked for, or on one GPU, the fullest first, so
+        that a larger model finds an empty one, or spread by the memory that is left."""
+        numbers = range(len(left))
+        splits = [model.split] if model.split else [_only(n, len(left)) for n in sorted(numbers, key=left.__getitem__)]
+        if not model.split and len(left) > 1 and sum(room > 0 for room in left) > 1:
+            splits.append(tuple(float(max(0, room)) for room in left))
+        for n_gpu in [n_wanted] if n_wanted >= 0 else range(model.n_layers, -1, -1):
+            for split in (splits if n_gpu else splits[-1:]) or [()]:
+                yield model.layout(n_gpu, split, n_cells, self._n_rows, self._n_seqs)
 
     def _member(self, name: str, model: _Model, layout: _Layout, n_cells: int) -> MemberPlan:
         own, shares = model.size, model.members[0] if name != model.members[0] else None
@@ -242,93 +274,35 @@ class Planner:
             n_ubatch=None if self.machine.gpus else own.n_ubatch(n_cells // self._n_seqs, self._n_seqs),
         )
 
-    def largest_n_cells(self, at_most: int, least: int = 0) -> int:
-        """The largest context up to `at_most` that fits; 0 if not even the smallest does.
-
-        least: a larger context than this counts only if it moves no more layers off the GPUs than this one does.
-        """
-        n_on_gpu = self._arranged(least).n_on_gpu if least else 0
-        low, high = 0, at_most // _LEAST_CELLS
-        while low < high:
-            middle = (low + high + 1) // 2
-            arranged = self._arranged(middle * _LEAST_CELLS)
-            if self._fits(arranged, middle * _LEAST_CELLS) and arranged.n_on_gpu >= n_on_gpu:
-                low = middle
-            else:
-                high = middle - 1
-        return low * _LEAST_CELLS
-
-    def _arranged(self, n_cells: int, n_wanted: int | None = None) -> _Arrangement:
-        """Give GPUs what is asked for, then whole models from the smallest on, then the layers for which there is room.
-
-        n_wanted: in place of what is asked for.
-        """
-        wanted = [model.wanted if n_wanted is None else n_wanted for model in self._models]
-        left = [max(0, gpu.free_bytes - _GPU_RESERVE_BYTES) for gpu in self.machine.gpus]
-        sizes = [sum(model.size.layers) + model.size.output for model in self._models]
-        order = sorted(range(len(wanted)), key=lambda number: (wanted[number] < 0, sizes[number]))
-        layouts: dict[int, _Layout] = {}
-        for number in order:
-            model, n_wish = self._models[number], wanted[number]
-            options = chain.from_iterable(
-                self._layouts(model, n, left, n_cells)
-                for n in ([n_wish] if n_wish >= 0 else range(model.n_layers, 0, -1))
-            )
-            fitting = next((layout for layout in options if layout.fits(left)), None)
-            *_, last = self._layouts(model, max(n_wish, 0), left, n_cells)
-            layouts[number] = fitting or last
-            left = [room - taken for room, taken in zip(left, layouts[number].each_gpu_bytes, strict=True)]
-        host = sum(layout.host_bytes for layout in layouts.values())
-        each = tuple(map(sum, zip(*(layout.each_gpu_bytes for layout in layouts.values()), strict=True)))
-        if self.machine.gpus and all(device.shares_host for device in self.machine.gpus):
-            host += sum(each)
-        return _Arrangement(tuple(layouts[n] for n in range(len(wanted))), host + KERNELS_BYTES, each, tuple(left))
-
-    def _layouts(self, model: _Model, n_gpu: int, left: Sequence[int], n_cells: int) -> Iterator[_Layout]:
-        """Layouts with `n_gpu` layers of a model on GPUs, best first: as asked for; on one GPU, the fullest first, so
-        that a larger model finds an empty one; spread by the memory that is left."""
-        numbers = range(len(left))
-        splits = [model.split] if model.split else [_only(n, len(left)) for n in sorted(numbers, key=left.__getitem__)]
-        if not model.split and len(left) > 1 and sum(room > 0 for room in left) > 1:
-            splits.append(tuple(float(max(0, room)) for room in left))
-        for split in splits or [()]:
-            yield model.layout(n_gpu, split, n_cells, self._n_rows, self._n_seqs)
-
-    def _fits(self, best: _Arrangement, n_cells: int) -> bool:
+    def _fits(self, best: Plan) -> bool:
         address = self.machine.address_bytes
         return (
-            best.fits_gpus
+            min(best.left_bytes, default=0) >= 0
             and best.host_bytes <= self.machine.free_bytes
-            and (address is None or self._address_bytes(best) <= address)
+            and (address is None or best.address_bytes <= address)
         )
 
-    def _address_bytes(self, best: _Arrangement) -> int:
-        """Address space that is needed: repacked weights count twice."""
-        on_host = [model.size for model, layout in zip(self._models, best.layouts, strict=True) if not layout.n_gpu]
-        copies = sum(own.repacked for own in on_host) if self._repacks else 0
-        return best.host_bytes + copies + _KERNELS_ADDRESS_BYTES
-
-    def _why(self, best: _Arrangement, n_cells: int) -> str:
+    def _why(self, best: Plan) -> str:
         """What is missing, and what would fit."""
         members = tuple(name for model in self._models for name in model.members)
-        caches = sum(len(model.members) * model.size.cache(n_cells) for model in self._models)
         names = f"{', '.join(members[:-1])} and {members[-1]}"
-        if not best.fits_gpus:
+        if min(best.left_bytes, default=0) < 0:
             number = min(range(len(best.left_bytes)), key=best.left_bytes.__getitem__)
             device, n_bytes = self.machine.gpus[number], best.each_gpu_bytes[number]
             where = "the GPU" if len(self.machine.gpus) == 1 else device.name
             need = f"{names} need {_gb(n_bytes)} on {where} with these layers, {_gb(device.free_bytes)} are free there"
-            shared = self._arranged(n_cells, -1)
-            layers = ",".join(f"{m.members[0]}={p.n_gpu}" for m, p in zip(self._models, shared.layouts, strict=True))
-            if self._fits(shared, n_cells):
+            shared = self._arranged(best.n_cells, -1)
+            layers = ",".join(f"{m.name}={m.n_gpu_layers}" for m in shared.members if not m.shares_with)
+            if self._fits(shared):
                 return f"{need}; n_gpu_layers of {layers} would fit"
         else:
             free, limit, total = self.machine.free_bytes, self.machine.limit, best.host_bytes
-            if self.machine.address_bytes is not None and self._address_bytes(best) > self.machine.address_bytes:
-                total, free, limit = self._address_bytes(best), self.machine.address_bytes, "ulimit -v"
+            if self.machine.address_bytes is not None and best.address_bytes > self.machine.address_bytes:
+                total, free, limit = best.address_bytes, self.machine.address_bytes, "ulimit -v"
             left = f"{_gb(free)} are free" + (f" (by {limit})" if limit else "")
-            need = f"{names} need {_gb(total)}, {_gb(caches)} of it for a context of {n_cells}; {left}"
-        fitting = self.largest_n_cells(n_cells)
+            caches = sum(len(model.members) * model.size.cache(best.n_cells) for model in self._models)
+            need = f"{names} need {_gb(total)}, {_gb(caches)} of it for a context of {best.n_cells}; {left}"
+        fitting = self.largest_n_cells(best.n_cells)
         if fitting:
             return f"{need}; a context of {fitting} would fit"
         return f"{need}; not even the smallest context would fit: take smaller files or a stronger quantization"

@@ -141,7 +141,32 @@ class FamilySpec:
     @classmethod
     def from_table(cls, table: Table, folder: Path) -> FamilySpec:
         """Make a family of the contents of a `family.toml` in `folder`. Raises InvalidParameterError."""
-        return _parse(table, folder)
+        _known(table, {"name", "large", "base", "experts", "defaults", "examples"}, "the file")
+        name = table.get("name")
+        _require(is_name(name), f"name must have {NAME_RULE}, not {name!r}")
+        sources = {}
+        for role in ("large", "base"):
+            _require(isinstance(table.get(role), dict), f"needs a table [{role}]")
+            sources[role] = _source(table[role], folder, f"[{role}]")
+        experts = table.get("experts", [])
+        _require(
+            isinstance(experts, list) and all(isinstance(expert, dict) for expert in experts),
+            "experts must be tables, [[experts]]",
+        )
+        names = [expert.get("name") for expert in experts]
+        _check_names(names)
+        defaults = table.get("defaults", {})
+        _require(isinstance(defaults, dict), "defaults must be a table, [defaults]")
+        examples = table.get("examples", [])
+        _require(isinstance(examples, list), "examples must be a list of prompts")
+        return cls(
+            name=str(name),
+            large=sources["large"],
+            base=sources["base"],
+            experts=tuple(_expert(expert, folder) for expert in experts),
+            defaults=_defaults(defaults, names),
+            examples=tuple(_text(example, "an example") for example in examples),
+        )
 
     @classmethod
     def from_files(
@@ -164,9 +189,9 @@ class FamilySpec:
         return cls(Path(large).stem, _local(large, folder, "large"), _local(base, folder, "base"), tuple(specs))
 
 
-def is_name(text: str) -> bool:
-    """Whether `text` may be the name of a family."""
-    return bool(_NAME.fullmatch(text))
+def is_name(text: Any) -> bool:
+    """Whether `text` may be the name of a family or an expert."""
+    return isinstance(text, str) and bool(_NAME.fullmatch(text))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -178,8 +203,8 @@ def find_family(family: str | Path) -> Path:
     """The `family.toml` that a path or a name stands for."""
     path = expanded(family)
     candidates = [path, path / FILE_NAME]
-    if isinstance(family, str) and _NAME.fullmatch(family):
-        candidates += [folder / family / FILE_NAME for folder in (models_dir(), shipped_dir())]
+    if is_name(family):
+        candidates += [folder / str(family) / FILE_NAME for folder in (models_dir(), shipped_dir())]
     try:
         for candidate in candidates:
             if candidate.is_file():
@@ -208,46 +233,14 @@ def read_toml(path: Path) -> Table:
     try:
         table: Table = tomllib.loads(content.decode("utf-8"))
         return table
-    except UnicodeDecodeError as error:
-        raise InvalidParameterError(f"is not UTF-8 text (byte {error.start})") from error
-    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8, a number of thousands of digits
         raise InvalidParameterError(f"is not valid TOML: {error}") from error
-
-
-def _parse(table: Table, folder: Path) -> FamilySpec:
-    _known(table, {"name", "large", "base", "experts", "defaults", "examples"}, "the file")
-    name = table.get("name")
-    _require(isinstance(name, str) and bool(_NAME.fullmatch(name)), f"name must have {NAME_RULE}, not {name!r}")
-    sources = {}
-    for role in ("large", "base"):
-        _require(isinstance(table.get(role), dict), f"needs a table [{role}]")
-        sources[role] = _source(table[role], folder, f"[{role}]")
-    experts = table.get("experts", [])
-    _require(
-        isinstance(experts, list) and all(isinstance(expert, dict) for expert in experts),
-        "experts must be tables, [[experts]]",
-    )
-    names = [expert.get("name") for expert in experts]
-    _check_names(names)
-    defaults = table.get("defaults", {})
-    _require(isinstance(defaults, dict), "defaults must be a table, [defaults]")
-    examples = table.get("examples", [])
-    _require(isinstance(examples, list), "examples must be a list of prompts")
-    return FamilySpec(
-        name=str(name),
-        large=sources["large"],
-        base=sources["base"],
-        experts=tuple(_expert(expert, folder) for expert in experts),
-        defaults=_defaults(defaults, names),
-        examples=tuple(_text(example, "an example") for example in examples),
-    )
 
 
 def _check_names(names: Sequence[Any]) -> None:
     _require(bool(names), "has no expert; it needs at least one")
     for name in names:
-        is_name = isinstance(name, str) and bool(_NAME.fullmatch(name))
-        _require(is_name, f"an expert's name must have {NAME_RULE}, not {name!r}")
+        _require(is_name(name), f"an expert's name must have {NAME_RULE}, not {name!r}")
         _require(name not in METHODS, f"an expert cannot be named {name!r}: that is a role or a method")
         _require(names.count(name) == 1, f"two experts are named {name!r}")
 
@@ -264,9 +257,8 @@ def _text(value: Any, where: str) -> str:
 
 
 def _local(path: Any, folder: Path, where: str) -> ModelSource:
-    if isinstance(path, os.PathLike):
-        path = os.fspath(path)
-    return ModelSource(path=folder / expanded(_text(path, f"the path of {where}")))
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    return ModelSource(path=folder / expanded(_text(text, f"the path of {where}")))
 
 
 def _source(table: Table, folder: Path, where: str, also: frozenset[str] = frozenset()) -> ModelSource:

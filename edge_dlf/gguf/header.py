@@ -11,23 +11,22 @@ import os
 import stat
 import struct
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ModelFileError
-from .texts import NO_TEXTS, U64, Texts, plain_starts, repeated
+from ..errors import InvalidParameterError, ModelFileError
 
 Scalar = bool | int | float | str
 
 _MIB = 1 << 20
 _FIRST_READ_BYTES = 8 * _MIB
 _MAX_HEADER_BYTES = 32 * _MIB  # the largest vocabularies take half of it
-_WINDOW_BYTES = _MIB  # what stays in the processor's cache
 _MAX_TEXT_BYTES = 4 * _MIB  # of all string values together; the longest chat templates have 0.1 MiB
 _MAX_KEYS = 1 << 16
 _MAX_KEY_BYTES = 1 << 12
@@ -40,19 +39,11 @@ _MAX_LAYERS = 512  # arrays up to this length keep their values: hyperparameters
 _MAX_KEPT_VALUES = 1 << 16
 _UINT32, _INT32, _STRING, _ARRAY = 4, 5, 8, 9
 _SCALARS = {
-    0: struct.Struct("<B"),
-    1: struct.Struct("<b"),
-    2: struct.Struct("<H"),
-    3: struct.Struct("<h"),
-    4: struct.Struct("<I"),
-    5: struct.Struct("<i"),
-    6: struct.Struct("<f"),
-    7: struct.Struct("<?"),
-    10: struct.Struct("<Q"),
-    11: struct.Struct("<q"),
-    12: struct.Struct("<d"),
+    kind: struct.Struct(f"<{code}")
+    for kind, code in zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
 }
-_U32 = struct.Struct("<I")
+"""Type of a value of the metadata that is no text and no array -> its layout."""
+_U32, _U64 = _SCALARS[4], _SCALARS[10]
 _TOKENS = "tokenizer.ggml.tokens"
 _TOKENIZER_LISTS = (_TOKENS, "tokenizer.ggml.merges")
 BLOCKS = {
@@ -67,6 +58,15 @@ BLOCKS = {
     42: ("Q2_0", 64, 18),
 }  # fmt: skip
 """ggml type -> name, elements a block, bytes a block."""
+CACHE_TYPES = {BLOCKS[number][0].lower(): number for number in (0, 1, 30, 8, 7, 6, 3, 2, 20)}
+"""Type of a KV cache -> ggml's number of it."""
+
+
+def cache_type(name: str | None) -> int:
+    """ggml's number of a type of KV cache, f16 where None. Raises InvalidParameterError."""
+    if name is not None and name not in CACHE_TYPES:
+        raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {name!r}")
+    return CACHE_TYPES[name or "f16"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,27 @@ class Array:
     type: int
     length: int
     values: tuple[bool | int | float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Texts:
+    """An array of strings as it stands in a file, each after its length in 8 bytes.
+
+    starts: where the length of each begins, and the end of the last.
+    """
+
+    data: bytes
+    starts: array[int]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def since(self, first: int) -> Iterator[bytes]:
+        """The strings from number `first` on."""
+        return (self.data[start + 8 : end] for start, end in pairwise(self.starts[first:]))
+
+
+_NO_TEXTS = Texts(b"", array("q", [0]))
 
 
 @dataclass(frozen=True)
@@ -101,14 +122,13 @@ class Vocabulary:
     @property
     def tokens(self) -> Texts:
         """Text of every token, by id."""
-        return self.lists.get(_TOKENS, NO_TEXTS)
+        return self.lists.get(_TOKENS, _NO_TEXTS)
 
 
 @dataclass(frozen=True)
 class Header:
     """The header of one file."""
 
-    version: int
     metadata: Mapping[str, Scalar | Array]
     vocabulary: Vocabulary
     tensors: Mapping[str, Tensor]
@@ -156,15 +176,15 @@ class _Cursor:
         if end > len(self.buffer):
             self.fail("changed while it was read")
 
-    def number(self, layout: struct.Struct, what: str) -> int:
+    def number(self, layout: struct.Struct, what: str) -> Any:
         self.need(layout.size, what)
         (value,) = layout.unpack_from(self.buffer, self.pos)
         self.pos += layout.size
-        return int(value)
+        return value
 
     def text(self, what: str, limit: int) -> bytes:
         """A length, of `limit` at most, and as many bytes."""
-        n_bytes = self.number(U64, what)
+        n_bytes = self.number(_U64, what)
         if n_bytes > limit:
             self.fail(f"damaged: {what} has {n_bytes:,} bytes")
         self.need(n_bytes, what)
@@ -174,44 +194,37 @@ class _Cursor:
     def texts(self, n: int, what: str, like: Texts) -> Texts:
         """An array of `n` strings, `like` one that it may be the same as."""
         self.need(8 * n, what)
-        begin, known = self.pos, like.also_at(self.buffer, self.pos, n)
-        parts, n_left = [known[:-1]], n - len(known) + 1
-        self.pos += int(known[-1])
-        while n_left:
-            self.need(max(8, min(_WINDOW_BYTES, self.file_bytes - self.pos, _MAX_HEADER_BYTES - self.pos)), what)
-            starts = plain_starts(self.buffer[self.pos : self.pos + _WINDOW_BYTES], n_left)
-            if starts is None:
-                parts.append(self._texts_slowly(n_left, what) - begin)
-                break
-            parts.append(starts + (self.pos - begin))
-            n_left -= len(starts)
-            self.pos += int(starts[-1])
-            self.text(what, _MAX_HEADER_BYTES)
-        if len(known) == n + 1 == len(like) + 1:
+        begin = pos = self.pos
+        if len(like) == n and self.buffer.startswith(like.data, pos):
+            self.pos += len(like.data)
             return like
-        ends = np.array([self.pos - begin], np.int64)
-        return Texts(self.buffer[begin : self.pos], np.concatenate([*parts, ends]))
-
-    def _texts_slowly(self, n: int, what: str) -> npt.NDArray[np.int64]:
-        """Where each of `n` texts begins, one after the other."""
-        starts, pos = array("q"), self.pos
+        starts, unpack = array("q", [0]), _U64.unpack_from
         for _ in range(n):
             if pos + 8 > len(self.buffer):
                 self.pos = min(pos, self.file_bytes)
                 self.need(8, what)
-            starts.append(pos)
-            (n_bytes,) = U64.unpack_from(self.buffer, pos)
-            pos += 8 + n_bytes
+            pos += 8 + unpack(self.buffer, pos)[0]
+            if pos > self.file_bytes:
+                break
+            starts.append(pos - begin)
         self.pos = min(pos, self.file_bytes + 1)
         self.need(0, what)
-        return np.array(starts, np.int64)
+        return Texts(self.buffer[begin : self.pos], starts)
 
 
 def _check_distinct(header: _Cursor, texts: Texts) -> None:
-    """Fail where two entries of the vocabulary are the same: llama.cpp aborts on it."""
-    if pair := repeated(texts):
-        text = next(texts.since(pair[0])).split(b"\0", 1)[0]
-        header.fail(f"damaged: its tokens {pair[0]} and {pair[1]} are both {show(text or b'[EMPTY_%d]' % pair[0])}")
+    """Fail where two entries of the vocabulary are the same as C reads them: llama.cpp aborts on it."""
+    # By hashes and counts: half a million entries must not take 200 MB.
+    lengths = np.diff(np.frombuffer(texts.starts, np.int64)) - 8
+    n_not_nul = np.count_nonzero(np.frombuffer(texts.data, np.uint8)) - np.count_nonzero(lengths.view(np.uint8))
+    if n_not_nul == lengths.sum() and lengths.all() and len({*map(hash, texts.since(0))}) == len(texts):
+        return
+    seen: dict[int, int] = {}
+    for number, entry in enumerate(texts.since(0)):
+        text = entry.split(b"\0", 1)[0] or b"[EMPTY_%d]" % number
+        first = seen.setdefault(hash(text), number)
+        if first != number:
+            header.fail(f"damaged: its tokens {first} and {number} are both {show(text)}")
 
 
 def _read_value(header: _Cursor, key: str) -> Scalar | Array:
@@ -222,19 +235,17 @@ def _read_value(header: _Cursor, key: str) -> Scalar | Array:
     if kind in _SCALARS:
         if key == "general.alignment" and kind != _UINT32:
             header.fail(f"damaged: {what} has the type {kind}, not {_UINT32}")
-        header.need(_SCALARS[kind].size, what)
-        scalar: bool | int | float = _SCALARS[kind].unpack_from(header.buffer, header.pos)[0]
-        header.pos += _SCALARS[kind].size
+        scalar: bool | int | float = header.number(_SCALARS[kind], what)
         return scalar
     if kind != _ARRAY:
         header.fail(f"damaged: {what} has the unknown type {kind}")
-    kind, length = header.number(_U32, what), header.number(U64, what)
+    kind, length = header.number(_U32, what), header.number(_U64, what)
     if kind == _STRING:
         if length > _MAX_TEXTS:
             header.fail(f"damaged: {what} is an array of {length:,} texts")
         if key == _TOKENS and length > _MAX_VOCAB:
             header.fail(f"its vocabulary has {length:,} entries; the most that can be used are {_MAX_VOCAB:,}")
-        known = header.like.get(key, NO_TEXTS)
+        known = header.like.get(key, _NO_TEXTS)
         texts = header.texts(length, what, known)
         if key in _TOKENIZER_LISTS:
             header.lists[key] = texts
@@ -287,8 +298,8 @@ def _read_tensors(header: _Cursor, n_tensors: int, alignment: int) -> dict[str, 
         n_dims = header.number(_U32, what)
         if not 1 <= n_dims <= _MAX_DIMS:
             header.fail(f"damaged: {what} has {n_dims} dimensions")
-        shape = tuple(header.number(U64, what) for _ in range(n_dims))
-        kind, offset = header.number(_U32, what), header.number(U64, what)
+        shape = tuple(header.number(_U64, what) for _ in range(n_dims))
+        kind, offset = header.number(_U32, what), header.number(_U64, what)
         if kind not in BLOCKS:
             header.fail(f"{what} has the type {kind}, which this version of llama.cpp does not know")
         kind_name, block, block_bytes = BLOCKS[kind]
@@ -344,7 +355,7 @@ def read_header(path: Path, like: Mapping[str, Texts] | None = None) -> Header:
             header.fail("is a big-endian GGUF; only little-endian ones can be used")
         if version not in (2, 3):
             header.fail(f"is a GGUF of version {version}; only versions 2 and 3 can be used")
-        n_tensors, n_keys = header.number(U64, "the header"), header.number(U64, "the header")
+        n_tensors, n_keys = header.number(_U64, "the header"), header.number(_U64, "the header")
         if n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
             header.fail(f"damaged: it claims {n_tensors:,} tensors and {n_keys:,} keys")
         metadata = _read_metadata(header, n_keys)
@@ -357,4 +368,4 @@ def read_header(path: Path, like: Mapping[str, Texts] | None = None) -> Header:
         if len(types) < n_vocab:
             header.fail(f"damaged: it has {n_vocab:,} tokens and {len(types):,} token types")
         vocabulary = Vocabulary(header.lists, types[:n_vocab])
-        return Header(version, metadata, vocabulary, _read_tensors(header, n_tensors, alignment), header.file_bytes)
+        return Header(metadata, vocabulary, _read_tensors(header, n_tensors, alignment), header.file_bytes)

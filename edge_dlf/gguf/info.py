@@ -29,7 +29,6 @@ class GGUFInfo:
     """
 
     path: Path
-    version: int
     architecture: str
     is_adapter: bool
     n_vocab: int | None
@@ -76,14 +75,11 @@ def read_info(path: str | Path, like: GGUFInfo | None = None) -> GGUFInfo:
     is_adapter = metadata.get("general.type") == "adapter"
     if is_adapter:
         _check_adapter(path, metadata, tensors)
-    else:
-        reason = why_refused(architecture, metadata, first.vocabulary, tensors)
-        if reason:
-            _fail(path, reason)
+    elif reason := why_refused(architecture, metadata, first.vocabulary, tensors):
+        _fail(path, reason)
     tokens = metadata.get("tokenizer.ggml.tokens")
     return GGUFInfo(
         path=path,
-        version=first.version,
         architecture=architecture,
         is_adapter=is_adapter,
         n_vocab=tokens.length if isinstance(tokens, Array) else None,

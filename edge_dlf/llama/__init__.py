@@ -4,26 +4,15 @@ No other room imports `llama_cpp`. A `Model` holds weights and vocabulary. A `Ll
 with its own KV cache and LoRA adapters, so that a base and its LoRA experts share one `Model`.
 """
 
-from ..engine.backend import N_BATCH
-from .amx import amx_crashes
-from .context import CACHE_TYPES, LlamaBackend
-from .device import copy_bytes_s
-from .grammar import Grammar
-from .model import Model
-from .runtime import AMX_REBUILD, Interrupt, default_n_threads, gpus, repacks_weights, system_info
-
-__all__ = [
-    "AMX_REBUILD",
-    "CACHE_TYPES",
-    "N_BATCH",
-    "Grammar",
-    "Interrupt",
-    "LlamaBackend",
-    "Model",
-    "amx_crashes",
-    "copy_bytes_s",
-    "default_n_threads",
-    "gpus",
-    "repacks_weights",
-    "system_info",
-]
+from ..engine.backend import N_BATCH as N_BATCH
+from .amx import amx_crashes as amx_crashes
+from .context import LlamaBackend as LlamaBackend
+from .device import copy_bytes_s as copy_bytes_s
+from .grammar import Grammar as Grammar
+from .model import Model as Model
+from .runtime import AMX_REBUILD as AMX_REBUILD
+from .runtime import Interrupt as Interrupt
+from .runtime import default_n_threads as default_n_threads
+from .runtime import gpus as gpus
+from .runtime import repacks_weights as repacks_weights
+from .runtime import system_info as system_info

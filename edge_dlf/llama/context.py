@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,9 @@ from ..errors import (
     OutOfMemoryError,
     RequestInterruptedError,
 )
+from ..gguf.header import cache_type
 from .model import Model
 from .runtime import Interrupt, default_n_threads, initialise
-
-CACHE_TYPES: Mapping[str, int] = {
-    "f32": lib.GGML_TYPE_F32,
-    "f16": lib.GGML_TYPE_F16,
-    "bf16": 30,  # GGML_TYPE_BF16, which llama_cpp does not name
-    "q8_0": lib.GGML_TYPE_Q8_0,
-    "q5_1": lib.GGML_TYPE_Q5_1,
-    "q5_0": lib.GGML_TYPE_Q5_0,
-    "q4_1": lib.GGML_TYPE_Q4_1,
-    "q4_0": lib.GGML_TYPE_Q4_0,
-    "iq4_nl": lib.GGML_TYPE_IQ4_NL,
-}
-"""Type of a KV cache -> ggml's number of it."""
 
 _FAILURES = {
     1: (ContextOverflowError, "no free KV cells for {} more tokens"),
@@ -58,7 +46,7 @@ class LlamaBackend:
         whole batches.
     n_rows: rows of logits that one `decode` may ask for; llama.cpp reserves memory for so many.
     n_threads: None for the physical cores, or fewer for a small model.
-    type_k, type_v: types of the KV cache, from CACHE_TYPES.
+    type_k, type_v: types of the KV cache, from CACHE_TYPES of gguf/header.py.
     loras: (file, scale) pairs that are added to the weights.
     interrupt: stops the evaluation.
     Raises ModelFileError for an adapter that does not fit, OutOfMemoryError where memory does not suffice, LoadError
@@ -82,9 +70,6 @@ class LlamaBackend:
         loras: Sequence[tuple[Path, float]] = (),
         interrupt: Interrupt | None = None,
     ) -> None:
-        for cache_type in (type_k, type_v):
-            if cache_type is not None and cache_type not in CACHE_TYPES:
-                raise InvalidParameterError(f"a KV cache can be of {', '.join(CACHE_TYPES)}, not {cache_type!r}")
         if not 1 <= n_ctx <= _MAX_POSITIONS // n_seq_max:
             raise InvalidParameterError(f"n_ctx must lie in 1 to {_MAX_POSITIONS // n_seq_max}, not {n_ctx}")
         self.n_cells = n_cells or n_ctx * n_seq_max
@@ -100,7 +85,7 @@ class LlamaBackend:
         self.has_streams = streams
         self._n_rows = max(n_rows, n_seq_max)
         self._interrupt = interrupt or Interrupt()
-        self._ctx = self._open(n_threads, CACHE_TYPES[type_k or "f16"], CACHE_TYPES[type_v or "f16"])
+        self._ctx = self._open(n_threads, cache_type(type_k), cache_type(type_v))
         self._memory = lib.llama_get_memory(self._ctx)
         self._n_past = [0] * n_seq_max
         self._n_logits = 0
@@ -168,19 +153,25 @@ class LlamaBackend:
                 f"{self.name}: {n_tokens} tokens and {n_rows} rows in a batch, {N_BATCH} and {self._n_rows} reserved"
             )
         for run in runs:
-            self._require_room(run.seq, len(run.tokens))
+            n_past = self._n_past[run.seq]
+            if n_past + len(run.tokens) > self.n_ctx:
+                raise ContextOverflowError(
+                    f"{self.name}: {n_past} tokens and {len(run.tokens)} more exceed its context of {self.n_ctx}"
+                )
         # llama.cpp evaluates streams together only where they come in order and without gaps.
         self._fill(sorted(runs) if self.has_streams else runs, n_tokens)
-        self._run(n_tokens, n_rows)
+        if self._interrupt.text.value:
+            raise RequestInterruptedError("the request was interrupted")
+        self._n_logits, self._rows = 0, None
+        self._batch.n_tokens = n_tokens
+        code = lib.llama_decode(self._ctx, self._batch)
+        if code:
+            kind, what = _FAILURES.get(code, (DecodeError, f"llama_decode failed with code {code}"))
+            raise kind(f"{self.name}: {what.format(n_tokens)}")
+        self._n_logits = n_rows
         self._order = _restoring(runs) if self.has_streams else None
         for run in runs:
             self._n_past[run.seq] += len(run.tokens)
-
-    def _require_room(self, seq: int, n_tokens: int) -> None:
-        if self._n_past[seq] + n_tokens > self.n_ctx:
-            raise ContextOverflowError(
-                f"{self.name}: {self._n_past[seq]} tokens and {n_tokens} more exceed its context of {self.n_ctx}"
-            )
 
     def _fill(self, runs: Sequence[Run], n_tokens: int) -> None:
         tokens: list[int] = []
@@ -197,17 +188,6 @@ class LlamaBackend:
         self._pos[:n_tokens] = positions
         self._seq_id[:n_tokens] = seqs
         self._wanted[:n_tokens] = wanted
-
-    def _run(self, n_tokens: int, n_logits: int) -> None:
-        if self._interrupt.text.value:
-            raise RequestInterruptedError("the request was interrupted")
-        self._n_logits, self._rows = 0, None
-        self._batch.n_tokens = n_tokens
-        code = lib.llama_decode(self._ctx, self._batch)
-        if code:
-            kind, what = _FAILURES.get(code, (DecodeError, f"llama_decode failed with code {code}"))
-            raise kind(f"{self.name}: {what.format(n_tokens)}")
-        self._n_logits = n_logits
 
     def wait(self) -> None:
         lib.llama_synchronize(self._ctx)

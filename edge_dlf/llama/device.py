@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -50,10 +50,4 @@ def tensors(name: str, n_bytes: int, n: int) -> Iterator[tuple[ctypes.c_void_p, 
 
 def best_s(work: Callable[[], None]) -> float:
     """Seconds of the quickest of a few runs of `work`, after one that is not timed."""
-    seconds = []
-    work()
-    for _ in range(_N_PASSES):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    return min(timeit.repeat(work, repeat=1 + _N_PASSES, number=1)[1:])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,20 +72,14 @@ class Log:
         return any(word in line for line in self._lines for word in _ALLOCATION_FAILURES)
 
 
-_log: Log | None = None
-_log_lock = threading.Lock()
-
-
+@functools.cache
 def initialise() -> Log:
-    """Initialise llama.cpp once in this process and take over its logger."""
-    global _log
-    with _log_lock:
-        if _log is None:
-            _log = Log()
-            lib.llama_backend_init()
-            if amx_crashes():
-                logger.warning(AMX_NOTICE)
-        return _log
+    """Initialise llama.cpp in this process and take over its logger."""
+    log = Log()
+    lib.llama_backend_init()
+    if amx_crashes():
+        logger.warning(AMX_NOTICE)
+    return log
 
 
 class Interrupt:

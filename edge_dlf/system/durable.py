@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -29,7 +29,7 @@ def file_error(path: Path, error: OSError) -> EdgeDLFError:
     return EdgeDLFError(f"{path}: {reason}")
 
 
-class Appender:
+class Appender(AbstractContextManager["Appender"]):
     """A file that grows by whole lines. Each of them is there in full or not at all, and on disk a second later.
 
     A context manager. Raises EdgeDLFError where the disk is full or fails.
@@ -40,19 +40,14 @@ class Appender:
         self.path = path
         self._n_bytes = n_bytes
         self._failure: OSError | None = None
-        self._is_dirty = threading.Event()
-        self._is_closing = threading.Event()
+        self._syncing = threading.Lock()
+        self._is_due = self._is_closed = False
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             os.ftruncate(self._fd, n_bytes)
         except OSError as error:
             raise file_error(path, error) from error
         sync_folder(path.parent)
-        self._syncing = threading.Thread(target=self._sync_each_second, name=f"sync {path.name}", daemon=True)
-        self._syncing.start()
-
-    def __enter__(self) -> Appender:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         with suppress(*([EdgeDLFError] if kind else [])):
@@ -71,34 +66,31 @@ class Appender:
                 os.ftruncate(self._fd, self._n_bytes)
             raise file_error(self.path, error) from error
         self._n_bytes += len(line)
-        self._is_dirty.set()
+        if not self._is_due:
+            self._is_due = True
+            timer = threading.Timer(_SYNC_S, self._sync)  # in a thread, so that a slow disk holds up nobody
+            timer.daemon = True
+            timer.start()
 
     def close(self) -> None:
         """Bring everything to disk. Calling it twice is no error."""
-        if self._is_closing.is_set():
-            return
-        self._is_closing.set()
-        self._is_dirty.set()
-        self._syncing.join()
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            self._failure = self._failure or error
-        finally:
+        self._sync()
+        with self._syncing:
+            if self._is_closed:
+                return
+            self._is_closed = True
             os.close(self._fd)
         if self._failure:
             raise file_error(self.path, self._failure)
 
-    def _sync_each_second(self) -> None:
-        """In a thread, so that a slow disk holds up nobody."""
-        while self._is_dirty.wait() and not self._is_closing.is_set():
-            self._is_dirty.clear()
+    def _sync(self) -> None:
+        with self._syncing:
+            self._is_due = False
             try:
-                os.fsync(self._fd)
+                if not self._is_closed:
+                    os.fsync(self._fd)
             except OSError as error:
-                self._failure = error
-                return
-            self._is_closing.wait(_SYNC_S)
+                self._failure = self._failure or error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import os
 import re
 import select
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import IO, Any, NamedTuple, NoReturn
 
 MAX_LINE_BYTES = 64 << 20
 BOM = b"\xef\xbb\xbf"
@@ -28,12 +28,6 @@ class Line(NamedTuple):
     n_bytes: int
     content: bytes | None
     is_whole: bool
-
-
-class LineFile(Protocol):
-    """A file that is read by lines of `limit` bytes or fewer."""
-
-    def readline(self, limit: int, /) -> bytes: ...
 
 
 class Pipe:
@@ -62,7 +56,7 @@ class Pipe:
         return line
 
 
-def read_lines(file: LineFile) -> Iterator[Line]:
+def read_lines(file: IO[bytes] | Pipe) -> Iterator[Line]:
     """The lines of `file` that are not blank, holding no more than one of them; a byte order mark is left out."""
     number = start = 0
     while content := file.readline(MAX_LINE_BYTES):
