@@ -11,6 +11,7 @@ from ..answers.completion import Completion, Dict
 from ..answers.requests import Request, parse_body
 from ..answers.token import Token
 from ..errors import InvalidParameterError
+from ..system.jsonl import parse_object
 from .refusals import HTTPError
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ class Call:
     @classmethod
     def parse(cls, raw: bytes, models: Mapping[str, Mapping[str, Any]], *, is_chat: bool) -> Call:
         """Read a body. models: name -> settings of the fusion. Raises HTTPError or InvalidParameterError."""
-        body = _object(raw)
+        try:
+            body = parse_object(raw)
+        except ValueError as error:
+            raise HTTPError(400, f"the body is {error!s:.200}", "invalid_json") from None
         given = {name: value for name, value in body.items() if value is not None}
         default = next(iter(models))
         model = _typed(given, "model", str, default)
@@ -132,20 +136,6 @@ def encode(value: Any) -> bytes:
 
 def _common(call: Call) -> Dict:
     return {"model": call.model, **({"usage": None} if call.include_usage else {})}
-
-
-def _object(raw: bytes) -> Dict:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        body = json.loads(raw, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise HTTPError(400, f"the body is no JSON: {reason:.200}", "invalid_json") from None
-    if not isinstance(body, dict):
-        raise HTTPError(400, "the body must be a JSON object", "invalid_json")
-    return body
 
 
 def _typed(fields: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:

@@ -6,11 +6,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, cast
 
 from ..answers.stream import Answer
@@ -102,8 +102,7 @@ class DecodingThread:
         self._answer_s = 1.0
         self._tickets: dict[Answer, tuple[Ticket, int]] = {}
         self._due: list[tuple[Ticket, Event]] = []
-        self._commands: deque[Callable[[], None]] = deque()
-        self._wake = threading.Event()
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._is_open = False
         self._thread = threading.Thread(target=self._run, name="edge-dlf decoding", daemon=True)
 
@@ -153,8 +152,7 @@ class DecodingThread:
 
     def command(self, what: Callable[[], None]) -> None:
         """Let the decoding thread do something between two steps."""
-        self._commands.append(what)
-        self._wake.set()
+        self._commands.put(what)
 
     # What follows runs in the decoding thread.
 
@@ -175,13 +173,10 @@ class DecodingThread:
 
     def _run(self) -> None:
         while self._is_open:
-            if not self._tickets:
-                self._wake.wait()
-            self._wake.clear()
-            while self._commands:
-                self._commands.popleft()()
-            if self._tickets:
+            if self._tickets and self._commands.empty():
                 self._step()
+            else:
+                self._commands.get()()
             if not self._tickets:
                 self._deliver()  # no step follows in which members compute
 
