@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .opening import family_command
+from .opening import family_command, notices
 from .options import Options, family_argument, names_a_family, placing_options
 from .screen import Screen, may_style, one_line
 
@@ -37,9 +37,7 @@ def doctor(ctx: click.Context, /, json: bool, **values: Any) -> None:
     there is no problem.
     """
     screen = Screen()
-    logger, nowhere = logging.getLogger("edge_dlf"), logging.NullHandler()
-    logger.addHandler(nowhere)  # what the library notes has a line here
-    ctx.call_on_close(lambda: logger.removeHandler(nowhere))
+    ctx.with_resource(notices("edge_dlf", logging.NullHandler()))  # what the library notes has a line here
     screen.begin_wait("looking …")
     found = []
     for check in _checks(ctx, values):
