@@ -85,6 +85,12 @@ class Options:
 
         return check_files(self.spec)
 
+    @property
+    def cache(self) -> dict[str, Any]:
+        """Size and types of the KV cache, which an answer can depend on."""
+        default = {"n_ctx": DEFAULT_N_CTX, "type_k": "f16", "type_v": "f16"}
+        return {name: self.loading.get(name, value) for name, value in default.items()}
+
     def load(self) -> FusedLlama:
         """The family, in memory."""
         from ..api import FusedLlama
