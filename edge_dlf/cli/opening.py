@@ -48,8 +48,10 @@ def _sizes(spec: FamilySpec) -> str:
     return f" ({' + '.join(size(path.stat().st_size) for path in paths)})" if paths else ""
 
 
-def size(n_bytes: float) -> str:
-    """A number of bytes, in words for a person."""
+def size(n_bytes: float | None) -> str:
+    """A number of bytes, in words for a person; a question mark where it is not known."""
+    if not n_bytes:
+        return "?"
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
 
 

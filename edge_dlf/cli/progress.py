@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from ..batch.progress import Progress
@@ -49,17 +50,13 @@ class ProgressLine(Progress):
     @contextmanager
     def shown(self, screen: Screen) -> Iterator[None]:
         """Show the figures while this lasts; time counts from here."""
-        self.start_clock()
-        with self._live() if sys.stderr.isatty() else self._each_minute(screen):
-            yield
-
-    @contextmanager
-    def _live(self) -> Iterator[None]:
         from rich.console import Console
         from rich.live import Live
 
+        self.start_clock()
         console = Console(stderr=True, highlight=False)
-        with Live(console=console, get_renderable=self._line, transient=True, refresh_per_second=4):
+        live = Live(console=console, get_renderable=self._line, transient=True, refresh_per_second=4)
+        with live if sys.stderr.isatty() else self._each_minute(screen):
             yield
 
     def _line(self) -> RenderableType:
@@ -92,15 +89,5 @@ class ProgressLine(Progress):
 
 
 def duration(seconds: float) -> str:
-    """In the units that matter."""
-    if seconds < 59.5:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    if seconds < 600:
-        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    hours = round(minutes / 60)
-    return f"{hours // 24} days {hours % 24} h"
+    """Return hours, minutes and seconds, of a second or more."""
+    return str(timedelta(seconds=max(round(seconds), 1)))

@@ -277,21 +277,19 @@ class _AccessControl:
             self._metrics.request(scope["path"] if scope["path"] in openapi.PATHS else "other", status)
 
     def _check(self, request: Request) -> HTTPError | None:
+        headers = request.headers
         if self._key is not None:
-            return None if request.url.path in _OPEN else self._check_key(request)
-        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            is_right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key)
+            if request.url.path in _OPEN or (scheme.lower() == "bearer" and is_right):
+                return None
+            return HTTPError(401, "the API key is missing or wrong", "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+        host, origin = headers.get("host", ""), headers.get("origin")
         if self._rules.hosts is not None and _name(host) not in self._rules.hosts:
             return HTTPError(403, "this server is not known by that name", "unknown_host")
         if origin is not None and urlsplit(origin).netloc != host:
             return HTTPError(403, "a page of another site may not ask this server", "foreign_origin")
         return None
-
-    def _check_key(self, request: Request) -> HTTPError | None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        is_right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key or b"")
-        if scheme.lower() == "bearer" and is_right:
-            return None
-        return HTTPError(401, "the API key is missing or wrong", "invalid_api_key", {"WWW-Authenticate": "Bearer"})
 
 
 def _name(host: str) -> str:
