@@ -101,18 +101,6 @@ def _checked(path: Path, line: Line, experts: Sequence[str] | None) -> Entry:
 
 
 @dataclass
-class ExpertTotals:
-    """Sums of one expert.
-
-    n_led: steps on which the expert had the largest α.
-    alpha_sum: sum of its α over all steps.
-    """
-
-    n_led: int = 0
-    alpha_sum: float = 0.0
-
-
-@dataclass
 class Totals:
     """Sums over a trace.
 
@@ -120,6 +108,7 @@ class Totals:
     n_at_zero, n_at_bound: steps on which the largest α was 0, and its upper bound.
     alpha_max: the highest upper bound of any answer.
     alpha_sum: sum of the largest α over all steps.
+    experts: name -> steps on which the expert had the largest α, and the sum of its α over all steps.
     bins: histogram of the largest α, in N_BINS equal parts of its range.
     """
 
@@ -133,7 +122,7 @@ class Totals:
     alpha_max: float = 0.0
     alpha_sum: float = 0.0
     methods: list[str] = field(default_factory=list)
-    experts: dict[str, ExpertTotals] = field(default_factory=dict)
+    experts: dict[str, dict[str, float]] = field(default_factory=dict)
     bins: list[int] = field(default_factory=lambda: [0] * N_BINS)
     _head: Entry = field(default_factory=dict)
 
@@ -160,9 +149,9 @@ class Totals:
         part = alpha / bound if bound > 0 else 0.0
         self.bins[min(N_BINS - 1, max(0, int(part * N_BINS + 1e-9)))] += 1
         for name, own in alphas.items():
-            expert = self.experts.setdefault(name, ExpertTotals())
-            expert.n_led += entry["expert"] == name
-            expert.alpha_sum += own
+            expert = self.experts.setdefault(name, {"n_led": 0, "alpha_sum": 0.0})
+            expert["n_led"] += entry["expert"] == name
+            expert["alpha_sum"] += own
 
     @property
     def alpha_mean(self) -> float:
