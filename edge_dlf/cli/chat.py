@@ -32,11 +32,13 @@ def chat(ctx: click.Context, /, trace: Path | None, **shared: Any) -> None:
     /help in the chat lists its commands. Where input or output is no terminal, each line of stdin is a message,
     and only the answers go to stdout.
     """
+    from .conversation import Conversation
     from .session import Session
 
     options, screen = Options.of(ctx, shared), Screen()
     with tracing(trace, options.spec.name) as tracer, open_family(options, screen) as llm:
-        session = Session(llm, screen, dict(options.settings), options.spec.defaults, options.system, tracer)
+        conversation = Conversation(options.system)
+        session = Session(llm, screen, dict(options.settings), options.spec.defaults, conversation, tracer)
         if not screen.is_terminal:
             ctx.exit(answer_lines(session))
         from .editor import Editor
