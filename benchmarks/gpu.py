@@ -193,15 +193,15 @@ def measured(spec: FamilySpec, batches: Sequence[int], n_steps: int, bandwidth: 
         best = fused[run.ensemble.overlap]
         drafted = {name: run.drafted_tps(bits) for name, bits in accepted().items()}
         batched = {n: run.parts_s(n) for n in batches}
-    n_bytes = sum(speed.token_bytes for speed in speeds.values())
+    n_bytes = sum(speed["token_bytes"] for speed in speeds.values())
     row_bytes = 4 * max(info.n_vocab or 0 for info in files.models.values())
-    rows = {f"{name} alone, tokens/s": f"{speed.decode_tps.median:.1f}" for name, speed in speeds.items()}
+    rows = {f"{name} alone, tokens/s": f"{speed['decode_tps']['median']:.1f}" for name, speed in speeds.items()}
     rows["large alone with choice, tokens/s"] = f"{1 / large:.1f}"
     labels = {"off": "one after the other", "queue": "queued", "threads": "threads"}
     for way, seconds in fused.items():
         label = labels[way] if len(fused) > 1 else "plain"
         rows[f"fused, {label}: tokens/s (times slower than large; floor)"] = (
-            f"{1 / seconds:.1f} ({seconds / large:.2f}; {n_bytes / speeds['large'].token_bytes:.2f})"
+            f"{1 / seconds:.1f} ({seconds / large:.2f}; {n_bytes / speeds['large']['token_bytes']:.2f})"
         )
     for name, tps in drafted.items():
         rows[f"fused, drafted, accepted as in {name}: tokens/s (times large)"] = f"{tps:.1f} ({tps * large:.2f})"

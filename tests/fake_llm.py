@@ -13,6 +13,7 @@ from edge_dlf import ContextOverflowError, RequestInterruptedError, Token
 from edge_dlf.answers.batch import LATER
 from edge_dlf.answers.completion import ChatCompletion, Completion
 from edge_dlf.answers.stream import Report
+from edge_dlf.cli.conversation import Conversation
 from edge_dlf.cli.options import Options
 from edge_dlf.cli.screen import Screen
 from edge_dlf.cli.session import Session
@@ -157,7 +158,7 @@ class Terminal(Screen):
         return nullcontext()
 
 
-def fake_session(llm: FakeLlama, **given: Any) -> Session:
-    """A chat over `llm` as on a terminal, with the given arguments of Session."""
-    arguments = {"settings": {}, "defaults": {}, **given}
+def fake_session(llm: FakeLlama, *, system: str | None = None, **given: Any) -> Session:
+    """A chat over `llm` as on a terminal, with this system prompt and the given arguments of Session."""
+    arguments = {"settings": {}, "defaults": {}, "conversation": Conversation(system), **given}
     return Session(cast("FusedLlama", llm), Terminal(), **arguments)

@@ -490,9 +490,9 @@ class TestProgress:
     def test_figures(self, now: SimpleNamespace) -> None:
         shown = ProgressLine(1660, 660, 0)
         now.s = 9.0
-        assert shown.figures() == "660/1,660 rows · 9.0 s so far"
+        assert shown.figures() == "660/1,660 rows · 0:00:09 so far"
         shown.n_picked = lambda: 90
-        assert shown.figures() == "660/1,660 rows · 10.0 tokens/s · 9.0 s so far"
+        assert shown.figures() == "660/1,660 rows · 10.0 tokens/s · 0:00:09 so far"
         shown.n_picked = lambda: 0
         now.s = 100.0
         self.finish(shown, 101)
@@ -532,9 +532,8 @@ class TestProgress:
     @pytest.mark.parametrize(
         ("seconds", "text"),
         [
-            (0, "0.0 s"),
-            (9.94, "9.9 s"),
-            (59.4, "59.4 s"),
+            (0, "0:00:01"),
+            (59.6, "0:01:00"),
             (599.6, "0:10:00"),
             (9000, "2:30:00"),
             (200_000, "2 days, 7:33:20"),

@@ -16,7 +16,7 @@ from edge_dlf import ContextOverflowError, DecodeError, EdgeDLFError, InvalidPar
 from edge_dlf.cli import main
 from edge_dlf.cli.chat import handle
 from edge_dlf.cli.commands import COMMANDS
-from edge_dlf.cli.conversation import Conversation, ConversationFileError, load
+from edge_dlf.cli.conversation import Conversation, load
 from edge_dlf.cli.options import Options
 from edge_dlf.cli.paint import AlphaPaint
 from edge_dlf.cli.screen import printable
@@ -283,11 +283,11 @@ class TestFiles:
             ("\xff", "not valid JSON"),
             ("[" * 100_000, "not valid JSON"),
             ("[]", "not a saved conversation"),
-            ('{"format": "edge-dlf chat 1", "messages": []}', "its settings are not an object"),
-            ('{"format": "edge-dlf chat 1", "settings": {}}', "its messages are not a list"),
-            ([{"role": "user"}], "a message has no text"),
-            ([{"role": "assistant", "content": "x"}], "message 1 is not the user's"),
-            ([{"role": "user", "content": "x"}] * 2, "message 2 is not the assistant's"),
+            ('{"format": "edge-dlf chat 1", "messages": []}', "not a saved conversation"),
+            ('{"format": "edge-dlf chat 1", "settings": {}}', "not a saved conversation"),
+            ([{"role": "user"}], "not a saved conversation"),
+            ([{"role": "assistant", "content": "x"}], "not a saved conversation"),
+            ([{"role": "user", "content": "x"}] * 2, "not a saved conversation"),
             ({"method": "code"}, "method must be one of"),
             ({"seed": "many"}, "seed must be an integer"),
             ({"temperature": [1]}, "temperature must be a finite number"),
@@ -315,7 +315,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("name", ["missing.json", ".", "\0"])
     def test_a_file_that_is_not_there(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(ConversationFileError):
+        with pytest.raises(EdgeDLFError):
             load(tmp_path / name)
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from edge_dlf import EdgeDLFError, FusedLlama
 from edge_dlf.answers.requests import parse_body
-from edge_dlf.server.decoding import DecodingThread, Event, StoppingError, Ticket
+from edge_dlf.server.decoding import DecodingThread, Event, Ticket
 from edge_dlf.server.metrics import Metrics
+from edge_dlf.server.refusals import HTTPError
 
 pytest.importorskip("uvicorn")
 
@@ -94,10 +95,10 @@ def test_tokens_that_come_before_an_error_are_given_before_it(llm: FusedLlama) -
                 given.extend(events)
                 thread.stop()
 
-        with pytest.raises(StoppingError):
+        with pytest.raises(HTTPError, match="stopping"):
             await read()
         assert sum(len(event.tokens) for event in given) > 0
-        with pytest.raises(StoppingError):
+        with pytest.raises(HTTPError, match="stopping"):
             thread.ticket(1, is_streamed=False)
 
     run(llm, work)
@@ -108,7 +109,7 @@ def test_events_that_have_come_are_given_at_once_and_an_end_is_not_late(llm: Fus
         ticket = asked(thread, 4)
         while ticket.events.qsize() < 4:
             await asyncio.sleep(0)
-        ticket.events.put_nowait(Event(0, error=TimeoutError()))
+        ticket.events.put_nowait(Event(0, error=HTTPError(504, "too late")))
         assert [sum(len(event.tokens) for event in given) async for given in ticket] == [4]
 
     run(llm, work)
@@ -117,7 +118,7 @@ def test_events_that_have_come_are_given_at_once_and_an_end_is_not_late(llm: Fus
 def test_an_answer_that_takes_too_long_ends_with_a_timeout(llm: FusedLlama) -> None:
     async def work(thread: DecodingThread) -> None:
         ticket = asked(thread, 200, timeout_s=0.0)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(HTTPError, match="longer than the server allows"):
             await taken(ticket)
         ticket.close()
 

@@ -152,7 +152,7 @@ def test_a_build_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tiny: Pa
 def test_amx_and_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama, "amx_crashes", lambda: True)
     monkeypatch.setattr(llama, "system_info", lambda: "0.0.1 CPU : SSE3 = 1")
-    monkeypatch.setattr(doctor, "_cpu_flags", lambda: {"avx2", "avx512f"})
+    monkeypatch.setattr(doctor, "_cpu_lines", lambda *_: ["avx2 avx512f"])
     found = checks()
     assert [found[name]["verdict"] for name in ("AMX", "llama.cpp", "CPU")] == ["note"] * 3
     assert "-fno-tree-dse" in found["AMX"]["next_step"]

@@ -16,7 +16,8 @@ from prompt_toolkit.output import DummyOutput
 
 from edge_dlf import DecodeError
 from edge_dlf.cli.chat import converse
-from edge_dlf.cli.editor import CommandCompleter, Editor, _history
+from edge_dlf.cli.commands import COMMANDS, LEAVE
+from edge_dlf.cli.editor import Editor, _history, completer
 
 from .fake_llm import FakeLlama, fake_session
 
@@ -92,12 +93,12 @@ class TestEditor:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            ("/s", ["system", "set", "save", "stats"]),
-            ("/met", ["method"]),
+            ("/s", ["/system", "/set", "/save", "/stats"]),
+            ("/met", ["/method"]),
             ("/method ", ["dynamic", "math"]),
             ("/alpha o", ["on", "off"]),
             ("/set top", ["top_k", "top_p"]),
-            ("", []),
+            ("", [f"/{name}" for name in (*COMMANDS, *LEAVE)]),
             ("sys", []),
             ("a /sys", []),
             ("/system\n/sys", []),
@@ -105,12 +106,12 @@ class TestEditor:
         ],
     )
     def test_completion(self, text: str, words: list[str]) -> None:
-        completions = CommandCompleter(["dynamic", "math"]).get_completions(Document(text), CompleteEvent())
+        completions = completer(["dynamic", "math"]).get_completions(Document(text), CompleteEvent())
         assert [completion.text for completion in completions] == words
 
     def test_completion_of_files(self, tmp_path: Path) -> None:
         (tmp_path / "chat.json").touch()
-        (completion,) = CommandCompleter([]).get_completions(Document(f"/load {tmp_path}/ch"), CompleteEvent())
+        (completion,) = completer([]).get_completions(Document(f"/load {tmp_path}/ch"), CompleteEvent())
         assert completion.text == "at.json"
 
 

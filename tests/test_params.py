@@ -13,6 +13,7 @@ from edge_dlf import FusionParams, InvalidParameterError, SamplingParams
 from edge_dlf.cli import main
 from edge_dlf.params import DEFAULTS, FUSION, SAMPLING, SETTINGS, check_settings, settable, show
 from edge_dlf.server import openapi
+from edge_dlf.server.calls import MAX_CHOICES, MAX_TOP_LOGPROBS
 
 VALUES = (-2, -1, 0, 0.5, 1, 8, 9, 40, 1.5, 2**64, "", "grid", "auto", "off", "x", True, [], ["x"], [""], [1], {})
 OBJECTS = ({"math": 0.5}, {"math": "x"}, {"5": -1.5}, {"5": True}, {"-5": 1}, {"math": True})
@@ -99,6 +100,8 @@ def test_every_setting_of_a_request_is_in_the_server_s_document(path: str) -> No
     jsonschema.Draft202012Validator(properties["edge_dlf"]).validate(fusion)
     (own, _) = properties["edge_dlf"]["anyOf"]
     assert own["properties"].keys() == settable("edge_dlf").keys() | {"trace"}
+    assert properties["n"]["anyOf"][0]["maximum"] == MAX_CHOICES
+    assert properties.get("top_logprobs", properties["logprobs"])["anyOf"][0]["maximum"] == MAX_TOP_LOGPROBS
 
 
 def test_every_setting_of_the_command_line_is_an_option() -> None:

@@ -97,8 +97,8 @@ def test_without_its_libraries_it_says_what_to_install(tiny: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("option", "content", "complaint"),
     [
-        ("--json-schema", b"{", "no JSON"),
-        ("--json-schema", b"[]", "a JSON schema is an object"),
+        ("--json-schema", b"{", "not JSON"),
+        ("--json-schema", b"[]", "not a JSON object"),
         ("--json-schema", b'{"type": "banana"}', "banana"),
         ("--grammar", b"\xff", "no UTF-8"),
         ("--grammar", b"root = x", "expecting ::="),

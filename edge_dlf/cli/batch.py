@@ -13,21 +13,18 @@ import click
 
 from ..errors import InvalidParameterError
 from .interrupts import interruptible
-from .opening import open_family
-from .options import DEFAULT_N_CTX, EPILOG, PARALLEL, Options, form_options, method_option, shared_options
+from .opening import family_command, open_family
+from .options import PARALLEL, Options, form_options, method_option, shared_options
 from .screen import Screen
 from .tracing import Tracer, trace_option, tracing
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
     from ..batch.ledger import Ledger, Row
-    from ..families.manifest import Manifest
     from .progress import ProgressLine
 
 
-@click.command(
-    context_settings={"auto_envvar_prefix": "EDGE_DLF"}, epilog=EPILOG, short_help="Answer a file of prompts."
-)
+@family_command(short_help="Answer a file of prompts.")
 @click.argument("input", metavar="INPUT|-", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option("--output", "-o", metavar="FILE|-", required=True, help="Where the answers go, one line a row.")
 @click.option("--errors", metavar="FILE", help="Where rows that failed go, in place of the output.")
@@ -71,6 +68,7 @@ def batch(
     again, the same command goes on where an earlier run was stopped, by whatever it was.
     """
     from ..batch.files import Targets, open_outputs
+    from ..batch.run import manifest_of
     from .progress import ProgressLine
 
     options, screen = Options.of(ctx, shared), Screen()
@@ -86,7 +84,7 @@ def batch(
             open_outputs(
                 targets,
                 file,
-                lambda: _manifest(options, settings),
+                lambda: manifest_of(options.files, settings, **options.cache),
                 restart=restart,
                 retry_errors=retry_errors,
                 notice=lambda what: None if quiet else screen.say(f"note: {what}"),
@@ -150,11 +148,3 @@ def _run(
         run_rows(
             input, ledger, finish, load, settings, is_stream=is_stream, takes_later=takes_later, waiting=stop.at_once
         )
-
-
-def _manifest(options: Options, settings: Mapping[str, Any]) -> Manifest:
-    from ..batch.run import manifest_of
-
-    n_ctx = options.loading.get("n_ctx", DEFAULT_N_CTX)
-    type_k, type_v = (options.loading.get(name, "f16") for name in ("type_k", "type_v"))
-    return manifest_of(options.files, settings, n_ctx=n_ctx, type_k=type_k, type_v=type_v)

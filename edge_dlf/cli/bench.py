@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Iterator
 from json import dumps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,9 +12,6 @@ from .interrupts import interruptible
 from .opening import family_command, open_family, size
 from .options import Options, family_argument, measuring_options
 from .screen import Screen
-
-if TYPE_CHECKING:
-    from ..evidence.bench import Speeds, Spread
 
 _WIDTH = 100
 """Columns of the table where stdout is no terminal."""
@@ -49,12 +44,12 @@ def bench(ctx: click.Context, /, json: bool, **values: Any) -> None:
         speeds = measure(llm, files, n_threads=n_threads, cache_types=cache_types, tell=tell)
         screen.end_wait()
     if json:
-        screen.show(dumps({"family": options.spec.name, **dataclasses.asdict(speeds), "verdict": speeds.verdict}))
+        screen.show(dumps({"family": options.spec.name, **speeds}))
     else:
         _show(screen, speeds)
 
 
-def _show(screen: Screen, speeds: Speeds) -> None:
+def _show(screen: Screen, speeds: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -63,51 +58,34 @@ def _show(screen: Screen, speeds: Speeds) -> None:
     table.add_column("tokens/s", no_wrap=True)
     for heading in ("decoding", "prompt", "read a token", "read a second"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, speed in speeds.members.items():
-        table.add_row(
-            f"{name} alone",
-            _spread(speed.decode_tps),
-            _spread(speed.prefill_tps),
-            size(speed.token_bytes),
-            f"{size(speed.read_bytes_s)}{_share(speed.read_bytes_s, speeds.memory_bytes_s)}",
-        )
+    memory = speeds["memory_bytes_s"]
+    for name, speed in speeds["members"].items():
+        read_s = speed["read_bytes_s"]
+        reading = f"{size(read_s)} ({read_s / memory:.0%})" if memory else size(read_s)
+        spreads = _spread(speed["decode_tps"]), _spread(speed["prefill_tps"])
+        table.add_row(f"{name} alone", *spreads, size(speed["token_bytes"]), reading)
     table.add_section()
-    answers = (
-        ("fused, plain", speeds.plain),
-        ("fused, drafted", speeds.drafted),
-        ("large, answering too", speeds.large),
-    )
-    for label, spread in answers:
-        table.add_row(label, _spread(spread), "", "", "")
+    for label, kind in (("fused, plain", "plain"), ("fused, drafted", "drafted"), ("large, answering too", "large")):
+        table.add_row(label, _spread(speeds[kind]))
     table.add_section()
-    for n, tps in speeds.parallel.items():
-        table.add_row(f"fused, {n} at once", _number(tps), "", "", "")
+    for n, tps in speeds["parallel"].items():
+        table.add_row(f"fused, {n} at once", _number(tps))
     Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH).print(table)
-    for line in _lines(speeds):
-        screen.show(line)
+    if memory:
+        how = f"moved in a copy on {speeds['gpu']}" if speeds["gpu"] else f"read on {speeds['n_threads']} threads"
+        screen.show(f"memory: {size(memory)} a second are {how}")
+    screen.show(f"search, fusion and choice: {speeds['search_share']:.1%} of a plain step")
+    if n_drafted := speeds["n_drafted"]:
+        a_step = n_drafted / max(speeds["n_steps"], 1)
+        screen.show(f"drafts: {a_step:.1f} tokens a step, {speeds['n_accepted'] / n_drafted:.0%} of them accepted")
+    else:
+        screen.show("drafts: none paid on this machine")
+    screen.show(speeds["verdict"])
 
 
-def _lines(speeds: Speeds) -> Iterator[str]:
-    if speeds.memory_bytes_s:
-        how = f"moved in a copy on {speeds.gpu}" if speeds.gpu else f"read on {speeds.n_threads} threads"
-        yield f"memory: {size(speeds.memory_bytes_s)} a second are {how}"
-    yield f"search, fusion and choice: {speeds.search_share:.1%} of a plain step"
-    share = speeds.n_accepted / max(speeds.n_drafted, 1)
-    yield (
-        f"drafts: {speeds.n_drafted / max(speeds.n_steps, 1):.1f} tokens a step, {share:.0%} of them accepted"
-        if speeds.n_drafted
-        else "drafts: none paid on this machine"
-    )
-    yield speeds.verdict
-
-
-def _spread(spread: Spread) -> str:
-    return f"{_number(spread.median)} ({_number(spread.least)}–{_number(spread.greatest)})"
+def _spread(spread: dict[str, float]) -> str:
+    return f"{_number(spread['median'])} ({_number(spread['least'])}–{_number(spread['greatest'])})"
 
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _share(part: float, whole: float | None) -> str:
-    return f" ({part / whole:.0%})" if whole else ""

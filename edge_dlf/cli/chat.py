@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +32,13 @@ def chat(ctx: click.Context, /, trace: Path | None, **shared: Any) -> None:
     /help in the chat lists its commands. Where input or output is no terminal, each line of stdin is a message,
     and only the answers go to stdout.
     """
+    from .conversation import Conversation
     from .session import Session
 
     options, screen = Options.of(ctx, shared), Screen()
     with tracing(trace, options.spec.name) as tracer, open_family(options, screen) as llm:
-        session = Session(llm, screen, dict(options.settings), options.spec.defaults, options.system, tracer)
+        conversation = Conversation(options.system)
+        session = Session(llm, screen, dict(options.settings), options.spec.defaults, conversation, tracer)
         if not screen.is_terminal:
             ctx.exit(answer_lines(session))
         from .editor import Editor
@@ -77,20 +78,15 @@ def converse(session: Session, editor: Editor) -> int:
 def answer_lines(session: Session) -> int:
     """Answer each line of stdin. Returns the exit code."""
     exit_code = 0
-    for line in _stdin_lines():
+    for line in sys.stdin.buffer:
+        text = line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
         try:
-            if not handle(session, line):
+            if not handle(session, text):
                 break
         except EdgeDLFError as error:
             session.screen.complain(error)
             exit_code = EdgeDLFError.exit_code
     return exit_code
-
-
-def _stdin_lines() -> Iterator[str]:
-    """Yield the lines of stdin without line breaks. Bytes that are not UTF-8 are kept as surrogates."""
-    for line in sys.stdin.buffer:
-        yield line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
 
 
 def handle(session: Session, line: str) -> bool:

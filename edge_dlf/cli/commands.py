@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InvalidParameterError
@@ -11,15 +10,6 @@ from ..params import METHODS, Setting, check_settings, settable, show
 from . import conversation
 from .screen import one_line
 from .session import Session
-
-
-@dataclass(frozen=True)
-class Command:
-    """arguments: what may follow the name. about: one line of help. run: gets the session and the rest of the line."""
-
-    arguments: str
-    about: str
-    run: Callable[[Session, str], None]
 
 
 def run(session: Session, line: str) -> bool:
@@ -32,13 +22,13 @@ def run(session: Session, line: str) -> bool:
             f"unknown command /{one_line(name)[:40]}; /help lists them, and // sends a text that begins with /"
         )
     else:
-        COMMANDS[name].run(session, argument)
+        COMMANDS[name][-1](session, argument)
     return True
 
 
 def _help(session: Session, _: str) -> None:
-    for name, command in COMMANDS.items():
-        session.screen.say(f"{f'/{name} {command.arguments}':<28} {command.about}")
+    for name, (arguments, about, _run) in COMMANDS.items():
+        session.screen.say(f"{f'/{name} {arguments}':<28} {about}")
     session.screen.say(f"{'/exit':<28} leave, as /quit, /bye and Ctrl-D do")
     session.screen.say(
         'Alt-Enter, or a backslash before Enter, begins a new line; text between two """ may have many lines;'
@@ -162,17 +152,18 @@ def _stats(session: Session, _: str) -> None:
             )
 
 
-COMMANDS = {
-    "help": Command("", "this list", _help),
-    "system": Command("[TEXT]", 'show or set the system prompt; "" removes it', _system),
-    "clear": Command("", "forget the conversation, not the system prompt", _clear),
-    "undo": Command("", "forget the last message and its answer", _undo),
-    "retry": Command("", "answer the last message again", _retry),
-    "method": Command("[NAME]", "show or choose the method, or one expert alone", _method),
-    "alpha": Command("[on|off|NUMBER|NAME=NUMBER,…]", "colour tokens by their α, or set α for method static", _alpha),
-    "set": Command("[NAME [VALUE]]", "show or change settings; the value 'default' takes a change back", _set),
-    "save": Command("FILE", "write the conversation and the settings", _save),
-    "load": Command("FILE", "read them back", _load),
-    "stats": Command("", "speed and use of the context", _stats),
+COMMANDS: dict[str, tuple[str, str, Callable[[Session, str], None]]] = {
+    "help": ("", "this list", _help),
+    "system": ("[TEXT]", 'show or set the system prompt; "" removes it', _system),
+    "clear": ("", "forget the conversation, not the system prompt", _clear),
+    "undo": ("", "forget the last message and its answer", _undo),
+    "retry": ("", "answer the last message again", _retry),
+    "method": ("[NAME]", "show or choose the method, or one expert alone", _method),
+    "alpha": ("[on|off|NUMBER|NAME=NUMBER,…]", "colour tokens by their α, or set α for method static", _alpha),
+    "set": ("[NAME [VALUE]]", "show or change settings; the value 'default' takes a change back", _set),
+    "save": ("FILE", "write the conversation and the settings", _save),
+    "load": ("FILE", "read them back", _load),
+    "stats": ("", "speed and use of the context", _stats),
 }
+"""Name -> what may follow it, one line of help, and the function that gets the session and the rest of the line."""
 LEAVE = ("exit", "quit", "bye")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def compare(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, **
             answers, run = [Answer(method) for method in methods], partial(_run, llm, question, settings)
             if len(questions) > 1:
                 show_lines(screen, question.text, answers, run)
-            elif _is_wide(screen, len(methods)):
+            elif screen.is_terminal and shutil.get_terminal_size().columns >= len(methods) * _LEAST_COLUMN:
                 show_columns(answers, chain.from_iterable(map(run, answers)))
             else:
                 show_in_turn(screen, answers, run)
@@ -92,12 +93,6 @@ def _run(llm: FusedLlama, question: Prompt, settings: Mapping[str, Any], answer:
     for token in stream:
         answer.text += token.text
         yield token.text
-
-
-def _is_wide(screen: Screen, n_columns: int) -> bool:
-    from rich.console import Console
-
-    return screen.is_terminal and Console().width >= n_columns * _LEAST_COLUMN
 
 
 def show_columns(answers: Sequence[Answer], texts: Iterable[str]) -> None:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import ContextOverflowError, EdgeDLFError
+from ..system.durable import replacing
 
 _FORMAT = "edge-dlf chat 1"
-_MAX_FILE_BYTES = 64 << 20
-
-
-class ConversationFileError(EdgeDLFError):
-    """A conversation could not be written or read back."""
 
 
 @dataclass
@@ -98,55 +93,32 @@ class Conversation:
         return tokenize(self.visible(self.n_dropped))
 
     def save(self, path: Path, family: str, settings: Mapping[str, Any]) -> None:
-        """Write the whole conversation as JSON, all or nothing. Raises ConversationFileError."""
+        """Write the whole conversation as JSON, all or nothing. Raises EdgeDLFError."""
         content = {"format": _FORMAT, "family": family, "settings": dict(settings), "messages": self.visible(0)}
         try:
             target = path.expanduser().resolve()
-            with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=target.parent, delete=False) as file:
-                try:
-                    json.dump(content, file, indent=1)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    Path(file.name).replace(target)
-                except BaseException:
-                    Path(file.name).unlink()
-                    raise
         except (OSError, RuntimeError, ValueError) as error:
-            raise ConversationFileError(f"{path}: cannot be written ({_reason(error)})") from error
+            raise EdgeDLFError(f"{path}: cannot be written ({error})") from error
+        with replacing(target, 0o600) as file:  # what is said is nobody else's business
+            file.write(json.dumps(content, indent=1).encode())
 
 
 def load(path: Path) -> tuple[Conversation, dict[str, Any]]:
-    """Read the conversation and the settings from a file that `save` wrote. Raises ConversationFileError."""
+    """Read the conversation and the settings from a file that `save` wrote. Raises EdgeDLFError."""
     try:
-        with path.expanduser().open("rb") as file:
-            content = file.read(_MAX_FILE_BYTES + 1)
-        if len(content) > _MAX_FILE_BYTES:
-            raise ValueError("larger than 64 MiB")
-        saved = json.loads(content)
-        if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
-            raise ValueError("not a saved conversation")
-        if not isinstance(saved.get("settings"), dict):
-            raise ValueError("its settings are not an object")
-        return _conversation(saved.get("messages")), saved["settings"]
+        saved = json.loads(path.expanduser().read_bytes())
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConversationFileError(f"{path}: cannot be read ({_reason(error)})") from error
+        reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else f"not valid JSON: {error}"
+        raise EdgeDLFError(f"{path}: cannot be read ({reason})") from error
+    match saved:
+        case {"format": format, "settings": {}, "messages": [*messages]} if format == _FORMAT:
+            system = [message["content"] for message in messages[:1] if _is_message(message, "system")]
+            turns = list(zip(messages[len(system) :], itertools.cycle(("user", "assistant")), strict=False))
+            if all(_is_message(message, role) for message, role in turns):
+                spoken = [{"role": role, "content": message["content"]} for message, role in turns]
+                return Conversation(next(iter(system), None), spoken), saved["settings"]
+    raise EdgeDLFError(f"{path}: cannot be read (not a saved conversation)")
 
 
-def _conversation(messages: Any) -> Conversation:
-    """Conversation of `messages` as `Conversation.visible` returns them. Raises ValueError for anything else."""
-    if not isinstance(messages, list):
-        raise ValueError("its messages are not a list")
-    pairs = [(m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None) for m in messages]
-    if not all(isinstance(content, str) for _, content in pairs):
-        raise ValueError("a message has no text")
-    system = pairs.pop(0)[1] if pairs and pairs[0][0] == "system" else None
-    for k, (role, _) in enumerate(pairs):
-        if role != ("user", "assistant")[k % 2]:
-            raise ValueError(f"message {k + 1} is not the {('user', 'assistant')[k % 2]}'s")
-    return Conversation(system, [{"role": str(role), "content": str(content)} for role, content in pairs])
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
-        return "not valid JSON"
-    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+def _is_message(message: Any, role: str) -> bool:
+    return isinstance(message, dict) and message.get("role") == role and isinstance(message.get("content"), str)

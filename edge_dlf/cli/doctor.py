@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .opening import family_command
+from .opening import family_command, notices
 from .options import Options, family_argument, names_a_family, placing_options
 from .screen import Screen, may_style, one_line
 
@@ -37,9 +36,7 @@ def doctor(ctx: click.Context, /, json: bool, **values: Any) -> None:
     there is no problem.
     """
     screen = Screen()
-    logger, nowhere = logging.getLogger("edge_dlf"), logging.NullHandler()
-    logger.addHandler(nowhere)  # what the library notes has a line here
-    ctx.call_on_close(lambda: logger.removeHandler(nowhere))
+    ctx.with_resource(notices("edge_dlf", logging.NullHandler()))  # what the library notes has a line here
     screen.begin_wait("looking …")
     found = []
     for check in _checks(ctx, values):
@@ -48,10 +45,9 @@ def doctor(ctx: click.Context, /, json: bool, **values: Any) -> None:
             _show(screen, check)
             screen.begin_wait("looking …")
     screen.end_wait()
-    n_problems = sum(check.verdict == "problem" for check in found)
+    n_problems = sum(check["verdict"] == "problem" for check in found)
     if json:
-        checks = [dataclasses.asdict(check) for check in found]
-        screen.show(dumps({"ok": n_problems == 0, "checks": checks}, ensure_ascii=False, default=str))
+        screen.show(dumps({"ok": n_problems == 0, "checks": found}, ensure_ascii=False, default=str))
     else:
         screen.show("all is well" if not n_problems else f"{n_problems} problem{'s' if n_problems > 1 else ''}")
     if n_problems:
@@ -70,9 +66,9 @@ def _checks(ctx: click.Context, values: dict[str, Any]) -> Iterator[Check]:
 
 def _show(screen: Screen, check: Check) -> None:
     screen.end_wait()
-    verdict = f"{check.verdict:<{len(_INDENT)}}"
+    verdict = f"{check['verdict']:<{len(_INDENT)}}"
     if may_style(sys.stdout):
-        verdict = click.style(verdict, fg=_COLOURS[check.verdict])
-    screen.show(f"{verdict}{check.name}: {one_line(check.text)}")
-    if check.next_step:
-        screen.show(f"{_INDENT}→ {one_line(check.next_step)}")
+        verdict = click.style(verdict, fg=_COLOURS[check["verdict"]])
+    screen.show(f"{verdict}{check['name']}: {one_line(check['text'])}")
+    if check["next_step"]:
+        screen.show(f"{_INDENT}→ {one_line(check['next_step'])}")

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import platformdirs
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
-from prompt_toolkit.document import Document
+from prompt_toolkit.completion import Completer, NestedCompleter, PathCompleter, WordCompleter, merge_completers
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -43,7 +42,7 @@ class Editor:
             prompt_continuation=lambda _width, _line, wraps: "" if wraps else "... ",
             history=_history(note),
             key_bindings=_key_bindings(),
-            completer=CommandCompleter(methods),
+            completer=completer(methods),
             complete_while_typing=False,
             enable_suspend=True,
             input_processors=[TabsProcessor(char1=" ", char2=" ")],
@@ -93,24 +92,14 @@ def _key_bindings() -> KeyBindings:
     return bindings
 
 
-class CommandCompleter(Completer):
+def completer(methods: Iterable[str]) -> Completer:
     """Completion of commands, methods, settings and files on lines that begin with a slash."""
-
-    def __init__(self, methods: Iterable[str]) -> None:
-        self._arguments = {"method": [*methods], "alpha": ["on", "off"], "set": [*settable("chat")]}
-        self._paths = PathCompleter(expanduser=True)
-
-    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        text = document.text_before_cursor
-        if not text.startswith("/") or "\n" in text:
-            return
-        name, space, argument = text[1:].partition(" ")
-        if space and name in ("save", "load"):
-            yield from self._paths.get_completions(Document(argument), complete_event)
-            return
-        words = self._arguments.get(name, []) if space else [*COMMANDS, *LEAVE]
-        typed = argument if space else name
-        yield from (Completion(word, -len(typed)) for word in words if word.startswith(typed))
+    arguments = {"/method": [*methods], "/alpha": ["on", "off"], "/set": [*settable("chat")]}
+    nested: dict[str, Completer | None] = {f"/{name}": None for name in (*COMMANDS, *LEAVE)}
+    nested |= {name: WordCompleter(words, sentence=True) for name, words in arguments.items()}
+    nested |= dict.fromkeys(("/save", "/load"), PathCompleter(expanduser=True))
+    # One completes the word after the slash, which holds a sign that the other takes for the end of a word.
+    return merge_completers([WordCompleter([*nested], sentence=True), NestedCompleter(nested)], deduplicate=True)
 
 
 def _history(note: Callable[[str], None]) -> History:

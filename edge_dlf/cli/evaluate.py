@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ import click
 from ..errors import InvalidParameterError
 from ..params import DEFAULTS, FUSION, check_settings, settable
 from .interrupts import interruptible
-from .opening import open_family
-from .options import DEFAULT_N_CTX, EPILOG, Options, family_argument, shared_options
+from .opening import family_command, open_family
+from .options import Options, family_argument, shared_options
 from .screen import Screen
 
 if TYPE_CHECKING:
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
     from ..families.manifest import Manifest
 
 
-@click.command(
-    "eval", context_settings={"auto_envvar_prefix": "EDGE_DLF"}, epilog=EPILOG, short_help="Measure methods on tasks."
-)
+@family_command("eval", short_help="Measure methods on tasks.")
 @family_argument
 @click.option("--tasks", "-t", metavar="TASK,…", required=True, help="Tasks of lm-evaluation-harness, or YAML files.")
 @click.option(
@@ -77,7 +76,8 @@ def evaluate(
         raise InvalidParameterError(f"eval needs the harness: pip install 'edge-dlf[eval]' ({error})") from error
     plan = Plan([task for task in tasks.split(",") if task], _data(data), limit, fewshot, chat, options.system)
     experts = [expert.name for expert in options.spec.experts]
-    variants = [_variant(text, options, experts) for text in (methods or " ".join(_all(experts))).split()]
+    methods = methods or " ".join(("large", *experts, "static", "dynamic"))
+    variants = [_variant(text, options, experts) for text in methods.split()]
     llm: FusedLlama | None = None
     with ExitStack() as stack:
         stop = stack.enter_context(interruptible(screen, lambda: llm.interrupt() if llm else None))
@@ -88,20 +88,9 @@ def evaluate(
                 llm = llm or stack.enter_context(open_family(options, screen))
             return llm
 
-        results = run(
-            plan,
-            variants,
-            load,
-            lambda settings: _manifest(options, settings),
-            output,
-            lambda name: screen.say(f"{name} …"),
-        )
-    screen.write(results.as_markdown())
+        manifest, begin = partial(_manifest, options), lambda name: screen.say(f"{name} …")
+        screen.write(run(plan, variants, load, manifest, output, begin))
     screen.say(f"results: {output / 'results.md'}, {output / 'results.json'}")
-
-
-def _all(experts: Sequence[str]) -> list[str]:
-    return ["large", *experts, "static", "dynamic"]
 
 
 def _variant(text: str, options: Options, experts: Sequence[str]) -> Variant:
@@ -142,12 +131,6 @@ def _manifest(options: Options, settings: Mapping[str, Any]) -> Manifest:
     """The family, and every parameter that can change an answer or a score."""
     from ..families.manifest import Manifest
 
-    loading, given = options.loading, {**DEFAULTS, **options.spec.defaults, **settings}
-    parameters = {
-        **{name: value for name, value in given.items() if name in FUSION},
-        "system": options.system,
-        "n_ctx": loading.get("n_ctx", DEFAULT_N_CTX),
-        "type_k": loading.get("type_k", "f16"),
-        "type_v": loading.get("type_v", "f16"),
-    }
-    return Manifest.of(options.files, parameters)
+    given = {**DEFAULTS, **options.spec.defaults, **settings}
+    fusion = {name: value for name, value in given.items() if name in FUSION}
+    return Manifest.of(options.files, {**fusion, "system": options.system, **options.cache})

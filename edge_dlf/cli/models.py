@@ -33,12 +33,7 @@ def list_(json: bool) -> None:
     screen, families = Screen(), installed()
     used = {path for family in families if family.spec for path in family.spec.local_files}
     models: list[dict[str, Any]] = [
-        {
-            "repo": model.repo,
-            "file": model.file,
-            "path": str(model.path),
-            "bytes": _total(shard.path for shard in model.shards),
-        }
+        {"repo": model.repo, "file": model.file, "path": str(model.path), "bytes": _total(s.path for s in model.shards)}
         for model in cached_models()
         if model.path not in used
     ]
@@ -53,16 +48,17 @@ def list_(json: bool) -> None:
         for family in families
     ]
     names = {family.name for family in families}
-    catalogue = [_catalogued(entry) for name, entry in read_catalogue().items() if name not in names]
+    entries = [entry for name, entry in read_catalogue().items() if name not in names]
+    sizes = [{"bytes": entry.download_bytes, "memory_bytes": entry.memory_bytes} for entry in entries]
+    catalogue = [
+        {"name": entry.spec.name, **_catalogued(entry), **own} for entry, own in zip(entries, sizes, strict=True)
+    ]
     if json:
         screen.show(dumps({"families": here, "catalogue": catalogue, "models": models}, ensure_ascii=False))
         return
     rows = [("FAMILY", "SIZE", "MEMORY", "", "")]
     rows += [(row["name"], size(row["bytes"]), "", "here", _state(row)) for row in here]
-    rows += [
-        (row["name"], size(row["bytes"]) if row["bytes"] else "?", size(row["memory_bytes"]), "", row["good_at"])
-        for row in catalogue
-    ]
+    rows += [(row["name"], size(row["bytes"]), size(row["memory_bytes"]), "", row["good_at"]) for row in catalogue]
     rows += [(f"{row['repo']} {row['file']}", size(row["bytes"]), "", "here", "a single model") for row in models]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for line in _columns(rows, right={1, 2}):
@@ -81,15 +77,9 @@ def _state(row: dict[str, Any]) -> str:
     return "" if row["complete"] else f"not complete; `edge-dlf pull {row['name']}`"
 
 
-def _catalogued(entry: Entry) -> dict[str, Any]:
-    return {
-        "name": entry.spec.name,
-        "good_at": entry.good_at,
-        "license": entry.license,
-        "sure": entry.sure,
-        "bytes": entry.download_bytes,
-        "memory_bytes": entry.memory_bytes,
-    }
+def _catalogued(entry: Entry | None) -> dict[str, Any]:
+    """What only the catalogue knows of a family."""
+    return {"license": entry.license, "good_at": entry.good_at, "sure": entry.sure} if entry else {}
 
 
 def _columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
@@ -154,8 +144,7 @@ def _about(spec: FamilySpec, entry: Entry | None) -> dict[str, Any]:
         }
         for role, source, scale in spec.members
     ]
-    about: dict[str, Any] = {"name": spec.name, "complete": spec.is_downloaded}
-    about |= {"license": entry.license, "good_at": entry.good_at, "sure": entry.sure} if entry else {}
+    about = {"name": spec.name, "complete": spec.is_downloaded, **_catalogued(entry)}
     return {**about, "defaults": dict(spec.defaults), "members": members}
 
 
@@ -202,7 +191,7 @@ def _lines(about: dict[str, Any]) -> list[str]:
         kind = " ".join(filter(None, (member.get("kind"), member.get("quantization"))))
         where = f"{member['repo']} {member['file']}" if "repo" in member else member["path"]
         scale = "" if member.get("scale") in (None, 1.0) else f" × {member['scale']:g}"
-        rows.append((member["member"], size(member["bytes"]) if member["bytes"] else "?", kind, where + scale))
+        rows.append((member["member"], size(member["bytes"]), kind, where + scale))
     return [
         about["name"],
         *_columns([(f"  {name}", value) for name, value in facts if value]),

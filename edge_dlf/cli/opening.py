@@ -28,9 +28,7 @@ def open_family(options: Options, screen: Screen) -> Iterator[FusedLlama]:
 
     With `options.ray` it is a RayLlama, which has only the methods of FusedLlama that a batch needs.
     """
-    logger, notices = logging.getLogger("edge_dlf"), Notices(screen)
-    logger.addHandler(notices)
-    try:
+    with notices("edge_dlf", Notices(screen)):
         if not options.is_named:
             screen.say(f"no family is named: this is {options.spec.name}, the small one that ships with edge-dlf")
         begun = "joining Ray for" if options.ray else "loading"
@@ -42,8 +40,6 @@ def open_family(options: Options, screen: Screen) -> Iterator[FusedLlama]:
             screen.end_wait()
         with llm:
             yield llm
-    finally:
-        logger.removeHandler(notices)
 
 
 def _sizes(spec: FamilySpec) -> str:
@@ -52,14 +48,25 @@ def _sizes(spec: FamilySpec) -> str:
     return f" ({' + '.join(size(path.stat().st_size) for path in paths)})" if paths else ""
 
 
-def size(n_bytes: float) -> str:
-    """A number of bytes, in words for a person."""
+def size(n_bytes: float | None) -> str:
+    """A number of bytes, in words for a person; a question mark where it is not known."""
+    if not n_bytes:
+        return "?"
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
 
 
-class Notices(logging.Handler):
-    """Shows each warning of the library as one line."""
+@contextmanager
+def notices(library: str, handler: logging.Handler) -> Iterator[None]:
+    """Let nothing but `handler` show what a library logs."""
+    logger = logging.getLogger(library)
+    before, logger.handlers = logger.handlers, [handler]
+    try:
+        yield
+    finally:
+        logger.handlers = before
 
+
+class Notices(logging.Handler):
     def __init__(self, screen: Screen) -> None:
         super().__init__(logging.WARNING)
         self._screen = screen

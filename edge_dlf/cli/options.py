@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from click.core import ParameterSource
 
 from ..errors import InvalidParameterError
 from ..params import OVERLAPS, SETTINGS, ByName, Kind, Number, Setting, Text, Texts, check_settings, settable, show
+from ..system.jsonl import parse_object
 from ..system.paths import shipped_dir
 
 if TYPE_CHECKING:
@@ -84,6 +84,12 @@ class Options:
         from ..families.files import check_files
 
         return check_files(self.spec)
+
+    @property
+    def cache(self) -> dict[str, Any]:
+        """Size and types of the KV cache, which an answer can depend on."""
+        default = {"n_ctx": DEFAULT_N_CTX, "type_k": "f16", "type_v": "f16"}
+        return {name: self.loading.get(name, value) for name, value in default.items()}
 
     def load(self) -> FusedLlama:
         """The family, in memory."""
@@ -275,11 +281,9 @@ def _form(values: Mapping[str, Any]) -> dict[str, Any]:
             raise InvalidParameterError(f"{file.name}: no UTF-8 ({error.reason})") from None
     if file := values.get("json_schema"):
         try:
-            form["json_schema"] = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise InvalidParameterError(f"{file.name}: no JSON ({error})") from None
-        if not isinstance(form["json_schema"], dict):
-            raise InvalidParameterError(f"{file.name}: a JSON schema is an object")
+            form["json_schema"] = parse_object(file.read())
+        except ValueError as error:
+            raise InvalidParameterError(f"{file.name}: {error}") from None
     if len(form) == 2:
         raise InvalidParameterError("answers keep to a grammar or to a JSON schema, not to both")
     return form

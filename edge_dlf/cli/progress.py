@@ -84,5 +84,5 @@ class ProgressLine(Progress):
 
 
 def duration(seconds: float) -> str:
-    """Seconds, or hours, minutes and seconds."""
-    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+    """Return hours, minutes and seconds, of a second or more."""
+    return str(timedelta(seconds=max(round(seconds), 1)))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import FamilyError, InvalidParameterError
-from .opening import Notices, size
+from .opening import Notices, notices, size
 from .screen import Screen
 
 if TYPE_CHECKING:
@@ -34,6 +31,7 @@ def pull(target: str, offline: bool) -> None:
     Files go to the cache that all programs with huggingface-hub share. A download that broke off goes on where it
     stopped. The path of the family.toml, or of the model, goes to stdout.
     """
+    import huggingface_hub.utils  # noqa: F401  # sets up its logger
     from huggingface_hub import constants
 
     from ..families.catalogue import read_catalogue
@@ -44,7 +42,7 @@ def pull(target: str, offline: bool) -> None:
     path = Path(target).expanduser()
     is_path = path.is_file() or (path / FILE_NAME).is_file()
     repo, catalogue = parse_repo(target), read_catalogue()
-    with _hub_notices(screen):
+    with notices("huggingface_hub", Notices(screen)):
         if is_path or is_installed(target):
             _pull_family(FamilySpec.load(target), screen, offline)
             screen.show(str(find_family(target)))
@@ -111,19 +109,6 @@ def _download(files: Sequence[HubFile], screen: Screen) -> None:
         raise
 
 
-@contextmanager
-def _hub_notices(screen: Screen) -> Iterator[None]:
-    """Show the hub library's warnings as lines of our own."""
-    import huggingface_hub.utils  # noqa: F401  # sets up its logger
-
-    logger = logging.getLogger("huggingface_hub")
-    before, logger.handlers = logger.handlers, [Notices(screen)]
-    try:
-        yield
-    finally:
-        logger.handlers = before
-
-
 @click.command(short_help="Remove a family, or one model, from this machine.")
 @click.argument("target", metavar="FAMILY|REPO[:QUANT]")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
@@ -142,16 +127,13 @@ def rm(ctx: click.Context, target: str, yes: bool) -> None:
         screen.say(f"{file} of {owner}, in the cache that other programs may use too")
     for kept in removal.kept:
         screen.say(f"kept: {kept.file}, which another family names")
-    if not yes and not _confirmed(f"remove {removal.name} and free {size(removal.n_bytes)}?"):
-        screen.say("nothing was removed")
-        ctx.exit(1)
-    screen.say(f"{size(remove(removal))} freed")
-
-
-def _confirmed(question: str) -> bool:
     try:
-        return click.confirm(question, err=True)
+        is_wanted = yes or click.confirm(f"remove {removal.name} and free {size(removal.n_bytes)}?", err=True)
     except click.Abort:
         if sys.stdin.isatty():
             raise
         raise InvalidParameterError("nobody is there to ask; --yes removes without asking") from None
+    if not is_wanted:
+        screen.say("nothing was removed")
+        ctx.exit(1)
+    screen.say(f"{size(remove(removal))} freed")

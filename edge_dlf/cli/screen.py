@@ -99,13 +99,12 @@ class Screen:
             yield
             return
         import termios
+        import tty
 
         stdin = sys.stdin.fileno()
         before = termios.tcgetattr(stdin)
-        quiet = [*before]
-        quiet[3] &= ~(termios.ECHO | termios.ICANON)
         self._restore = lambda: termios.tcsetattr(stdin, termios.TCSANOW, before)
-        termios.tcsetattr(stdin, termios.TCSANOW, quiet)
+        tty.setcbreak(stdin, termios.TCSANOW)
         try:
             yield
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -10,9 +10,6 @@ from ..errors import InvalidParameterError
 from .opening import family_command, open_family
 from .options import PARALLEL, Options, family_argument, shared_options
 from .screen import Screen
-
-if TYPE_CHECKING:
-    from ..server import Address
 
 
 @family_command(short_help="Serve OpenAI's API over HTTP.")
@@ -38,14 +35,16 @@ def serve(
     setting of the fusion goes into a request's "edge_dlf". Ctrl-C lets answers end for a moment; a second one does not.
     """
     options, screen = Options.of(ctx, shared), Screen()
-    address = _listen(host, port)
+    try:
+        from ..server import Address, Rules, run
+    except ImportError as error:
+        raise InvalidParameterError(f"serve needs a web server: pip install 'edge-dlf[serve]' ({error})") from error
+    address = Address.bind(host, port)
     with address.socket:
         if not (address.is_local or api_key or no_auth):
             raise InvalidParameterError(
                 f"{host} can be reached from other machines: give an --api-key, or --no-auth to let anyone in"
             )
-        from ..server import Rules, run
-
         hosts = Rules.hosts if address.is_local else None
         settings = {**options.settings, "system": options.system}
         rules = Rules(settings, n_waiting=queue, timeout_s=timeout, api_key=api_key, hosts=hosts)
@@ -53,11 +52,3 @@ def serve(
             n_parallel = llm.driver.n_parallel
             ready = f"{llm.name} at {address.url} · {n_parallel} answers at once · Ctrl-C ends"
             run(llm, address, rules, lambda: screen.say(ready))
-
-
-def _listen(host: str, port: int) -> Address:
-    try:
-        from ..server import Address
-    except ImportError as error:
-        raise InvalidParameterError(f"serve needs a web server: pip install 'edge-dlf[serve]' ({error})") from error
-    return Address.bind(host, port)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..params import DEFAULTS
@@ -25,7 +25,6 @@ class Session:
     """State of a chat, on which its commands act.
 
     settings: choices of the user, which go before the family's own `defaults`.
-    system: the system prompt.
     paints: whether tokens are coloured by their α.
     last: report of the last answer.
     n_answers, n_generated: answers and their tokens since the start.
@@ -35,15 +34,12 @@ class Session:
     screen: Screen
     settings: dict[str, Any]
     defaults: Mapping[str, Any]
-    system: InitVar[str | None] = None
+    conversation: Conversation
     tracer: Tracer = field(default_factory=lambda: Tracer(None, ""))
     paints: bool = False
     last: Report | None = None
     n_answers: int = 0
     n_generated: int = 0
-
-    def __post_init__(self, system: str | None) -> None:
-        self.conversation = Conversation(system)
 
     def value(self, name: str) -> Any:
         """Value of the setting `name`: the user's choice, the family's, or the general default."""

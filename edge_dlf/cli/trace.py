@@ -59,7 +59,8 @@ def summary(totals: Totals) -> list[str]:
     width = max(map(len, [*totals.experts, "expert"]))
     lines.append(f"{'expert':<{width}}  {'steps led':>9}  {'share':>6}  {'mean α':>6}")
     for name, own in totals.experts.items():
-        lines.append(f"{name:<{width}}  {own.n_led:>9,}  {_share(own.n_led, n):>6}  {own.alpha_sum / n:>6.2f}")
+        n_led, alpha = own["n_led"], own["alpha_sum"] / n
+        lines.append(f"{name:<{width}}  {n_led:>9,}  {_share(n_led, n):>6}  {alpha:>6.2f}")
     return lines
 
 
@@ -67,5 +68,5 @@ def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
-def _share(part: int, whole: int) -> str:
+def _share(part: float, whole: int) -> str:
     return f"{part / max(whole, 1):.1%}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,18 +41,15 @@ class Tracer:
 
         label: the question.
         """
+        from ..answers.trace_entry import token_entry
+
         report = stream.report
         if self._file:
             self._file.write(self._head(label, report.method, report.experts, report.alpha_max))
         for token in stream:
-            self._add(token, llm)
+            if self._file:
+                self._file.write(token_entry(token, lambda id: llm.detokenize([id])))
             yield token
-
-    def _add(self, token: Token, llm: FusedLlama) -> None:
-        if self._file:
-            from ..answers.trace_entry import token_entry
-
-            self._file.write(token_entry(token, lambda id: llm.detokenize([id])))
 
     def add_result(self, label: str, body: Mapping[str, Any]) -> None:
         """Write a whole answer, whose trace is taken out of `body`."""
@@ -69,11 +66,8 @@ class Tracer:
 @contextmanager
 def tracing(path: Path | None, family: str) -> Iterator[Tracer]:
     """Make a tracer that adds to the file `path`, if there is one. Raises as TraceFile."""
-    if path is None:
-        yield Tracer(None, family)
-        return
     from ..evidence.trace import TraceFile
 
-    file = TraceFile(path)
-    with file:
+    file = TraceFile(path) if path else None
+    with file or nullcontext():
         yield Tracer(file, family)

@@ -4,9 +4,9 @@ the share of the memory's bandwidth that reading the weights takes."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -40,79 +40,12 @@ _ANSWERS_S = 50.0
 _N_TOKENS = 8, 64
 _MOST_ROUNDS = 4
 _READ_BYTES = 2**28
-_GREEDY: Mapping[str, Any] = {"temperature": 0.0, "repeat_penalty": 1.0}
 _PROMPTS = (
     "Question: Ana has 12 boxes with 8 pencils in each and gives 17 pencils to Boris. How many are left?\nAnswer:",
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
     "User: What should I pack for a week by the sea?\nAssistant:",
     "Text: Three reports on the harbour were heard, and the vote was put off.\nRepeat it twice:\nText: Three reports",
 )
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, least and greatest of some measurements."""
-
-    median: float
-    least: float
-    greatest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Raises EdgeDLFError where nothing could be measured."""
-        if not values:
-            raise EdgeDLFError("every answer ended at its first token: there is no decoding to measure")
-        return cls(median(values), min(values), max(values))
-
-
-@dataclass(frozen=True)
-class MemberSpeed:
-    """Speed of one member alone.
-
-    prefill_tps: tokens of a prompt that it reads in a second.
-    decode_tps: tokens that it generates in a second.
-    token_bytes: weights and KV cache that it reads for each generated token.
-    read_bytes_s: the same for each second.
-    """
-
-    prefill_tps: Spread
-    decode_tps: Spread
-    token_bytes: int
-    read_bytes_s: float
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """Every measurement of one family.
-
-    members: speed of each member, by its role.
-    plain, drafted, large: tokens a second of the same answers, fused without drafts, fused with drafts, and by the
-        large model alone without drafts.
-    n_drafted, n_accepted: drafted tokens, and those that were kept, in n_steps steps.
-    search_share: part of a plain step that the search for α, the fusion and the choice of a token take.
-    parallel: tokens a second of all sequences together, by how many are decoded at once.
-    memory_bytes_s: bytes that n_threads threads of this process read in a second. With a `gpu`, bytes that a copy on it
-        reads and writes; None where the GPU has no room for the copy.
-    """
-
-    members: Mapping[str, MemberSpeed]
-    plain: Spread
-    drafted: Spread
-    large: Spread
-    n_drafted: int
-    n_accepted: int
-    n_steps: int
-    search_share: float
-    parallel: Mapping[int, float]
-    memory_bytes_s: float | None
-    n_threads: int
-    gpu: str | None = None
-
-    @property
-    def verdict(self) -> str:
-        """One sentence that compares drafted fusion with the large model and with plain fusion."""
-        to_large, to_plain = self.drafted.median / self.large.median, self.drafted.median / self.plain.median
-        return f"drafted fusion runs at {to_large:.2f} of the large model alone, {to_plain:.2f} times plain fusion"
 
 
 def measure(
@@ -122,13 +55,25 @@ def measure(
     n_threads: int,
     cache_types: tuple[str | None, str | None],
     tell: Callable[[str], None],
-) -> Speeds:
+) -> dict[str, Any]:
     """Measure a family.
 
     llm: the family, loaded with a context of N_CTX and room for as many sequences as PARALLEL asks for.
     files: the files that it was loaded from.
     n_threads, cache_types: threads, and types of keys and values of the KV cache, that it was loaded with.
     tell: called with a few words on what is measured next.
+
+    Returns as JSON has it, each spread as median, least and greatest:
+    members: role -> spreads `prefill_tps` and `decode_tps`, tokens a second alone; `token_bytes`, weights and KV cache
+        read for each generated token; `read_bytes_s`, the same for each second.
+    plain, drafted, large: spreads of tokens a second of the same answers, fused without drafts, fused with drafts, and
+        by the large model alone without drafts.
+    n_drafted, n_accepted: drafted tokens, and those that were kept, in n_steps steps.
+    search_share: part of a plain step that the search for α, the fusion and the choice of a token take.
+    parallel: tokens a second of all sequences together, by how many are decoded at once.
+    memory_bytes_s: bytes that n_threads threads of this process read in a second. With a `gpu`, bytes that a copy on it
+        reads and writes; None where the GPU has no room for the copy.
+    verdict: one sentence that compares drafted fusion with the large model and with plain fusion.
     """
     ensemble = llm.driver.decoder.ensemble
     tell("reading memory")
@@ -142,26 +87,32 @@ def measure(
     for n in PARALLEL:
         tell("one sequence" if n == 1 else f"{n} sequences at once")
         parallel[n] = parallel_tps(llm, n)
-    step_s = sum(1 / speed.decode_tps.median for speed in members.values())
-    runs: dict[str, list[Report]] = {"plain": [], "drafted": [], "large": []}
-    for n, n_answers, kind, report in _answers(llm, 2 * step_s + 1 / members["large"].decode_tps.median):
-        tell(f"answer {n} of {n_answers}, {kind}")
-        runs[kind].append(report)
-    plain, drafted, large = (Spread.of([r.generation_tps for r in reports]) for reports in runs.values())
-    return Speeds(
-        members=members,
-        plain=plain,
-        drafted=drafted,
-        large=large,
-        n_drafted=sum(report.counts.n_drafted for report in runs["drafted"]),
-        n_accepted=sum(report.counts.n_accepted for report in runs["drafted"]),
-        n_steps=sum(report.counts.n_steps for report in runs["drafted"]),
-        search_share=search_s(llm) * plain.median,
-        parallel=parallel,
-        memory_bytes_s=memory,
-        n_threads=n_threads,
-        gpu=gpu.description if gpu else None,
-    )
+    token_s = {name: 1 / speed["decode_tps"]["median"] for name, speed in members.items()}
+    reports = answer_in_turn(llm, 2 * sum(token_s.values()) + token_s["large"], tell)
+    spreads = {kind: spread([report.generation_tps for report in own]) for kind, own in reports.items()}
+    plain, drafted, large = (own["median"] for own in spreads.values())
+    drafting = [report.counts for report in reports["drafted"]]
+    return {
+        "members": members,
+        **spreads,
+        "n_drafted": sum(counts.n_drafted for counts in drafting),
+        "n_accepted": sum(counts.n_accepted for counts in drafting),
+        "n_steps": sum(counts.n_steps for counts in drafting),
+        "search_share": search_s(llm) * plain,
+        "parallel": parallel,
+        "memory_bytes_s": memory,
+        "n_threads": n_threads,
+        "gpu": gpu.description if gpu else None,
+        "verdict": f"drafted fusion runs at {drafted / large:.2f} of the large model alone, "
+        f"{drafted / plain:.2f} times plain fusion",
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, least and greatest. Raises EdgeDLFError where nothing could be measured."""
+    if not values:
+        raise EdgeDLFError("every answer ended at its first token: there is no decoding to measure")
+    return {"median": median(values), "least": min(values), "greatest": max(values)}
 
 
 def gpu_bytes_s(gpu: GPU) -> float | None:
@@ -183,7 +134,7 @@ def memory_bytes_s(n_threads: int) -> float:
 
 def member_speed(
     ensemble: Ensemble, name: str, files: FamilyFiles, cache_types: tuple[str | None, str | None]
-) -> MemberSpeed:
+) -> dict[str, Any]:
     prompt = [10 + n % 97 for n in range(_N_PREFILL)]
     prefill, decode = [], []
     for _ in range(3):
@@ -194,13 +145,13 @@ def member_speed(
     size = footprint(files.models[name], *cache_types)
     n_bytes = size.read + int(sum(size.kv) * (_N_PREFILL + _N_STEPS // 2))
     n_bytes += sum(path.stat().st_size for path, _ in files.loras.get(name, ()))
-    decode_tps = Spread.of([1 / seconds for seconds in decode])
-    return MemberSpeed(
-        prefill_tps=Spread.of([_N_PREFILL / seconds for seconds in prefill]),
-        decode_tps=decode_tps,
-        token_bytes=n_bytes,
-        read_bytes_s=n_bytes * decode_tps.median,
-    )
+    decode_tps = spread([1 / seconds for seconds in decode])
+    return {
+        "prefill_tps": spread([_N_PREFILL / seconds for seconds in prefill]),
+        "decode_tps": decode_tps,
+        "token_bytes": n_bytes,
+        "read_bytes_s": n_bytes * decode_tps["median"],
+    }
 
 
 def _decode_s(ensemble: Ensemble, name: str, tokens: Sequence[int]) -> float:
@@ -208,14 +159,6 @@ def _decode_s(ensemble: Ensemble, name: str, tokens: Sequence[int]) -> float:
     started = time.perf_counter()
     ensemble.decode({name: [Run(0, tokens, 1)]})
     return time.perf_counter() - started
-
-
-def _answer(llm: FusedLlama, prompt: str | Sequence[int], **settings: Any) -> Report:
-    """Report on a greedy answer to `prompt`."""
-    stream = llm.stream(prompt, **_GREEDY, **settings)
-    for _ in stream:
-        pass
-    return stream.report
 
 
 def parallel_tps(llm: FusedLlama, n: int) -> float:
@@ -239,14 +182,14 @@ def parallel_tps(llm: FusedLlama, n: int) -> float:
     return (n_after - n_before) / elapsed
 
 
-def _answers(llm: FusedLlama, token_s: float) -> Iterator[tuple[int, int, str, Report]]:
-    """Yield greedy answers by each method in turn: the number of the answer, of how many, the method, the report.
+def answer_in_turn(llm: FusedLlama, token_s: float, tell: Callable[[str], None]) -> dict[str, list[Report]]:
+    """Return reports on greedy answers by each method in turn.
 
     token_s: seconds that all methods together take for a token.
     """
     methods: dict[str, dict[str, Any]] = {
-        "plain": {"draft": "off"},
-        "drafted": {"draft": "auto"},
+        "plain": {"draft": "off", "method": "dynamic"},
+        "drafted": {"draft": "auto", "method": "dynamic"},
         "large": {"draft": "off", "method": "large"},
     }
     fewest, most = _N_TOKENS
@@ -256,10 +199,14 @@ def _answers(llm: FusedLlama, token_s: float) -> Iterator[tuple[int, int, str, R
     # The order of the methods changes from prompt to prompt.
     orders = [[*methods][n % 3 :] + [*methods][: n % 3] for n in range(3)]
     jobs = [(kind, prompt) for n, prompt in enumerate(_PROMPTS * n_rounds) for kind in orders[n % 3]]
+    reports: dict[str, list[Report]] = {kind: [] for kind in methods}
     for n, (kind, prompt) in enumerate([("drafted", _PROMPTS[0]), *jobs]):
-        report = _answer(llm, prompt, max_tokens=n_tokens, **{"method": "dynamic", **methods[kind]})
-        if n and report.counts.n_steps:  # the first answer measures how long drafts should be
-            yield n, len(jobs), kind, report
+        tell(f"answer {n} of {len(jobs)}, {kind}")
+        stream = llm.stream(prompt, max_tokens=n_tokens, temperature=0.0, repeat_penalty=1.0, **methods[kind])
+        deque(stream, maxlen=0)
+        if n and stream.report.counts.n_steps:  # the first answer measures how long drafts should be
+            reports[kind].append(stream.report)
+    return reports
 
 
 def search_s(llm: FusedLlama) -> float:

@@ -13,9 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
 
@@ -34,29 +34,24 @@ _FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8",
 _USED = {"avx2": "AVX2 = 1", "avx512f": "AVX512 = 1", "asimddp": "DOTPROD = 1", "i8mm": "MATMUL_INT8 = 1"}
 
 
-@dataclass(frozen=True)
-class Check:
-    """Result of one check.
+Check: TypeAlias = dict[str, Any]
+"""Result of one check, as JSON has it.
 
-    verdict: "ok", "note" (it works, and could be better) or "problem".
-    next_step: one thing to do; None where all is well.
-    facts: the numbers and names of `text`, for programs.
-    """
-
-    name: str
-    verdict: str
-    text: str
-    next_step: str | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+name: what was looked at.
+verdict: "ok", "note" (it works, and could be better) or "problem".
+text: what was found.
+next_step: one thing to do; None where all is well.
+facts: the numbers and names of `text`, for programs.
+"""
 
 
-def _check(name: str, text: str, next_step: str | None = None, **facts: Any) -> Check:
-    """A check that is well, or that has a next step and is a note."""
-    return Check(name, "note" if next_step else "ok", text, next_step, facts)
+def _check(name: str, text: object, next_step: str | None = None, *, verdict: str = "", **facts: Any) -> Check:
+    """Return a check that is well, or that has a next step and is a note if it is not a problem."""
+    verdict = verdict or ("note" if next_step else "ok")
+    return {"name": name, "verdict": verdict, "text": str(text), "next_step": next_step, "facts": facts}
 
 
-def _problem(name: str, error: object, next_step: str, **facts: Any) -> Check:
-    return Check(name, "problem", str(error), next_step, facts)
+_problem = partial(_check, verdict="problem")
 
 
 def examine_machine() -> Iterator[Check]:
@@ -110,7 +105,7 @@ def examine_family(load: Callable[[], tuple[FamilySpec, Mapping[str, Any]]]) -> 
     memory = _plan(planner, files, n_ctx)
     yield memory
     yield _template(files)
-    if memory.verdict != "problem" or planner.largest_n_cells(256):
+    if memory["verdict"] != "problem" or planner.largest_n_cells(256):
         yield from _decodes(files, planner, n_ctx)
 
 
@@ -121,7 +116,7 @@ def _llama_cpp(info: str) -> Check:
 
 
 def _cpu(info: str) -> Check:
-    known = _cpu_flags()
+    known = set(" ".join(_cpu_lines("flags", "Features")).split())
     has = [feature for feature in _FEATURES if feature in known]
     unused = [feature for feature, flag in _USED.items() if feature in known and flag not in info]
     name = next(iter(_cpu_lines("model name")), platform.processor() or platform.machine())
@@ -264,10 +259,6 @@ def _decodes(files: FamilyFiles, planner: Planner, n_ctx: int) -> Iterator[Check
         else:
             step = f"download the file again, or build llama.cpp again: {_REINSTALL}"
             yield _problem(f"decode {name}", found.reason, step, **facts)
-
-
-def _cpu_flags() -> set[str]:
-    return set(" ".join(_cpu_lines("flags", "Features")).split())
 
 
 def _cpu_lines(*names: str) -> list[str]:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -58,61 +59,43 @@ class Plan:
     system: str | None = None
 
 
-@dataclass
-class Results:
-    """What was measured so far: of each variant, of each column, of each example."""
+def table(column: Column, values: Mapping[str, Mapping[Column, Values]]) -> dict[str, Any]:
+    """Return means, paired differences and the values of single examples of one column.
 
-    values: dict[str, Mapping[Column, Values]] = field(default_factory=dict)
+    values: variant -> column -> what is measured.
+    """
+    own = {name: columns[column] for name, columns in values.items() if column in columns}
+    return {
+        "task": column[0],
+        "metric": column[1],
+        "n": {name: len(examples) for name, examples in own.items()},
+        "means": {name: interval([*examples.values()])._asdict() for name, examples in own.items()},
+        "differences": {
+            name: {other: difference(own[name], own[other])._asdict() for other in own if other != name} for name in own
+        },
+        "values": own,
+    }
 
-    def columns(self) -> list[Column]:
-        return list(dict.fromkeys(column for own in self.values.values() for column in own))
 
-    def estimate(self, variant: str, column: Column) -> Estimate:
-        return interval(list(self.values[variant][column].values()))
+def difference(one: Values, two: Values) -> Estimate:
+    """Estimate how far the first is above the second, on the examples that both have."""
+    common = [name for name in one if name in two]
+    return paired([one[name] for name in common], [two[name] for name in common])
 
-    def difference(self, variant: str, other: str, column: Column) -> Estimate:
-        """Of `variant` − `other`, on the examples that both have."""
-        one, two = self.values[variant][column], self.values[other][column]
-        common = [name for name in one if name in two]
-        return paired([one[name] for name in common], [two[name] for name in common])
 
-    def _differences(self, column: Column, names: Sequence[str]) -> dict[str, Any]:
-        return {
-            name: {other: self.difference(name, other, column)._asdict() for other in names if other != name}
-            for name in names
-        }
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, the values of single examples too."""
-        tables = []
-        for task, metric in self.columns():
-            own = [name for name in self.values if (task, metric) in self.values[name]]
-            tables.append({
-                "task": task,
-                "metric": metric,
-                "n": {name: len(self.values[name][task, metric]) for name in own},
-                "means": {name: self.estimate(name, (task, metric))._asdict() for name in own},
-                "differences": self._differences((task, metric), own),
-                "values": {name: dict(self.values[name][task, metric]) for name in own},
-            })  # fmt: skip
-        return {"format": "edge-dlf eval 1", "tables": tables}
-
-    def as_markdown(self) -> str:
-        """Of each column a table: each variant's mean, and how far it is from each other one's. Differences whose
-        interval leaves out 0 are bold."""
-        parts = []
-        for task, metric in self.columns():
-            own = [name for name in self.values if (task, metric) in self.values[name]]
-            n = max(len(self.values[name][task, metric]) for name in own)
-            heads = ["method", f"{metric} (n = {n:,})", *(f"− {name}" for name in own)]
-            lines = [f"### {task}: {metric}", "", _row(heads), _row(["---"] * len(heads))]
-            for name in own:
-                differences = (
-                    "" if other == name else _signed(self.difference(name, other, (task, metric))) for other in own
-                )
-                lines.append(_row([name, _percent(self.estimate(name, (task, metric))), *differences]))
-            parts.append("\n".join(lines))
-        return "\n\n".join(parts) + "\n"
+def markdown(tables: Iterable[Mapping[str, Any]]) -> str:
+    """Return a table of each column: each variant's mean, and how far it is from each other one's. Differences whose
+    interval leaves out 0 are bold."""
+    parts = []
+    for table in tables:
+        metric, counts = table["metric"], table["n"]
+        heads = ["method", f"{metric} (n = {max(counts.values()):,})", *(f"− {name}" for name in counts)]
+        lines = [f"### {table['task']}: {metric}", "", _row(heads), _row(["---"] * len(heads))]
+        for name, mean in table["means"].items():
+            signed = {other: _signed(Estimate(**found)) for other, found in table["differences"][name].items()}
+            lines.append(_row([name, _percent(Estimate(**mean)), *(signed.get(other, "") for other in counts)]))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 def run(
@@ -122,8 +105,9 @@ def run(
     manifest: Callable[[Mapping[str, Any]], Manifest],
     folder: Path,
     begin: Callable[[str], None],
-) -> Results:
-    """Measure each variant in turn and write `results.json` and `results.md` into `folder` after each.
+) -> str:
+    """Measure each variant in turn and write `results.json` and `results.md` into `folder` after each. Returns the
+    text of the latter.
 
     load: the family, called when the first answer is needed that is not there yet. manifest: of the family and the
     settings of a variant. begin: is told the name of each variant. Raises InvalidParameterError for an unknown task.
@@ -135,14 +119,18 @@ def run(
     if unknown := sorted(set(plan.data) - set(plan.tasks)):
         raise InvalidParameterError(f"there is data for {unknown[0]!r}, which is none of the tasks")
     folder.mkdir(parents=True, exist_ok=True)
-    results = Results()
+    values: dict[str, Mapping[Column, Values]] = {}
+    text = ""
     for variant in variants:
         begin(variant.name)
         cache = folder / f"answers-{_digest(manifest(variant.settings))}.db"
-        results.values[variant.name] = _values(_measure(plan, variant, load, cache, specs, manager))
-        _write(folder / "results.json", json.dumps(results.as_json(), ensure_ascii=False, indent=1))
-        _write(folder / "results.md", results.as_markdown())
-    return results
+        values[variant.name] = _values(_measure(plan, variant, load, cache, specs, manager))
+        tables = [table(column, values) for column in dict.fromkeys(chain.from_iterable(values.values()))]
+        text = markdown(tables)
+        results = {"format": "edge-dlf eval 1", "tables": tables}
+        _write(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1))
+        _write(folder / "results.md", text)
+    return text
 
 
 def _measure(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -110,7 +110,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         order = sorted(range(len(requests)), key=lambda k: (requests[k][1], requests[k][2]))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         scores = self.llm.score((self._pair(*requests[k][1:]) for k in order), **self._fusion)
-        for number, score in self._bar(scores, len(order), "scores", disable_tqdm):
+        for number, score in tqdm(scores, total=len(order), desc="scores", disable=disable_tqdm or None):
             k = order[number]
             found[k] = score.logprob, score.is_greedy
             if (request := requests[k][0]) is not None:
@@ -151,7 +151,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         order = sorted(range(len(requests)), key=lambda k: str(requests[k].args[0]))
         rows = (self._row(k, *requests[k].args) for k in order)
         answers = self.llm.batch(rows, **_PLAIN, **self._fusion)
-        for row in self._bar(answers, len(order), "answers", disable_tqdm):
+        for row in tqdm(answers, total=len(order), desc="answers", disable=disable_tqdm or None):
             if row["error"]:
                 raise EdgeDLFError(f"an answer failed: {row['error']['message']}")
             k = int(row["custom_id"])
@@ -169,6 +169,3 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         tokens = self.tok_encode(context)[-(self.max_length - n_most) :]
         stop = [text for text in asked["until"] if text]
         return {"id": str(k), "prompt": tokens, "max_tokens": n_most, "stop": stop, **sampling}
-
-    def _bar(self, items: Iterator[Any], n: int, what: str, is_hidden: bool) -> Iterator[Any]:
-        return cast("Iterator[Any]", iter(tqdm(items, total=n, desc=what, disable=is_hidden or None)))

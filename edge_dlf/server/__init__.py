@@ -1,6 +1,6 @@
 """An OpenAI-compatible server over one family: requests in over HTTP, one scheduler for all of them.
 
-`app` routes and answers; `calls` reads bodies and writes results and errors; `engine` is the thread that decodes;
+`app` routes and answers; `calls` reads bodies and writes results and errors; `decoding` is the thread that decodes;
 `openapi` describes it all; `running` binds, serves and stops.
 """
 

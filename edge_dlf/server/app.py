@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -25,15 +24,14 @@ from ..answers.completion import Completion, Dict
 from ..answers.requests import CHAT, COMPLETIONS
 from ..answers.token import Token
 from . import openapi
-from .calls import Call, HTTPError, chunks, closing, encode, opening, total, whole
+from .calls import Call, chunks, closing, encode, opening, total, whole
 from .decoding import DecodingThread, Ticket
 from .metrics import Metrics
 from .page import page
+from .refusals import HTTPError
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
-
-logger = logging.getLogger(__name__)
 
 MAX_BODY = 8 * 2**20
 """Bytes of the longest body."""
@@ -85,7 +83,7 @@ def make_app(llm: FusedLlama, rules: Rules) -> Starlette:
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        exception_handlers={HTTPException: _refuse, HTTPError: _refuse, Exception: _refuse},
+        exception_handlers={HTTPException: _refuse, Exception: _refuse},
     )
     app.add_middleware(_AccessControl, rules=rules, metrics=service.metrics)
     app.router.redirect_slashes = False
@@ -148,7 +146,7 @@ class _Service:
     async def show_model(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name not in self.models:
-            raise HTTPError(404, f"the model {name!r:.80} does not exist", code="model_not_found")
+            raise HTTPError(404, f"the model {name!r:.80} does not exist", "model_not_found")
         return _JSON(_model(name))
 
     async def answer(self, request: Request, *, is_chat: bool) -> Response:
@@ -163,7 +161,7 @@ class _Service:
         except ClientDisconnect:
             raise
         except Exception as error:
-            raise _http_error(error) from error
+            raise HTTPError.of(error) from error
 
     async def _respond(self, request: Request, call: Call, ticket: Ticket) -> Response:
         loop = asyncio.get_running_loop()
@@ -214,7 +212,7 @@ async def _stream(call: Call, choices: list[Completion], ticket: Ticket) -> Asyn
             yield _events([total(call, choices)])
         yield b"data: [DONE]\n\n"
     except Exception as error:
-        yield _events([_http_error(error).body()])
+        yield _events([HTTPError.of(error).body()])
 
 
 def _events(chunks: list[Dict]) -> bytes:
@@ -233,28 +231,15 @@ async def _read(request: Request) -> bytes:
             async for part in request.stream():
                 body += part
                 if len(body) > MAX_BODY:
-                    raise HTTPError(413, f"a body may have {MAX_BODY} bytes", code="body_too_large")
+                    raise HTTPError(413, f"a body may have {MAX_BODY} bytes", "body_too_large")
     except TimeoutError:
-        raise HTTPError(408, f"the body did not come within {_BODY_S:.0f} s", code="timeout") from None
+        raise HTTPError(408, f"the body did not come within {_BODY_S:.0f} s", "timeout") from None
     return bytes(body)
 
 
-def _http_error(error: Exception) -> HTTPError:
-    """The answer to an error. Errors that nobody foresaw are logged, and no client is told about them."""
-    if isinstance(error, HTTPException):
-        return HTTPError(error.status_code, error.detail.lower(), headers=error.headers)
-    known = HTTPError.of(error)
-    if known.status == 500 and known is not error:
-        logger.error("a request failed: %r", error, exc_info=error)
-    return known
-
-
 async def _refuse(request: Request, error: Exception) -> Response:
-    return _refusal(_http_error(error))
-
-
-def _refusal(error: HTTPError) -> Response:
-    return _JSON(error.body(), error.status, error.headers)
+    refusal = HTTPError.of(error)
+    return _JSON(refusal.body(), refusal.status_code, refusal.headers)
 
 
 class _AccessControl:
@@ -282,30 +267,29 @@ class _AccessControl:
             await send(message)
 
         try:
-            refusal = self._check(Request(scope))
-            await (_refusal(refusal) if refusal else self._app)(scope, receive, watched)
+            request = Request(scope)
+            refusal = self._check(request)
+            app = await _refuse(request, refusal) if refusal else self._app
+            await app(scope, receive, watched)
         except ClientDisconnect:
             pass
         finally:
             self._metrics.request(scope["path"] if scope["path"] in openapi.PATHS else "other", status)
 
     def _check(self, request: Request) -> HTTPError | None:
+        headers = request.headers
         if self._key is not None:
-            return None if request.url.path in _OPEN else self._check_key(request)
-        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            is_right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key)
+            if request.url.path in _OPEN or (scheme.lower() == "bearer" and is_right):
+                return None
+            return HTTPError(401, "the API key is missing or wrong", "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+        host, origin = headers.get("host", ""), headers.get("origin")
         if self._rules.hosts is not None and _name(host) not in self._rules.hosts:
-            return HTTPError(403, "this server is not known by that name", code="unknown_host")
+            return HTTPError(403, "this server is not known by that name", "unknown_host")
         if origin is not None and urlsplit(origin).netloc != host:
-            return HTTPError(403, "a page of another site may not ask this server", code="foreign_origin")
+            return HTTPError(403, "a page of another site may not ask this server", "foreign_origin")
         return None
-
-    def _check_key(self, request: Request) -> HTTPError | None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        is_right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key or b"")
-        if scheme.lower() == "bearer" and is_right:
-            return None
-        headers = {"WWW-Authenticate": "Bearer"}
-        return HTTPError(401, "the API key is missing or wrong", code="invalid_api_key", headers=headers)
 
 
 def _name(host: str) -> str:

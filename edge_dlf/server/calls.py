@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ..answers.completion import Completion, Dict
 from ..answers.requests import Request, parse_body
 from ..answers.token import Token
-from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError, NonFiniteLogitsError
-from .decoding import BusyError, StoppingError
+from ..errors import InvalidParameterError
+from ..system.jsonl import parse_object
+from .refusals import HTTPError
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
@@ -19,47 +20,6 @@ if TYPE_CHECKING:
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-class HTTPError(Exception):
-    """What a request is refused with, in OpenAI's terms."""
-
-    def __init__(
-        self, status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(message)
-        self.status, self.kind, self.code = status, kind, code
-        self.headers = dict(headers or {})
-
-    @classmethod
-    def of(cls, error: Exception) -> HTTPError:
-        """The refusal that an error of the engine means."""
-        text = str(error)
-        if isinstance(error, HTTPError):
-            return error
-        if isinstance(error, ContextOverflowError):
-            return cls(400, text, code="context_length_exceeded")
-        if isinstance(error, InvalidParameterError):
-            return cls(400, text, code="invalid_value")
-        if isinstance(error, RecursionError):
-            return cls(400, "the body is nested too deeply", code="invalid_value")
-        if isinstance(error, BusyError):
-            headers = {"Retry-After": str(error.retry_after_s)}
-            return cls(503, text, kind="server_error", code="overloaded", headers=headers)
-        if isinstance(error, StoppingError):
-            return cls(503, text, kind="server_error", code="stopping", headers={"Retry-After": "10"})
-        if isinstance(error, TimeoutError):
-            return cls(504, "the answer took longer than the server allows", kind="server_error", code="timeout")
-        if isinstance(error, NonFiniteLogitsError):
-            return cls(500, text, kind="server_error", code="non_finite_logits")
-        if isinstance(error, EdgeDLFError):
-            return cls(500, text, kind="server_error", code="failed")
-        return cls(500, "the server failed; what it wrote to its terminal says why", kind="server_error")
-
-    def body(self) -> Dict:
-        """OpenAI's error object."""
-        return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.code}}
 
 
 @dataclass(frozen=True)
@@ -76,14 +36,16 @@ class Call:
     @classmethod
     def parse(cls, raw: bytes, models: Mapping[str, Mapping[str, Any]], *, is_chat: bool) -> Call:
         """Read a body. models: name -> settings of the fusion. Raises HTTPError or InvalidParameterError."""
-        body = _object(raw)
+        try:
+            body = parse_object(raw)
+        except ValueError as error:
+            raise HTTPError(400, f"the body is {error!s:.200}", "invalid_json") from None
         given = {name: value for name, value in body.items() if value is not None}
         default = next(iter(models))
         model = _typed(given, "model", str, default)
         if model not in models:
-            raise HTTPError(
-                404, f"the model {model!r:.80} does not exist; there are {', '.join(models)}", code="model_not_found"
-            )
+            message = f"the model {model!r:.80} does not exist; there are {', '.join(models)}"
+            raise HTTPError(404, message, "model_not_found")
         n = _typed(given, "n", int, 1)
         stream = _typed(given, "stream", bool, False)
         options = _typed(given, "stream_options", dict, {})
@@ -178,20 +140,6 @@ def encode(value: Any) -> bytes:
 
 def _common(call: Call) -> Dict:
     return {"model": call.model, **({"usage": None} if call.include_usage else {})}
-
-
-def _object(raw: bytes) -> Dict:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        body = json.loads(raw, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise HTTPError(400, f"the body is no JSON: {reason:.200}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise HTTPError(400, "the body must be a JSON object", code="invalid_json")
-    return body
 
 
 def _typed(fields: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:

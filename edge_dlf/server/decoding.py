@@ -6,16 +6,17 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, cast
 
 from ..answers.stream import Answer
 from ..answers.token import Token
 from ..errors import EdgeDLFError, InvalidParameterError, RequestInterruptedError
+from .refusals import HTTPError, stopping
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
@@ -27,21 +28,6 @@ N_PREFILL = 128
 """Tokens of prompts evaluated in one step, so that a long prompt does not keep other answers waiting."""
 
 
-class BusyError(Exception):
-    """As many requests wait as may. retry_after_s: when to try again."""
-
-    def __init__(self, retry_after_s: int) -> None:
-        super().__init__("as many requests wait as may; try again later")
-        self.retry_after_s = retry_after_s
-
-
-class StoppingError(EdgeDLFError):
-    """The server stops, and no answer goes on."""
-
-    def __init__(self) -> None:
-        super().__init__("the server is stopping")
-
-
 @dataclass(frozen=True)
 class Event:
     """Tokens of the answer number `index`; `is_last` where it has ended. error: why no more can come."""
@@ -49,7 +35,7 @@ class Event:
     index: int
     tokens: Sequence[Token] = ()
     is_last: bool = False
-    error: EdgeDLFError | TimeoutError | None = None
+    error: EdgeDLFError | HTTPError | None = None
 
 
 @dataclass(eq=False)
@@ -70,13 +56,13 @@ class Ticket:
     def start(self, answers: Sequence[Answer], timeout_s: float) -> None:
         """Let the answers join the line. timeout_s: time that they may take."""
         self.answers = answers
-        expired = Event(0, error=TimeoutError())
+        expired = Event(0, error=HTTPError(504, "the answer took longer than the server allows", "timeout"))
         self.timer = asyncio.get_running_loop().call_later(timeout_s, self.events.put_nowait, expired)
         self.thread.command(lambda: self.thread.begin(self))
 
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
-        """Events until every answer has ended. Raises EdgeDLFError where one cannot go on, TimeoutError where they take
-        too long."""
+        """Events until every answer has ended. Raises EdgeDLFError where one cannot go on, HTTPError where they take
+        too long or the server stops."""
         n_left = len(self.answers)
         while n_left:
             events = [await self.events.get()]
@@ -116,8 +102,7 @@ class DecodingThread:
         self._answer_s = 1.0
         self._tickets: dict[Answer, tuple[Ticket, int]] = {}
         self._due: list[tuple[Ticket, Event]] = []
-        self._commands: deque[Callable[[], None]] = deque()
-        self._wake = threading.Event()
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._is_open = False
         self._thread = threading.Thread(target=self._run, name="edge-dlf decoding", daemon=True)
 
@@ -135,13 +120,15 @@ class DecodingThread:
             self._thread.join()
 
     def ticket(self, n_answers: int, *, is_streamed: bool) -> Ticket:
-        """Take places for a request of so many answers. Raises BusyError, StoppingError or InvalidParameterError."""
+        """Take places for a request of so many answers. Raises HTTPError or InvalidParameterError."""
         if self._is_stopping:
-            raise StoppingError
+            raise stopping()
         if n_answers > self.n_most:
             raise InvalidParameterError(f"{n_answers} choices are more than the {self.n_most} that this server takes")
         if self._n_taken + n_answers > self.n_most:
-            raise BusyError(max(1, min(60, round(self._answer_s * self._n_taken / self._driver.n_parallel))))
+            wait_s = max(1, min(60, round(self._answer_s * self._n_taken / self._driver.n_parallel)))
+            message = "as many requests wait as may; try again later"
+            raise HTTPError(503, message, "overloaded", {"Retry-After": str(wait_s)})
         self._n_taken += n_answers
         return Ticket(self, n_answers, is_streamed)
 
@@ -154,7 +141,7 @@ class DecodingThread:
         self._is_stopping = True
 
     def stop(self) -> None:
-        """Take no more requests, and end those that are there with StoppingError."""
+        """Take no more requests, and end those that are there."""
         self._is_stopping = True
         self.command(self._end_all)
 
@@ -165,15 +152,14 @@ class DecodingThread:
 
     def command(self, what: Callable[[], None]) -> None:
         """Let the decoding thread do something between two steps."""
-        self._commands.append(what)
-        self._wake.set()
+        self._commands.put(what)
 
     # What follows runs in the decoding thread.
 
     def begin(self, ticket: Ticket) -> None:
         """Let the answers of a ticket join the line."""
         if self._has_stopped:
-            self._post(ticket, Event(0, error=StoppingError()))
+            self._post(ticket, Event(0, error=stopping()))
             return
         for index, answer in enumerate(ticket.answers):
             self._tickets[answer] = ticket, index
@@ -187,13 +173,10 @@ class DecodingThread:
 
     def _run(self) -> None:
         while self._is_open:
-            if not self._tickets:
-                self._wake.wait()
-            self._wake.clear()
-            while self._commands:
-                self._commands.popleft()()
-            if self._tickets:
+            if self._tickets and self._commands.empty():
                 self._step()
+            else:
+                self._commands.get()()
             if not self._tickets:
                 self._deliver()  # no step follows in which members compute
 
@@ -202,14 +185,14 @@ class DecodingThread:
 
     def _end_all(self) -> None:
         self._has_stopped = True
-        self._fail_all(StoppingError())
+        self._fail_all(stopping())
 
     def _step(self) -> None:
         """Run one step of all answers. What it gave is handed over while the members compute the next one."""
         try:
             answers = self._driver.step(N_PREFILL, self._deliver)
         except RequestInterruptedError:
-            self._fail_all(StoppingError())
+            self._fail_all(stopping())
         except EdgeDLFError as error:
             self._fail_all(error)
         except Exception:
@@ -236,7 +219,7 @@ class DecodingThread:
         elif ticket.is_streamed and answer.tokens:
             self._post(ticket, Event(index, answer.take()))
 
-    def _fail_all(self, error: EdgeDLFError) -> None:
+    def _fail_all(self, error: EdgeDLFError | HTTPError) -> None:
         """End every answer with `error`. What a failed step left in the caches is not trusted."""
         self._driver.clear()
         self._driver.forget()

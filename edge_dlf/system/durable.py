@@ -94,11 +94,14 @@ class Appender(AbstractContextManager["Appender"]):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that replaces `path` at the end, all at once; an exception before the end changes nothing."""
+def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Write a file that replaces `path` at the end, all at once; an exception before the end changes nothing.
+
+    mode: permissions of a new file, less those that the umask takes away. A file that is replaced keeps its own.
+    """
     new = new_name(path)
     try:
-        with new.open("wb") as file:
+        with open(new, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
