@@ -52,16 +52,29 @@ def test_a_method_decodes_only_the_members_it_needs(method: str, members: tuple[
 
 def test_an_unknown_method_is_named_with_the_known_ones() -> None:
     ensemble, _ = family()
-    with pytest.raises(InvalidParameterError, match=r"'poetry' is none of dynamic, static, large, base, maths, law"):
+    with pytest.raises(
+        InvalidParameterError, match=r"'poetry' is none of dynamic, static, weighted, large, base, maths, law"
+    ):
         ensemble.roles(FusionParams(method="poetry"))
 
 
 def test_static_alphas_by_name() -> None:
     ensemble, _ = family()
-    assert ensemble.roles(FusionParams(method="static", alpha={"law": 0.5})).alphas == (0.0, 0.5)
-    assert ensemble.roles(FusionParams(method="static", alpha=0.7)).alphas == (0.7, 0.7)
+    assert ensemble.roles(FusionParams(method="static", alpha={"law": 0.5})).weights == (0.0, 0.5)
+    assert ensemble.roles(FusionParams(method="static", alpha=0.7)).weights == (0.7, 0.7)
     with pytest.raises(InvalidParameterError, match="poetry"):
         ensemble.roles(FusionParams(method="static", alpha={"poetry": 1.0}))
+
+
+def test_weights_name_the_members_that_take_part() -> None:
+    ensemble, _ = family()
+    roles = ensemble.roles(FusionParams(method="weighted", weights={"law": 0.8, "large": 0.5, "base": 0.0}))
+    assert roles == Roles(("large", "law"), ("law",), (0.5, 0.8))
+    assert roles.alphas() == (0.8,)
+    roles = ensemble.roles(FusionParams(method="weighted", weights={"law": -0.1, "base": 1, "maths": 2}))
+    assert roles == Roles(("base", "maths", "law"), ("maths", "law"), (1.0, 2.0, -0.1))
+    with pytest.raises(InvalidParameterError, match="weights names 'poetry'; the members are large, base, maths, law"):
+        ensemble.roles(FusionParams(method="weighted", weights={"poetry": 1.0}))
 
 
 def test_rows_are_those_of_each_member_after_the_same_text() -> None:

@@ -96,11 +96,13 @@ class Drafting:
         draft.rows = self._kept[: n + 1]
 
     def _member_candidate(self, generation: Generation) -> Candidate | None:
-        """Describe the member that would draft: the expert of the largest α of late, or the base for the large model
-        alone; None where there is none, or no room for it."""
-        members, experts = generation.members, generation.request.roles.experts
+        """Describe the member that would draft: the expert of the largest α of late, unless it is negative, or the base
+        for the large model alone; None where there is none, or no room for it, or an expert answers alone."""
+        members, experts, strength = generation.members, generation.request.roles.experts, generation.strength
         if experts:
-            name = max(experts, key=lambda name: generation.strength.get(name, 0.0))
+            name = max(experts, key=lambda name: strength.get(name, 0.0))
+            if len(members) == 1 or strength.get(name, 0.0) < 0:
+                return None
             return Candidate(name, tuple(other for other in members if other != name), name)
         if members != ("large",) or "base" not in self._ensemble.members:
             return None

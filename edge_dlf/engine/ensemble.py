@@ -22,13 +22,50 @@ class Roles:
     """Members that a method decodes.
 
     members: their names. Penalties and noise go by the text of the first one.
-    experts: those of them whose weights α are reported.
-    alphas: the fixed weight of each expert; None where α is searched for at each step.
+    experts: those of them whose weights α are reported, the last of the members.
+    weights: fixed weights: α of each expert, or with method="weighted" the weight of each member; () where one member
+        answers alone, None where α is searched for at each step.
     """
 
     members: tuple[str, ...]
     experts: tuple[str, ...] = ()
-    alphas: tuple[float, ...] | None = ()
+    weights: tuple[float, ...] | None = ()
+
+    @classmethod
+    def of(cls, params: FusionParams, names: Sequence[str]) -> Roles:
+        """Return who takes part in `params.method` of all members `names`: "large", "base" and the experts.
+
+        Raises InvalidParameterError for a name that no member has.
+        """
+        experts = tuple(name for name in names if name not in ("large", "base"))
+        if params.method == "dynamic":
+            return cls(("large", "base", *experts), experts, None)
+        if params.method == "static":
+            return cls(("large", "base", *experts), experts, _alphas(params, experts))
+        if params.method == "weighted":
+            weights = params.weights or {}
+            if unknown := sorted(set(weights) - set(names)):
+                raise InvalidParameterError(f"weights names {unknown[0]!r}; the members are {', '.join(names)}")
+            members = tuple(name for name in names if weights.get(name))
+            weighted_experts = tuple(name for name in members if name in experts)
+            return cls(members, weighted_experts, tuple(float(weights[name]) for name in members))
+        if params.method not in names:
+            raise InvalidParameterError(f"method {params.method!r} is none of {', '.join((*METHODS, *experts))}")
+        return cls((params.method,))
+
+    def alphas(self, weights: Sequence[float] | None = None) -> tuple[float, ...]:
+        """Return α of each expert among the weights of a pick, or among the fixed ones; () if none are fixed."""
+        weights = tuple(self.weights or () if weights is None else weights)
+        return weights[len(weights) - len(self.experts) :] if weights else ()
+
+
+def _alphas(params: FusionParams, experts: Sequence[str]) -> tuple[float, ...]:
+    """Return the fixed α of each expert."""
+    if not isinstance(params.alpha, Mapping):
+        return (float(params.alpha),) * len(experts)
+    if unknown := sorted(set(params.alpha) - set(experts)):
+        raise InvalidParameterError(f"alpha names {unknown[0]!r}; the experts are {', '.join(experts)}")
+    return tuple(float(params.alpha.get(name, 0.0)) for name in experts)
 
 
 class Decoded(NamedTuple):
@@ -116,21 +153,7 @@ class Ensemble:
 
     def roles(self, params: FusionParams) -> Roles:
         """Return who takes part in `params.method`. Raises InvalidParameterError for a name that no member has."""
-        if params.method == "dynamic":
-            return Roles(("large", "base", *self.experts), self.experts, None)
-        if params.method == "static":
-            return Roles(("large", "base", *self.experts), self.experts, self._alphas(params))
-        if params.method not in self.members:
-            raise InvalidParameterError(f"method {params.method!r} is none of {', '.join((*METHODS, *self.experts))}")
-        return Roles((params.method,))
-
-    def _alphas(self, params: FusionParams) -> tuple[float, ...]:
-        """Return the fixed α of each expert."""
-        if not isinstance(params.alpha, Mapping):
-            return (float(params.alpha),) * len(self.experts)
-        if unknown := sorted(set(params.alpha) - set(self.experts)):
-            raise InvalidParameterError(f"alpha names {unknown[0]!r}; the experts are {', '.join(self.experts)}")
-        return tuple(float(params.alpha.get(name, 0.0)) for name in self.experts)
+        return Roles.of(params, tuple(self.members))
 
     def decode(self, runs: Mapping[str, Sequence[Run]], on_decode: Callable[[], None] | None = None) -> Decoded:
         """Append to each member what `runs` has for it, in one batch per member.
