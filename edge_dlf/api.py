@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -20,17 +21,19 @@ from .answers.stream import Driver, TokenStream
 from .answers.template import Message
 from .answers.tokenizer import Prompt, Tokenizer
 from .engine.decoder import Decoder
-from .engine.ensemble import Ensemble
+from .engine.ensemble import Ensemble, Roles
 from .engine.overlap import choose_overlap
-from .errors import EdgeDLFError, InvalidParameterError
+from .errors import EdgeDLFError, InvalidParameterError, OutOfMemoryError
 from .families.files import FamilyFiles, check_files
 from .families.members import Members, plan_memory, ways_to_overlap
+from .families.plan import Plan
 from .families.spec import FamilySpec
 from .llama import default_n_threads
-from .params import OVERLAPS, Overlap
+from .params import OVERLAPS, Overlap, params_of
 
 if TYPE_CHECKING:
     from .fusion.fuser import Fuser
+    from .llama import LlamaBackend
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +100,8 @@ class FusedLlama:
     @classmethod
     def from_family(cls, family: str | Path | FamilySpec | FamilyFiles, **settings: Any) -> FusedLlama:
         """Load the family that a `family.toml`, its folder, or a name in the models folder describes, or one that has
-        been read or checked already.
+        been read or checked already. It loads the members that the method in its `[defaults]` needs. Others are loaded
+        when a request needs them; that request raises OutOfMemoryError where memory does not suffice.
 
         settings: the constructor's keyword arguments from `n_ctx` on. Its `[defaults]` hold for every request.
         """
@@ -123,7 +127,8 @@ class FusedLlama:
             raise InvalidParameterError(f"overlap must be auto, {', '.join(OVERLAPS)}, not {overlap!r}")
         n_ctx = n_ctx or min(_MAX_OWN_CTX, files.models["large"].n_ctx_train or _MAX_OWN_CTX)
         self.name, self.files, self.cache_types = files.spec.name, files, (type_k or "f16", type_v or "f16")
-        plan = plan_memory(
+        planned = partial(
+            plan_memory,
             files,
             n_ctx=n_ctx,
             n_parallel=n_parallel,
@@ -133,13 +138,22 @@ class FusedLlama:
             type_k=type_k,
             type_v=type_v,
         )
+        names = tuple(files.models)
+        _, own = params_of(files.spec.defaults)
+        plan = planned(names=Roles.of(own, names).members)
         # Importing numba and loading kernels takes as long as mapping the models: both at once.
         background = ThreadPoolExecutor(1)
         fuser = background.submit(_ready_fuser, files.n_vocab, n_threads or default_n_threads())
         background.shutdown(wait=False)
         self._members = Members(files, plan, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
         try:
-            ensemble = Ensemble(self._members.backends, files.n_vocab, self._members.lanes)
+            ensemble = Ensemble(
+                self._members.backends,
+                files.n_vocab,
+                self._members.lanes,
+                names=names,
+                load=partial(_load_more, self._members, planned),
+            )
             decoder = Decoder(ensemble, fuser.result())
             if overlap != "auto":
                 ensemble.overlap = overlap
@@ -150,17 +164,19 @@ class FusedLlama:
         except BaseException:
             self._members.close()
             raise
-        large = self._members.models[0]
         self._open_preparer: Preparer | None = Preparer(
-            self.name, files.spec.defaults, ensemble, Tokenizer(large, files.n_vocab), self._members.is_eog
+            self.name,
+            files.spec.defaults,
+            ensemble,
+            Tokenizer(self._members.vocabulary, files.n_vocab),
+            self._members.is_eog,
         )
         self._ensemble = ensemble
         self._driver = Driver(decoder)
-        if n_ctx > large.n_ctx_train:
+        n_ctx_train = files.models["large"].n_ctx_train
+        if n_ctx_train is not None and n_ctx > n_ctx_train:
             logger.warning(
-                "a context of %d tokens is more than the %d that the large model was trained for",
-                n_ctx,
-                large.n_ctx_train,
+                "a context of %d tokens is more than the %d that the large model was trained for", n_ctx, n_ctx_train
             )
 
     def __enter__(self) -> FusedLlama:
@@ -216,7 +232,7 @@ class FusedLlama:
     @property
     def chat_template(self) -> str | None:
         """The large model's chat template, as jinja text."""
-        return self._members.models[0].chat_template
+        return self._members.vocabulary.chat_template
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text` as a raw prompt: with BOS where the model expects one, and, if `special`, the names of
@@ -412,6 +428,17 @@ class FusedLlama:
     def driver(self) -> Driver:
         """What decodes every request of this family. One thread at a time."""
         return self._driver
+
+
+def _load_more(members: Members, planned: Callable[..., Plan], names: Sequence[str]) -> Mapping[str, LlamaBackend]:
+    """Load members that the family's own method does not need. Raises LoadError or OutOfMemoryError."""
+    missing = ", ".join(names)
+    try:
+        plan = planned(names=names, beside=members.plan)
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"this method also needs {missing}: {error}") from error
+    logger.warning("loading %s, which the family's own method does not need", missing)
+    return members.load(plan)
 
 
 def _ready_fuser(n_vocab: int, n_threads: int) -> Fuser:

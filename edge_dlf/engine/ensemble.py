@@ -124,6 +124,7 @@ class _CacheIndex:
 class Ensemble:
     """The members of a family by role name: "large", "base" and the experts' own names.
 
+    members: those in memory. names: those, and the ones that `require` can load.
     n_vocab: tokens that all members share. What lies beyond in longer rows is padding.
     n_ctx: positions that every member has for one sequence.
     n_batch: tokens that every member can evaluate in one batch.
@@ -137,12 +138,16 @@ class Ensemble:
         n_vocab: int,
         groups: Sequence[Sequence[str]] = (),
         clock: Callable[[], float] = time.perf_counter,
+        names: Sequence[str] = (),
+        load: Callable[[Sequence[str]], Mapping[str, Backend]] = lambda names: {},
     ) -> None:
         self.members = dict(members)
+        self.names = tuple(names) or tuple(members)
+        self._load = load
         self.clock = clock
         self.groups = tuple(groups) or (tuple(members),)
         self.overlap: Overlap = "queue"
-        self.experts = tuple(name for name in members if name not in ("large", "base"))
+        self.experts = tuple(name for name in self.names if name not in ("large", "base"))
         self.n_vocab = n_vocab
         self.n_ctx = min(member.n_ctx for member in members.values())
         self.n_batch = min(member.n_batch for member in members.values())
@@ -153,7 +158,17 @@ class Ensemble:
 
     def roles(self, params: FusionParams) -> Roles:
         """Return who takes part in `params.method`. Raises InvalidParameterError for a name that no member has."""
-        return Roles.of(params, tuple(self.members))
+        return Roles.of(params, self.names)
+
+    def require(self, names: Iterable[str]) -> None:
+        """Load those of `names` that are not in memory. May be called beside a step, from one thread at a time.
+
+        Raises LoadError or OutOfMemoryError; those in memory go on.
+        """
+        if missing := [name for name in names if name not in self.members]:
+            known = {**self.members, **self._load(missing)}
+            self._caches = {**self._caches, **{name: _CacheIndex() for name in missing}}
+            self.members = {name: known[name] for name in self.names if name in known}
 
     def decode(self, runs: Mapping[str, Sequence[Run]], on_decode: Callable[[], None] | None = None) -> Decoded:
         """Append to each member what `runs` has for it, in one batch per member.

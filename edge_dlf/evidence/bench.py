@@ -131,6 +131,7 @@ def measure(
     tell: called with a few words on what is measured next.
     """
     ensemble = llm.driver.decoder.ensemble
+    ensemble.require(ensemble.names)
     tell("reading memory")
     gpu = next(iter(gpus()), None)
     memory = gpu_bytes_s(gpu) if gpu else memory_bytes_s(n_threads)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import InvalidParameterError
 from ..llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights, system_info
@@ -15,6 +16,7 @@ from ..params import OVERLAPS, Overlap
 from ..system.machine import this_machine
 from ..system.remembered import states
 from .files import FamilyFiles
+from .footprint import footprint
 from .guard import require_runs
 from .plan import Plan, Planner
 
@@ -29,11 +31,13 @@ _THREAD_SAFE = ("CUDA", "ROCm", "MTL")
 _STREAM = 256
 """llama.cpp rounds the positions of a stream of a KV cache up to a multiple of this."""
 _STREAMS_WEIGHTS = 64 * 2**20
-"""The smallest large model, in bytes, for which a KV stream for each sequence is faster."""
+"""Bytes of the largest model from which a KV stream for each sequence is faster."""
 _MOVED_BYTES = 128 * 2**20
 """Most bytes of one sequence's KV stream: two streams are copied while they are swapped."""
 _CELLS_PER_SEQUENCE = 1024
 """Positions of the shared KV cache for each sequence; a longer sequence uses what others leave free."""
+_ENDS = "eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"
+"""Kinds of tokens that end an answer, in a GGUF's keys."""
 
 
 def plan_memory(
@@ -46,8 +50,13 @@ def plan_memory(
     tensor_split: Sequence[float] | None,
     type_k: str | None,
     type_v: str | None,
+    names: Collection[str] | None = None,
+    beside: Plan | None = None,
 ) -> Plan:
-    """Find room for `files`, before anything is loaded, on this machine as it is now. Arguments as in FusedLlama.
+    """Find room for the members `names`, or all, before they are loaded, on this machine as it is now. Arguments as in
+    FusedLlama.
+
+    beside: plan of members that are in memory already, whose number of sequences and size of caches the others get.
 
     Sequences share as many positions as memory allows, of one context at least, and more than that only where they push
     no layer off a GPU. Raises OutOfMemoryError or InvalidParameterError.
@@ -56,7 +65,9 @@ def plan_memory(
     is_number = isinstance(n_parallel, int) and not isinstance(n_parallel, bool) and 1 <= n_parallel <= MAX_PARALLEL
     if not is_number and n_parallel != "auto":
         raise InvalidParameterError(f"n_parallel must be auto or 1 to {MAX_PARALLEL}, not {n_parallel!r}")
-    n_seqs = _AUTO_PARALLEL[bool(machine.gpus)] if n_parallel == "auto" else int(n_parallel)
+    n_seqs = (
+        beside.n_seqs if beside else _AUTO_PARALLEL[bool(machine.gpus)] if n_parallel == "auto" else int(n_parallel)
+    )
     planner = Planner(
         files,
         machine,
@@ -67,7 +78,11 @@ def plan_memory(
         type_v=type_v,
         n_seqs=n_seqs,
         repacks=repacks_weights(),
+        names=names,
+        beside=beside,
     )
+    if beside:
+        return planner.plan(beside.n_cells)
     wants_gpu = n_gpu_layers.values() if isinstance(n_gpu_layers, Mapping) else [n_gpu_layers]
     if not machine.gpus and (max(wants_gpu, default=0) > 0 or main_gpu is not None or tensor_split is not None):
         logger.warning("there is no GPU that this build of llama.cpp can use: everything runs on the CPU")
@@ -76,10 +91,11 @@ def plan_memory(
 
 
 class Members:
-    """Models and contexts of `files`, loaded.
+    """Models and contexts of the members in `plan`, loaded; `load` adds others of the same family.
 
-    models: each file once, the large model's first.
+    plan: of all members that are loaded.
     backends: role -> its context.
+    vocabulary: the large model, or its tokens alone where it is not a member.
     lanes: groups of roles that run one after the other: each member that is wholly on GPUs alone, and all others, which
         share the CPU, together.
     key: text that identifies everything that their speed depends on.
@@ -102,49 +118,85 @@ class Members:
         on_host = tuple(name for name in files.models if name not in plan.on_gpu)
         self.lanes = (*((name,) for name in files.models if name in plan.on_gpu), *([on_host] if on_host else []))
         self.backends: dict[str, LlamaBackend] = {}
-        loaded: dict[Path, Model] = {}
+        self.key = _key(files, plan, n_threads, type_k, type_v)
+        self.plan = dataclasses.replace(plan, members=())
+        self._files, self._n_ctx = files, n_ctx
+        self._settings: dict[str, Any] = {"n_threads": n_threads, "type_k": type_k, "type_v": type_v}
+        self._models: dict[Path, Model] = {}
+        self._streams: bool | None = None
+        self._ends = _ends(files)
+        large = files.models["large"].path
+        with ExitStack() as self._closing:
+            self.load(plan)
+            if large not in self._models:
+                self.vocabulary = Model(large, vocab_only=True)
+                self._closing.callback(self.vocabulary.close)
+            else:
+                self.vocabulary = self._models[large]
+            self._closing = self._closing.pop_all()
+
+    def load(self, plan: Plan) -> Mapping[str, LlamaBackend]:
+        """Load the members of `plan`. Returns their contexts. What an error leaves half done is freed."""
+        files, loaded = self._files, dict(self._models)
+        backends: dict[str, LlamaBackend] = {}
         with ExitStack() as stack:
-            for name, info in files.models.items():
+            for member in plan.members:
+                info = files.models[member.name]
                 if info.path not in loaded:
-                    where = plan.layers[name], plan.splits[name]
+                    where = plan.layers[member.name], plan.splits[member.name]
                     require_runs(info, *where)
                     loaded[info.path] = Model(info.path, *where, info.tensors)
                     stack.callback(loaded[info.path].close)
-            models = {name: loaded[info.path] for name, info in files.models.items()}
-            # Attention over one cache for all goes through every sequence's cells; with a stream for each, only through
-            # its own. What can be saved of a stream lacks what a window has left behind, and a trim may need again.
-            streams = _have_own_room(plan, n_ctx) and models["large"].n_bytes >= _STREAMS_WEIGHTS
-            streams = streams and all(model.can_trim and not model.has_window for model in models.values())
+            if self._streams is None:
+                self._streams = self._can_stream(plan, loaded)
             # Plain attention reads every cell of a cache, flash attention leaves out those of other sequences.
-            has_own_cache = streams or plan.n_seqs == 1
+            has_own_cache = self._streams or plan.n_seqs == 1
             for member in plan.members:
                 name = member.name
-                self.backends[name] = LlamaBackend(
-                    models[name],
+                backends[name] = LlamaBackend(
+                    loaded[files.models[name].path],
                     name,
-                    n_ctx=n_ctx,
+                    n_ctx=self._n_ctx,
                     n_seq_max=plan.n_seqs,
                     n_cells=plan.n_cells,
-                    streams=streams,
+                    streams=self._streams,
                     n_ubatch=member.n_ubatch if has_own_cache else None,
-                    n_threads=n_threads,
-                    type_k=type_k,
-                    type_v=type_v,
                     loras=files.loras.get(name, ()),
                     interrupt=self.interrupt,
+                    **self._settings,
                 )
-                stack.callback(self.backends[name].close)
-            self.models = tuple(loaded.values())
-            self.key = _key(files, plan, n_threads, type_k, type_v)
-            self._closing = stack.pop_all()
+                stack.callback(backends[name].close)
+            self._closing.push(stack.pop_all())
+        self._models, self.backends = loaded, {**self.backends, **backends}
+        self.plan = dataclasses.replace(self.plan, members=(*self.plan.members, *plan.members))
+        return backends
+
+    def _can_stream(self, plan: Plan, loaded: Mapping[Path, Model]) -> bool:
+        """Whether each sequence gets a KV stream of its own.
+
+        Attention over one cache for all goes through every sequence's cells; with a stream for each, only through its
+        own. What can be saved of a stream lacks what a window has left behind, and a trim may need again.
+        """
+        if not _have_own_room(plan, self._n_ctx) or max(m.n_bytes for m in loaded.values()) < _STREAMS_WEIGHTS:
+            return False
+        others = [footprint(info) for info in self._files.models.values() if info.path not in loaded]
+        return all(model.can_trim and not model.has_window for model in loaded.values()) and all(
+            not own.state and own.n_masks == 1 for own in others
+        )
 
     def is_eog(self, token: int) -> bool:
-        """Whether `token` ends an answer for any member."""
-        return any(model.is_eog(token) for model in self.models)
+        """Whether `token` ends an answer for any member, loaded or not."""
+        return self.vocabulary.is_eog(token) or token in self._ends
 
     def close(self) -> None:
         """Free contexts and weights. Calling it twice is no error."""
         self._closing.close()
+
+
+def _ends(files: FamilyFiles) -> frozenset[object]:
+    """Tokens that end an answer by the header of any model. What llama.cpp tells by their text, all models share."""
+    keys = [f"tokenizer.ggml.{kind}_token_id" for kind in _ENDS]
+    return frozenset(info.metadata[key] for info in files.models.values() for key in keys if key in info.metadata)
 
 
 def ways_to_overlap() -> tuple[Overlap, ...]:
@@ -160,7 +212,7 @@ def _key(files: FamilyFiles, plan: Plan, *computed: object) -> str:
         system_info(),
         [[gpu.name, gpu.description, gpu.total_bytes] for gpu in gpus()],
         [[str(path.resolve()), *state] for path, state in zip(paths, states(list(paths)), strict=True)],
-        [[name, plan.layers[name], plan.splits[name]] for name in files.models],
+        [[member.name, plan.layers[member.name], member.split] for member in plan.members],
         [plan.n_seqs, *computed],
     ]
     return json.dumps(facts)

@@ -8,7 +8,7 @@ several GPUs a model gets one where one can hold it, the fullest such one; other
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -176,6 +176,8 @@ class Planner:
     n_rows: rows of logits that one decode may ask for.
     n_seqs: sequences decoded at once.
     repacks: whether the CPU keeps weights twice.
+    names: members to plan; None for all.
+    beside: plan of members that are in memory already; weights that they have are not needed again.
 
     Raises InvalidParameterError for cache types, names of members and GPUs that do not exist.
     """
@@ -193,6 +195,8 @@ class Planner:
         n_rows: int = N_ROWS,
         n_seqs: int = 1,
         repacks: bool = True,
+        names: Collection[str] | None = None,
+        beside: Plan | None = None,
     ) -> None:
         self.machine = machine
         self._repacks = repacks
@@ -200,15 +204,19 @@ class Planner:
         self._wanted = files.layers(n_gpu_layers)
         self._splits = files.splits(main_gpu, tensor_split, len(machine.gpus))
         self._n_rows, self._n_seqs = max(n_rows, n_seqs), n_seqs
-        paths = {info.path: info for info in files.models.values()}
+        self._names = tuple(name for name in files.models if names is None or name in names)
+        self._beside = beside.members if beside else ()
+        paths = {files.models[name].path: files.models[name] for name in self._names}
         self._models = [self._model(path, footprint(info, type_k, type_v)) for path, info in paths.items()]
 
     def _model(self, path: Path, own: Footprint) -> _Model:
-        members = tuple(name for name, info in self._files.models.items() if info.path == path)
+        roles = [name for name, info in self._files.models.items() if info.path == path]
+        members = tuple(name for name in roles if name in self._names)
         loras = {lora for name in members for lora, _ in self._files.loras.get(name, ())}
         n_lora_bytes = sum(lora.stat().st_size for lora in loras)
-        wanted = min(self._wanted[members[0]], len(own.layers) + 1)
-        split = self._splits.get(members[0])
+        wanted, split = min(self._wanted[roles[0]], len(own.layers) + 1), self._splits.get(roles[0])
+        if loaded := next((member for member in self._beside if member.name in roles), None):
+            own, wanted, split = own.without_weights(), loaded.n_gpu_layers, loaded.split
         return _Model(own, members, n_lora_bytes, wanted if self.machine.gpus else 0, split)
 
     def plan(self, n_cells: int) -> Plan:
@@ -222,7 +230,7 @@ class Planner:
             for name in model.members:
                 members[name] = self._member(name, model, layout, n_cells)
                 layers[name] = self._wanted[name] if is_whole else layout.n_gpu
-        in_order = tuple(members[name] for name in self._files.models)
+        in_order = tuple(members[name] for name in self._names)
         return Plan(self._n_seqs, n_cells, in_order, layers, best.host_bytes, best.each_gpu_bytes)
 
     def _member(self, name: str, model: _Model, layout: _Layout, n_cells: int) -> MemberPlan:
@@ -282,7 +290,8 @@ class Planner:
         each = tuple(map(sum, zip(*(layout.each_gpu_bytes for layout in layouts.values()), strict=True)))
         if self.machine.gpus and all(device.shares_host for device in self.machine.gpus):
             host += sum(each)
-        return _Arrangement(tuple(layouts[n] for n in range(len(wanted))), host + KERNELS_BYTES, each, tuple(left))
+        host += 0 if self._beside else KERNELS_BYTES
+        return _Arrangement(tuple(layouts[n] for n in range(len(wanted))), host, each, tuple(left))
 
     def _layouts(self, model: _Model, n_gpu: int, left: Sequence[int], n_cells: int) -> Iterator[_Layout]:
         """Layouts with `n_gpu` layers of a model on GPUs, best first: as asked for; on one GPU, the fullest first, so
@@ -310,14 +319,14 @@ class Planner:
 
     def _why(self, best: _Arrangement, n_cells: int) -> str:
         """What is missing, and what would fit."""
-        members = tuple(name for model in self._models for name in model.members)
+        *others, last = (name for model in self._models for name in model.members)
         caches = sum(len(model.members) * model.size.cache(n_cells) for model in self._models)
-        names = f"{', '.join(members[:-1])} and {members[-1]}"
+        names = f"{', '.join(others)} and {last} need" if others else f"{last} needs"
         if not best.fits_gpus:
             number = min(range(len(best.left_bytes)), key=best.left_bytes.__getitem__)
             device, n_bytes = self.machine.gpus[number], best.each_gpu_bytes[number]
             where = "the GPU" if len(self.machine.gpus) == 1 else device.name
-            need = f"{names} need {_gb(n_bytes)} on {where} with these layers, {_gb(device.free_bytes)} are free there"
+            need = f"{names} {_gb(n_bytes)} on {where} with these layers, {_gb(device.free_bytes)} are free there"
             shared = self._arranged(n_cells, -1)
             layers = ",".join(f"{m.members[0]}={p.n_gpu}" for m, p in zip(self._models, shared.layouts, strict=True))
             if self._fits(shared, n_cells):
@@ -327,7 +336,7 @@ class Planner:
             if self.machine.address_bytes is not None and self._address_bytes(best) > self.machine.address_bytes:
                 total, free, limit = self._address_bytes(best), self.machine.address_bytes, "ulimit -v"
             left = f"{_gb(free)} are free" + (f" (by {limit})" if limit else "")
-            need = f"{names} need {_gb(total)}, {_gb(caches)} of it for a context of {n_cells}; {left}"
+            need = f"{names} {_gb(total)}, {_gb(caches)} of it for a context of {n_cells}; {left}"
         fitting = self.largest_n_cells(n_cells)
         if fitting:
             return f"{need}; a context of {fitting} would fit"
