@@ -365,7 +365,13 @@ def check_settings(settings: Mapping[str, Any], experts: Sequence[str]) -> None:
     _, fusion = params_of(settings)
     methods = (*METHODS, *experts)
     _require(fusion.method in methods, f"method must be one of {', '.join(methods)}, not {fusion.method!r}")
-    unknown = [name for name in fusion.alpha if name not in experts] if isinstance(fusion.alpha, Mapping) else []
+    check_names(fusion, experts)
+
+
+def check_names(fusion: FusionParams, experts: Sequence[str]) -> None:
+    """Raise InvalidParameterError where `alpha` or `weights` name what a family with these experts has not."""
+    alpha = fusion.alpha if isinstance(fusion.alpha, Mapping) else ()
+    unknown = [name for name in alpha if name not in experts]
     _require(not unknown, f"alpha names {', '.join(map(repr, unknown))}; the experts are {', '.join(experts)}")
     members = ("large", "base", *experts)
     unknown = [name for name in fusion.weights or () if name not in members]

@@ -300,6 +300,20 @@ def test_the_expert_of_the_largest_positive_weight_drafts(weights: dict[str, flo
     assert n_calls.keys() == weights.keys() | ({"base"} if drafter == "base" else set())
 
 
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("n_draft", [0, 3])
+def test_plausibility_asks_the_experts_of_a_positive_weight(weights: dict[str, float], n_draft: int) -> None:
+    fusion = FusionParams(method="weighted", weights=weights, plausibility=0.4)
+    members = alike(1, 0.5)
+    picks = generate(members, [1, 2], 15, fusion, SamplingParams(temperature=0.0), n_draft=n_draft)
+    text = [1, 2]
+    for pick in picks[:15]:
+        rows = {name: member.row(text)[:N_VOCAB] for name, member in members.items()}
+        fused = naive.fused_row(rows, fusion)
+        assert pick.token == naive.restricted(fused, [rows["e0"]], [weights.get("e0", 0.0)], 0.4).argmax()
+        text.append(pick.token)
+
+
 @pytest.mark.parametrize("fusion", METHODS, ids=label)
 @pytest.mark.parametrize("n_draft", [0, None, 3])
 def test_a_constraint_is_kept_to_by_every_method(fusion: FusionParams, n_draft: int | None) -> None:

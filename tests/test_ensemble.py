@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -210,6 +212,31 @@ def test_sequences_that_change_places_keep_what_they_hold(seed: int) -> None:
         for member in members.values():
             assert member.cache == texts
             assert ensemble.n_free() == member.n_cells - member.n_used()
+
+
+def test_members_that_are_required_are_loaded_once_and_stand_in_order() -> None:
+    _, members = family()
+    asked: list[list[str]] = []
+
+    def load(names: Sequence[str]) -> dict[str, FakeBackend]:
+        asked.append(list(names))
+        return {name: members[name] for name in names}
+
+    ensemble = Ensemble({"law": members["law"]}, n_vocab=50, names=tuple(members), load=load)
+    assert ensemble.experts == ("maths", "law")
+    assert ensemble.roles(FusionParams()).members == tuple(members)
+    prefill(ensemble, 0, prompts([1, 2, 3], "law"))
+    ensemble.require(["law"])
+    ensemble.require(["large", "law"])
+    assert list(ensemble.members) == ["large", "law"]
+    ensemble.require(members)
+    ensemble.require(members)
+    assert asked == [["large"], ["base", "maths"]]
+    assert list(ensemble.members) == list(members)
+    assert prefill(ensemble, 0, prompts([1, 2, 3, 4])) == 4
+    assert members["law"].calls[-1] == [Run(0, [4], 1)]
+    ensemble.close()
+    assert all(member.closed for member in members.values())
 
 
 def test_close_closes_every_member() -> None:

@@ -12,7 +12,7 @@ from operator import ne
 from typing import NamedTuple
 
 from ..errors import InvalidParameterError
-from ..params import METHODS, FusionParams, Overlap
+from ..params import METHODS, FusionParams, Overlap, check_names
 from .backend import Backend, Logits, Run
 from .threads import GroupThreads
 
@@ -38,17 +38,18 @@ class Roles:
         Raises InvalidParameterError for a name that no member has.
         """
         experts = tuple(name for name in names if name not in ("large", "base"))
+        check_names(params, experts)
         if params.method == "dynamic":
             return cls(("large", "base", *experts), experts, None)
         if params.method == "static":
-            return cls(("large", "base", *experts), experts, _alphas(params, experts))
+            alpha = params.alpha if isinstance(params.alpha, Mapping) else dict.fromkeys(experts, params.alpha)
+            alphas = tuple(float(alpha.get(name, 0.0)) for name in experts)
+            return cls(("large", "base", *experts), experts, alphas)
         if params.method == "weighted":
-            weights = params.weights or {}
-            if unknown := sorted(set(weights) - set(names)):
-                raise InvalidParameterError(f"weights names {unknown[0]!r}; the members are {', '.join(names)}")
-            members = tuple(name for name in names if weights.get(name))
-            weighted_experts = tuple(name for name in members if name in experts)
-            return cls(members, weighted_experts, tuple(float(weights[name]) for name in members))
+            weights = {name: float((params.weights or {}).get(name, 0.0)) for name in names}
+            members = tuple(name for name in names if weights[name])
+            taking_part = tuple(name for name in members if name in experts)
+            return cls(members, taking_part, tuple(weights[name] for name in members))
         if params.method not in names:
             raise InvalidParameterError(f"method {params.method!r} is none of {', '.join((*METHODS, *experts))}")
         return cls((params.method,))
@@ -57,15 +58,6 @@ class Roles:
         """Return α of each expert among the weights of a pick, or among the fixed ones; () if none are fixed."""
         weights = tuple(self.weights or () if weights is None else weights)
         return weights[len(weights) - len(self.experts) :] if weights else ()
-
-
-def _alphas(params: FusionParams, experts: Sequence[str]) -> tuple[float, ...]:
-    """Return the fixed α of each expert."""
-    if not isinstance(params.alpha, Mapping):
-        return (float(params.alpha),) * len(experts)
-    if unknown := sorted(set(params.alpha) - set(experts)):
-        raise InvalidParameterError(f"alpha names {unknown[0]!r}; the experts are {', '.join(experts)}")
-    return tuple(float(params.alpha.get(name, 0.0)) for name in experts)
 
 
 class Decoded(NamedTuple):
