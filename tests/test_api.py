@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +222,26 @@ def test_members_that_the_family_s_own_method_does_not_need_are_loaded_when_they
     said = [record.message for record in caplog.records]
     missing = [name for name in llm._ensemble.names if name not in loaded]
     assert said == ([f"loading {', '.join(missing)}, which the family's own method does not need"] if missing else [])
+
+
+def test_an_answer_ends_where_any_member_ends_it_loaded_or_not(tiny: Path, tmp_path: Path) -> None:
+    for name in ("large", "base", "tuned", "lora"):
+        shutil.copy(tiny / f"{name}.gguf", tmp_path)
+    base, key = (tmp_path / "base.gguf").read_bytes(), b"tokenizer.ggml.eos_token_id"
+    at = base.index(key) + len(key) + 4
+    (tmp_path / "base.gguf").write_bytes(base[:at] + struct.pack("<I", 77) + base[at + 4 :])
+    shutil.copy(tiny / "family.toml", tmp_path)
+    family = weighted_family(tmp_path, tmp_path, "weighted", **PAIR)
+    models = [Model(tmp_path / f"{name}.gguf") for name in ("large", "base", "tuned")]
+    with FusedLlama.from_family(family, n_ctx=64, n_threads=1) as llm:
+        ends = [token for token in range(llm.n_vocab) if llm._members.is_eog(token)]
+        assert ends == [token for token in range(llm.n_vocab) if any(model.is_eog(token) for model in models)]
+        assert 77 in ends
+        assert "base" not in llm._ensemble.members
+        bias = {77: 1000.0}
+        assert llm.create_completion("a", logit_bias=bias)["choices"][0]["finish_reason"] == "stop"
+    for model in models:
+        model.close()
 
 
 def test_a_method_whose_members_find_no_room_is_refused_and_others_go_on(
