@@ -6,9 +6,8 @@
 Each prompt is answered plainly, drafted, and by the large model alone in turn, the order changing from prompt to
 prompt, by one family in memory; tokens a second are of decoding alone, from a prompt that is in the cache to the end of
 the answer, medians. "ratio" is the median over answers of drafted to plain, "in all" that of the time that all answers
-took; "predicted" is what docs/drafting.md's cost model makes of the costs below and of each step's draft; "same" counts
-answers that are equal token for token (batches round otherwise than single steps: near ties may go either way). Below:
-what a batch costs each member, by its tokens. The questions of FILE, one a line, are asked through the chat template,
+took; "same" counts answers that are equal token for token (batches round otherwise than single steps: near ties may go
+either way). The questions of FILE, one a line, are asked through the chat template,
 as a workload "own", each as if the first of them, --turns many, had been asked and answered before.
 """
 
@@ -26,9 +25,7 @@ from typing import Any
 from edge_dlf import FusedLlama
 from edge_dlf.answers.tokenizer import Prompt
 from edge_dlf.engine.decoder import Decoder
-from edge_dlf.engine.draft_length import OTHER, DraftLength
 from edge_dlf.engine.generation import Generation, StepResult
-from edge_dlf.params import MAX_DRAFT
 
 WORKLOADS = {
     "maths": [
@@ -80,18 +77,6 @@ class Tally:
     @property
     def n_mean(self) -> float:
         return sum(drafted for drafted, _ in self.steps) / max(len(self.steps), 1)
-
-
-def predicted(length: DraftLength, experts: tuple[str, ...], steps: Sequence[tuple[int, int]]) -> float:
-    """Times plain decoding, if each step had taken what the batches of its draft cost, one of the experts drafting."""
-    drafter, *others = experts
-
-    def seconds(n: int, n_accepted: int) -> float:
-        batched = sum(length.cost(name, n + 1) for name in ("large", "base", *others, OTHER))
-        return batched + (n + (n_accepted == n)) * length.cost(drafter, 1)
-
-    n_tokens = sum(accepted + 1 for _, accepted in steps)
-    return n_tokens * seconds(0, 0) / sum(seconds(*step) for step in steps)
 
 
 def answer(
@@ -168,12 +153,9 @@ def main() -> None:
     parser.add_argument("--workloads", help="those named [all]")
     options = parser.parse_args()
     wanted = options.workloads.split(",") if options.workloads else [*WORKLOADS, "own"]
-    print(
-        "| workload | large alone, tokens/s | plain | drafted | ratio | in all | predicted | accepted | a step | same |"
-    )
-    print("|---" * 10 + "|")
+    print("| workload | large alone, tokens/s | plain | drafted | ratio | in all | accepted | a step | same |")
+    print("|---" * 9 + "|")
     with FusedLlama.from_family(options.family, n_ctx=512) as llm:
-        length = llm.driver.decoder.drafting.length
         for draft in (options.draft, "off"):
             answer(llm, WORKLOADS["code"][0], options, draft=draft)
         workloads: dict[str, Sequence[Prompt]] = {name: WORKLOADS[name] for name in WORKLOADS if name in wanted}
@@ -187,14 +169,8 @@ def main() -> None:
             cells = [name, *(f"{median(values):.2f}" for values in (large, plain, drafted))]
             cells.append(f"{median(a / b for a, b in zip(drafted, plain, strict=True)):.2f}")
             cells.append(f"{tally.seconds['off'] / tally.seconds['drafted']:.2f}")
-            cells.append(f"{predicted(length, llm.experts, tally.steps):.2f}")
             cells += [f"{tally.chance:.0%}", f"{tally.n_mean:.1f}", f"{tally.n_same}/{len(plain)}"]
             print(f"| {' | '.join(cells)} |", flush=True)
-        print(f"\n| ms, tokens | {' | '.join(str(n) for n in range(1, MAX_DRAFT + 2))} |")
-        print("|---|" + "---|" * (MAX_DRAFT + 1))
-        for member in llm._ensemble.members:
-            costs = (f"{1e3 * length.cost(member, n):.1f}" for n in range(1, MAX_DRAFT + 2))
-            print(f"| {member} | {' | '.join(costs)} |")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,31 +16,25 @@ from .answers.completion import ChatCompletion, Completion, Dict
 from .answers.preparer import Preparer
 from .answers.requests import Request, schema_of
 from .answers.scoring import Score, run_scores
-from .answers.stream import Driver, TokenStream
+from .answers.stream import Answer, Driver, TokenStream
 from .answers.template import Message
 from .answers.tokenizer import Prompt, Tokenizer
 from .engine.decoder import Decoder
-from .engine.ensemble import Ensemble, Roles
 from .engine.overlap import choose_overlap
-from .errors import EdgeDLFError, InvalidParameterError, OutOfMemoryError
+from .errors import EdgeDLFError, InvalidParameterError
 from .families.files import FamilyFiles, check_files
 from .families.members import Members, plan_memory, ways_to_overlap
-from .families.plan import Plan
 from .families.spec import FamilySpec
 from .llama import default_n_threads
-from .params import OVERLAPS, Overlap, params_of
+from .params import OVERLAPS, Overlap
 
 if TYPE_CHECKING:
     from .fusion.fuser import Fuser
-    from .llama import LlamaBackend
 
 logger = logging.getLogger(__name__)
 
 ExpertFiles: TypeAlias = str | Path | Sequence[tuple[str | Path, float]]
 
-_PATIENCE_S = 4.0
-_WORTH_THREADS = 2**14
-"""Tokens of a vocabulary whose search takes longer than it takes to wake a thread that helps."""
 _MAX_OWN_CTX = 4096
 _FORM = frozenset(("max_tokens", "stop", "grammar", "json_schema"))
 
@@ -128,32 +121,17 @@ class FusedLlama:
         n_ctx = n_ctx or min(_MAX_OWN_CTX, files.models["large"].n_ctx_train or _MAX_OWN_CTX)
         self.name, self.files, self.cache_types = files.spec.name, files, (type_k or "f16", type_v or "f16")
         planned = partial(
-            plan_memory,
-            files,
-            n_ctx=n_ctx,
-            n_parallel=n_parallel,
-            n_gpu_layers=n_gpu_layers,
-            main_gpu=main_gpu,
-            tensor_split=tensor_split,
-            type_k=type_k,
-            type_v=type_v,
-        )
-        names = tuple(files.models)
-        _, own = params_of(files.spec.defaults)
-        plan = planned(names=Roles.of(own, names).members)
+            plan_memory, files, n_ctx=n_ctx, n_parallel=n_parallel, n_gpu_layers=n_gpu_layers, main_gpu=main_gpu,
+            tensor_split=tensor_split, type_k=type_k, type_v=type_v,
+        )  # fmt: skip
+        plan = planned()
         # Importing numba and loading kernels takes as long as mapping the models: both at once.
         background = ThreadPoolExecutor(1)
         fuser = background.submit(_ready_fuser, files.n_vocab, n_threads or default_n_threads())
         background.shutdown(wait=False)
-        self._members = Members(files, plan, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
+        self._members = Members(files, plan, planned, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
         try:
-            ensemble = Ensemble(
-                self._members.backends,
-                files.n_vocab,
-                self._members.lanes,
-                names=names,
-                load=partial(_load_more, self._members, planned),
-            )
+            ensemble = self._members.ensemble()
             decoder = Decoder(ensemble, fuser.result())
             if overlap != "auto":
                 ensemble.overlap = overlap
@@ -164,15 +142,11 @@ class FusedLlama:
         except BaseException:
             self._members.close()
             raise
+        tokenizer = Tokenizer(self._members.vocabulary, files.n_vocab)
         self._open_preparer: Preparer | None = Preparer(
-            self.name,
-            files.spec.defaults,
-            ensemble,
-            Tokenizer(self._members.vocabulary, files.n_vocab),
-            self._members.is_eog,
+            self.name, files.spec.defaults, ensemble, tokenizer, self._members.is_eog
         )
-        self._ensemble = ensemble
-        self._driver = Driver(decoder)
+        self._ensemble, self._driver = ensemble, Driver(decoder)
         n_ctx_train = files.models["large"].n_ctx_train
         if n_ctx_train is not None and n_ctx > n_ctx_train:
             logger.warning(
@@ -232,7 +206,7 @@ class FusedLlama:
     @property
     def chat_template(self) -> str | None:
         """The large model's chat template, as jinja text."""
-        return self._members.vocabulary.chat_template
+        return self._tokenizer.chat_template
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text` as a raw prompt: with BOS where the model expects one, and, if `special`, the names of
@@ -284,8 +258,12 @@ class FusedLlama:
             grammar=grammar,
             json_schema=json_schema,
             trace=trace,
-            settings=settings,
+            **settings,
         )
+        return self._start(answer)
+
+    def _start(self, answer: Answer) -> TokenStream:
+        """End the request before, and begin this one."""
         self._begin()
         return TokenStream(self._driver, answer)
 
@@ -299,72 +277,45 @@ class FusedLlama:
         self._members.interrupt.clear()
 
     def create_completion(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        logprobs: int | None = None,
-        stream: bool = False,
-        prompts: Mapping[str, Prompt] | None = None,
-        draft: int | Literal["auto", "off"] = "auto",
-        grammar: str | None = None,
-        json_schema: Mapping[str, Any] | None = None,
-        trace: bool = False,
-        **settings: Any,
+        self, prompt: Prompt, *, logprobs: int | None = None, stream: bool = False, **arguments: Any
     ) -> Dict | Iterator[Dict]:
-        """An OpenAI-shaped completion of `prompt`, or, with `stream`, an iterator of chunks. Arguments as in `stream`;
-        logprobs: how many likely tokens to list beside each token's own logprob. A traced result has its
-        tokens, as `--trace` writes them, in `["edge_dlf"]["trace"]["tokens"]`."""
-        self._preparer.params("create_completion", settings)
-        tokens = self.stream(
-            prompt,
-            max_tokens=max_tokens,
-            stop=stop,
-            top_logprobs=logprobs or 0,
-            prompts=prompts,
-            draft=draft,
-            grammar=grammar,
-            json_schema=json_schema,
-            trace=trace,
-            **settings,
-        )
-        completion = Completion(tokens.answer, self.name, logprobs is not None, self._tokenizer.name_bytes)
+        """Return an OpenAI-shaped completion of `prompt`, or, with `stream`, an iterator of chunks.
+
+        logprobs: how many likely tokens to list beside each token's own logprob.
+        arguments: those of `stream`.
+        A traced result has its tokens, as `--trace` writes them, in `["edge_dlf"]["trace"]["tokens"]`.
+        """
+        answer = self._preparer.answer("create_completion", prompt, top_logprobs=logprobs or 0, **arguments)
+        completion = self._preparer.completion(answer, prompt, logprobs)
+        tokens = self._start(answer)
         return completion.chunks(tokens) if stream else completion.result(list(tokens))
 
     def create_chat_completion(
         self,
         messages: Sequence[Message],
         *,
-        max_tokens: int | None = None,
-        stop: str | Sequence[str] | None = None,
         logprobs: bool = False,
         top_logprobs: int = 0,
         stream: bool = False,
         prompts: Mapping[str, Sequence[Message]] | None = None,
-        draft: int | Literal["auto", "off"] = "auto",
         response_format: Mapping[str, Any] | None = None,
-        grammar: str | None = None,
-        json_schema: Mapping[str, Any] | None = None,
-        trace: bool = False,
-        **settings: Any,
+        **arguments: Any,
     ) -> Dict | Iterator[Dict]:
-        """An OpenAI-shaped answer to `messages`, or, with `stream`, an iterator of chunks. Arguments as in `stream`;
-        prompts: member -> messages of its own. response_format: OpenAI's, in place of json_schema."""
-        self._preparer.params("create_chat_completion", settings)
-        tokens = self.stream(
-            self.apply_chat_template(messages),
-            max_tokens=max_tokens,
-            stop=stop,
-            top_logprobs=top_logprobs if logprobs else 0,
-            prompts={name: self.apply_chat_template(own) for name, own in (prompts or {}).items()},
-            draft=draft,
-            grammar=grammar,
-            json_schema=json_schema if response_format is None else schema_of(response_format),
-            trace=trace,
-            **settings,
-        )
-        completion = ChatCompletion(tokens.answer, self.name, logprobs, self._tokenizer.name_bytes)
+        """Return an OpenAI-shaped answer to `messages`, or, with `stream`, an iterator of chunks.
+
+        logprobs, top_logprobs: whether to list logprobs, and how many likely tokens beside each token's own.
+        prompts: member -> messages of its own.
+        response_format: OpenAI's, in place of json_schema.
+        arguments: those of `stream`.
+        """
+        if response_format is not None:
+            arguments["json_schema"] = schema_of(response_format)
+        own = {name: self.apply_chat_template(each) for name, each in (prompts or {}).items()}
+        n_top = top_logprobs if logprobs else 0
+        prompt = self.apply_chat_template(messages)
+        answer = self._preparer.answer("create_chat_completion", prompt, top_logprobs=n_top, prompts=own, **arguments)
+        completion = ChatCompletion(answer, self.name, logprobs, self._tokenizer.name_bytes)
+        tokens = self._start(answer)
         return completion.chunks(tokens) if stream else completion.result(list(tokens))
 
     def batch(
@@ -430,26 +381,7 @@ class FusedLlama:
         return self._driver
 
 
-def _load_more(members: Members, planned: Callable[..., Plan], names: Sequence[str]) -> Mapping[str, LlamaBackend]:
-    """Load members that the family's own method does not need. Raises LoadError or OutOfMemoryError."""
-    missing = ", ".join(names)
-    try:
-        plan = planned(names=names, beside=members.plan)
-    except OutOfMemoryError as error:
-        raise OutOfMemoryError(f"this method also needs {missing}: {error}") from error
-    logger.warning("loading %s, which the family's own method does not need", missing)
-    return members.load(plan)
-
-
 def _ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
-    from .fusion.fuser import Fuser, warm_up
+    from .fusion.fuser import ready_fuser  # loads numba
 
-    notice = "compiling kernels for this machine; they are kept, so later starts are quick"
-    timer = threading.Timer(_PATIENCE_S, logger.warning, [notice])
-    timer.daemon = True
-    timer.start()
-    try:
-        warm_up()
-    finally:
-        timer.cancel()
-    return Fuser(n_vocab, n_threads if n_vocab >= _WORTH_THREADS else 1)
+    return ready_fuser(n_vocab, n_threads)

@@ -127,6 +127,8 @@ class Number(Kind):
     def read(self, setting: str, value: Any) -> Any:
         if isinstance(value, str) and value in self.words:
             return value
+        if self.is_whole and isinstance(value, float) and value.is_integer():  # as pandas and JavaScript write integers
+            value = int(value)
         is_number = isinstance(value, numbers.Integral if self.is_whole else numbers.Real)
         is_right = is_number and not isinstance(value, bool) and -_FINITE < value < _FINITE
         _require(is_right or bool(self.words), f"{setting} must be {self.type}, not {value!r:.60}")
@@ -288,7 +290,10 @@ class SamplingParams:
     """How a token is drawn from a fused row, in this order: penalties and logit_bias, then, unless temperature is 0,
     top-k, top-p, min-p, temperature, draw.
 
-    temperature: 0 takes the most likely token. top_k: 0 keeps all. top_p: 1 keeps all. min_p: 0 keeps all.
+    temperature: 0 takes the most likely token.
+    top_k: 0 keeps all.
+    top_p: 1 keeps all, 0 the most likely token alone.
+    min_p: 0 keeps all.
     repeat_penalty, frequency_penalty, presence_penalty: over the last `repeat_last_n` tokens (0: none, -1: all).
     logit_bias: token id -> number added to its logit. seed: None draws a new one for each request.
     Raises InvalidParameterError where a value cannot be used.
@@ -296,7 +301,7 @@ class SamplingParams:
 
     temperature: float = _row(0.8, Number(0), _SAMPLING | _CLI, "0 takes the most likely token.")
     top_k: int = _row(40, Number(0, is_whole=True), _SAMPLING | _CLI, "Likely tokens to draw from; 0 for all.")
-    top_p: float = _row(0.95, Number(0, 1, is_open=True), _SAMPLING | _CLI, "Probability of the tokens to draw from.")
+    top_p: float = _row(0.95, Number(0, 1), _SAMPLING | _CLI, "Probability of the tokens to draw from.")
     min_p: float = _row(0.05, Number(0, 1), _SAMPLING | _CLI, "Least probability, relative to the likeliest token.")
     repeat_penalty: float = _row(
         1.0, Number(0, is_open=True), _SAMPLING | _CLI, "Penalty on recent tokens; 1 for none."

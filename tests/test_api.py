@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -523,3 +525,45 @@ def test_a_gpu_that_is_asked_for_and_is_not_here(
 def test_a_context_of_none_is_no_longer_than_the_large_model_was_trained_for(tiny: Path) -> None:
     with FusedLlama.from_family(tiny, n_ctx=None, n_threads=1) as llm:
         assert llm.n_ctx == 512
+
+
+def test_threads_get_answers_or_are_told_that_a_newer_request_came(tiny_llm: FusedLlama) -> None:
+    def ask(n: int) -> str:
+        try:
+            tiny_llm.create_completion(f"Number {n}", max_tokens=12)
+        except EdgeDLFError as error:
+            return str(error)
+        return "answered"
+
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = set(pool.map(ask, range(60)))
+    assert outcomes <= {"answered", "this answer was ended by a newer request, or by close()"}
+    assert text(tiny_llm.create_completion("The cat", max_tokens=5))
+
+
+def test_a_forked_child_is_told_that_its_models_are_the_parents(tiny_llm: FusedLlama) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            tiny_llm.create_completion("The cat", max_tokens=5)
+        except EdgeDLFError as error:
+            os._exit(7 if "loaded in the parent" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_nothing_can_be_asked_of_a_closed_family(tiny: Path) -> None:
+    llm = FusedLlama.from_family(tiny, n_ctx=64, n_threads=1)
+    stream = llm.stream("The cat", max_tokens=9)
+    next(stream)
+    llm.close()
+    for ask in (
+        lambda: next(stream),
+        lambda: llm.stream("a"),
+        lambda: llm.chat_template,
+        lambda: llm.tokenize("a"),
+        lambda: list(llm.score([("a", [1])])),
+        lambda: list(llm.batch(["a"])),
+    ):
+        with pytest.raises(EdgeDLFError, match="closed|close\\(\\)"):
+            ask()

@@ -34,7 +34,7 @@ def prefill(ensemble: Ensemble, seq: int, prompts: dict[str, list[int]]) -> int:
 
 
 def decode(ensemble: Ensemble, roles: Roles, tokens: list[tuple[int, list[int]]]) -> dict[str, Logits]:
-    return ensemble.decode({name: [Run(seq, ids, len(ids)) for seq, ids in tokens] for name in roles.members}).logits
+    return ensemble.decode({name: [Run(seq, ids, len(ids)) for seq, ids in tokens] for name in roles.members})
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""The house: imports point down, the public face is what it says, and starting is cheap."""
+"""The house: imports point down, files and functions stay short, the public face is fixed, and starting is cheap."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,28 @@ def test_imports_point_to_lower_levels(path: Path) -> None:
         parts = name.split(".")
         if parts[0] == "edge_dlf" and len(parts) > 1 and parts[1] in LEVELS and parts[1] != room(path):
             assert LEVELS[parts[1]] < own, f"{room(path)} (level {own}) imports {parts[1]} (level {LEVELS[parts[1]]})"
+
+
+def test_files_do_not_import_each_other_in_a_circle() -> None:
+    files = {".".join(["edge_dlf", *path.relative_to(PACKAGE).with_suffix("").parts]): path for path in modules()}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    graph = {
+        name: {other for other in imported(path) & files.keys() if not f"{name}.".startswith(f"{other}.")}
+        for name, path in files.items()
+    }
+    TopologicalSorter(graph).prepare()
+
+
+def test_files_and_functions_are_short_and_the_rooms_are_few() -> None:
+    for path in modules():
+        text = path.read_text()
+        assert len(text.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+    entries = [path for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "models")]
+    assert sum(path.is_file() for path in entries) <= 6
+    assert sum(path.is_dir() for path in entries) <= 11
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))

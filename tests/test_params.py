@@ -69,7 +69,7 @@ def test_what_a_user_types(name: str, text: str, value: Any) -> None:
         ({"search": "best"}, "search must be one of grid, exact, not 'best'"),
         ({"temperature": math.nan}, "temperature must be a finite number"),
         ({"top_k": 1.5}, "top_k must be an integer"),
-        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"top_p": -0.1}, r"top_p must be in \[0, 1\]"),
         ({"repeat_penalty": 0.0}, "repeat_penalty must be above 0"),
         ({"repeat_last_n": -2}, "repeat_last_n must be -1 or more"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias must map token ids to numbers"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from edge_dlf import InvalidParameterError
-from edge_dlf.answers.requests import CHAT, COMPLETIONS, parse_line, request_id
+from edge_dlf.answers.requests import CHAT, COMPLETIONS, parse_body, parse_line, request_id
 
 CHAT_BODY = {"model": "any", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -111,3 +111,26 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(line: Any, message: 
 )
 def test_ids(line: Any, identity: str) -> None:
     assert request_id(line, 7) == identity
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"echo": False}, {"best_of": 1}, {"seed": -1}, {"max_tokens": -1}, {"max_completion_tokens": -1}, {"top_k": -1}],
+    ids=str,
+)
+def test_fields_that_ask_for_nothing_are_as_if_not_given(fields: dict[str, object]) -> None:
+    assert parse_body({"prompt": "a", **fields}) == parse_body({"prompt": "a"})
+
+
+def test_whole_numbers_may_be_written_as_floats() -> None:
+    request = parse_body({"prompt": "a", "max_tokens": 5.0, "top_k": 40.0, "top_p": 0})
+    assert request.settings == {"max_tokens": 5, "top_k": 40, "top_p": 0.0}
+    assert request_id({"id": 1.0, "prompt": "a"}, 7) == "1"
+    assert parse_line({"id": 1.0, "prompt": "a"}).content == "a"
+    with pytest.raises(InvalidParameterError, match="max_tokens must be an integer"):
+        parse_body({"prompt": "a", "max_tokens": 5.5})
+
+
+def test_likely_tokens_need_logprobs() -> None:
+    with pytest.raises(InvalidParameterError, match="top_logprobs needs logprobs"):
+        parse_body({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 3})

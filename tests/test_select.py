@@ -40,7 +40,7 @@ sampling_params = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.1, 0.8, 1.0, 3.0]),
     top_k=st.sampled_from([0, 1, 2, 5, 40, 1000]),
-    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01]),
+    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01, 0.0]),
     min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
     repeat_penalty=st.sampled_from([1.0, 1.3, 0.7]),
     frequency_penalty=st.sampled_from([0.0, 0.4, -0.2]),

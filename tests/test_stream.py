@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from edge_dlf import EdgeDLFError, FusionParams, SamplingParams
@@ -125,9 +127,29 @@ def test_completion_dictionary() -> None:
     assert choice["finish_reason"] == "stop"
     assert choice["logprobs"]["text_offset"] == [0, 1, 1]
     assert choice["logprobs"]["token_logprobs"] == [-0.5] * 3
-    assert choice["logprobs"]["top_logprobs"][0] == {"b": -0.5, "\ufffd": -1.5}
+    assert choice["logprobs"]["top_logprobs"][0] == {"a": -0.5, "b": -0.5, "\ufffd": -1.5}
     assert result["usage"]["completion_tokens"] == 3
     assert result["edge_dlf"]["expert_share"] == {"maths": 1.0}
+
+
+def logprobs_of(stream: TokenStream, n_prompt_chars: int) -> dict[str, Any]:
+    completion = Completion(stream.answer, "family", True, PIECES.__getitem__, n_prompt_chars)
+    logprobs: dict[str, Any] = completion.result(list(stream))["choices"][0]["logprobs"]
+    return logprobs
+
+
+def test_offsets_begin_after_the_prompt() -> None:
+    assert logprobs_of(run([0, 2, 3, 1]), 7)["text_offset"] == [7, 8, 8, 9]
+    assert logprobs_of(run([0, 4, 0]), 7)["text_offset"] == [7, 8, 11]
+
+
+def test_a_stop_string_that_never_comes_moves_no_offset() -> None:
+    assert logprobs_of(run([0, 4, 0], stop=("STOP",)), 7) == logprobs_of(run([0, 4, 0]), 7)
+
+
+def test_an_answer_of_no_tokens_has_no_offsets() -> None:
+    found = logprobs_of(run([]), 7)
+    assert found == {"tokens": [], "text_offset": [], "token_logprobs": [], "top_logprobs": []}
 
 
 def test_completion_chunks_join_to_the_result() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +21,23 @@ class Completion:
     model: the name that the dictionaries carry.
     logprobs: whether they list log-probabilities.
     piece: token id -> its bytes, those of a control token being its name.
+    n_prompt_chars: characters of the prompt, after which offsets of an answer's tokens begin.
     """
 
     object = "text_completion"
     chunk_object = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, answer: Answer, model: str, logprobs: bool, piece: Callable[[int], bytes]) -> None:
+    def __init__(
+        self, answer: Answer, model: str, logprobs: bool, piece: Callable[[int], bytes], n_prompt_chars: int = 0
+    ) -> None:
         self.answer = answer
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._logprobs = logprobs
         self._piece = piece
-        self._n_chars = self._index = 0
+        self._index = 0
+        self._offset = n_prompt_chars
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def join(self, other: Completion, index: int) -> None:
         """Become the choice number `index` of the result that `other` belongs to."""
@@ -60,9 +66,7 @@ class Completion:
 
     def chunk(self, token: Token) -> Dict:
         """Return the chunk of the next token."""
-        delta = self._delta(token.text, self._logprobs_of([token], self._n_chars), None)
-        self._n_chars += len(token.text)
-        return self._envelope(self.chunk_object, delta)
+        return self._envelope(self.chunk_object, self._delta(token.text, self._logprobs_of([token]), None))
 
     def closing(self) -> Dict:
         """Return the chunk that tells why the answer ended."""
@@ -86,21 +90,26 @@ class Completion:
     def _name(self, token: int) -> str:
         return self._piece(token).decode("utf-8", "replace")
 
-    def _logprobs_of(self, tokens: Sequence[Token], offset: int = 0) -> Dict | None:
+    def _logprobs_of(self, tokens: Sequence[Token]) -> Dict | None:
+        """Return the log-probabilities of the next tokens."""
         if not self._logprobs:
             return None
-        offsets = [offset]
-        for token in tokens[:-1]:
-            offsets.append(offsets[-1] + len(token.text))
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(self._decoder.decode(self._piece(token.id)))
         return {
             "tokens": [self._name(token.id) for token in tokens],
             "text_offset": offsets,
             "token_logprobs": [token.logprob for token in tokens],
-            # Parts of characters have one name, U+FFFD: the most likely, which comes first, is the one to show.
-            "top_logprobs": [
-                {self._name(id): logprob for id, logprob in reversed(token.top_logprobs)} for token in tokens
-            ],
+            "top_logprobs": [self._top(token) for token in tokens],
         }
+
+    def _top(self, token: Token) -> dict[str, float]:
+        """Return the likely tokens by name, and the chosen one. Parts of characters have one name, U+FFFD: the most
+        likely of them, which comes first, is shown."""
+        top = {self._name(id): logprob for id, logprob in reversed(token.top_logprobs)}
+        return {**top, self._name(token.id): token.logprob}
 
 
 class ChatCompletion(Completion):
@@ -124,7 +133,7 @@ class ChatCompletion(Completion):
     def _end(self, reason: FinishReason | None) -> Dict:
         return {"index": self._index, "delta": {}, "logprobs": None, "finish_reason": reason}
 
-    def _logprobs_of(self, tokens: Sequence[Token], offset: int = 0) -> Dict | None:
+    def _logprobs_of(self, tokens: Sequence[Token]) -> Dict | None:
         if not self._logprobs:
             return None
         return {

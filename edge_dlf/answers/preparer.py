@@ -47,17 +47,17 @@ class Preparer:
         function: str,
         prompt: Prompt,
         *,
-        max_tokens: int | None,
-        stop: str | Sequence[str] | None,
-        top_logprobs: int,
-        prompts: Mapping[str, Prompt] | None,
-        draft: int | str,
-        grammar: str | None,
-        json_schema: Mapping[str, Any] | None,
-        trace: bool,
-        settings: Mapping[str, Any],
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        top_logprobs: int = 0,
+        prompts: Mapping[str, Prompt] | None = None,
+        draft: int | str = "auto",
+        grammar: str | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        trace: bool = False,
+        **settings: Any,
     ) -> Answer:
-        """The answer to one request, checked, of which nothing has been evaluated yet."""
+        """Check a request and return its answer, of which nothing has been evaluated yet."""
         sampling, fusion = self.params(function, settings)
         _require_count("max_tokens", max_tokens, least=1)
         _require_count("top_logprobs", top_logprobs, least=0)
@@ -124,27 +124,22 @@ class Preparer:
         settings: Mapping[str, Any],
     ) -> Completion:
         """Return the answer to a line of a batch or to a call of the server."""
-        arguments = {"max_tokens": None, "stop": None, **settings, **request.settings}
+        arguments = {**settings, **request.settings}
         logprobs, n_top = arguments.pop("logprobs", None), arguments.pop("top_logprobs", 0)
-        answer = self.answer(
-            "prepare",
-            self._content(request, raw=raw, system=system),
-            max_tokens=arguments.pop("max_tokens"),
-            stop=arguments.pop("stop"),
-            top_logprobs=(n_top if logprobs else 0) if request.is_chat else logprobs or 0,
-            prompts=None,
-            draft=draft,
-            grammar=arguments.pop("grammar", None),
-            json_schema=arguments.pop("json_schema", None),
-            trace=trace,
-            settings=arguments,
-        )
+        arguments["top_logprobs"] = (n_top if logprobs else 0) if request.is_chat else logprobs or 0
+        prompt = self._content(request, raw=raw, system=system)
+        answer = self.answer("prepare", prompt, draft=draft, trace=trace, **arguments)
         if request.is_chat:
             return ChatCompletion(answer, self._name, bool(logprobs), self.tokenizer.name_bytes)
-        return Completion(answer, self._name, logprobs is not None, self.tokenizer.name_bytes)
+        return self.completion(answer, prompt, logprobs)
+
+    def completion(self, answer: Answer, prompt: Prompt, logprobs: int | None) -> Completion:
+        """Return the shape of a completion of `prompt`."""
+        text = prompt if isinstance(prompt, str) else self.tokenizer.detokenize(prompt)
+        return Completion(answer, self._name, logprobs is not None, self.tokenizer.name_bytes, len(text))
 
     def _content(self, request: Request, *, raw: bool, system: str | None) -> Prompt:
-        """The prompt of a batched request."""
+        """Return the prompt of a batched request."""
         content: Any = request.content
         if not request.is_chat:
             if raw or request.is_raw or not isinstance(content, str):
@@ -155,7 +150,7 @@ class Preparer:
         return self.tokenizer.conversation(content)
 
     def params(self, function: str, settings: Mapping[str, Any]) -> tuple[SamplingParams, FusionParams]:
-        """`settings` over the family's defaults. Raises TypeError for a name that is neither's."""
+        """Return `settings` over the family's defaults. Raises TypeError for a name that is no setting."""
         if unknown := sorted(set(settings) - SAMPLING - FUSION):
             raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
         merged = {**self._defaults, **settings}
@@ -164,7 +159,7 @@ class Preparer:
         return params_of(merged)
 
     def _n_draft(self, draft: int | str) -> int | None:
-        """Tokens to draft at each step; None for "auto"."""
+        """Return the tokens to draft at each step; None for "auto"."""
         check_draft(draft)
         if draft in ("off", 0):
             return 0

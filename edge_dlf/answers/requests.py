@@ -17,6 +17,8 @@ IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "pr
 """Fields that OpenAI's clients send, and that change nothing here."""
 
 
+_NOTHING = {"echo": False, "best_of": 1, "seed": -1, "max_tokens": -1, "max_completion_tokens": -1, "top_k": -1}
+"""Values by which clients ask for nothing: the field is then as if it was not given."""
 _COUNT = Number(0, is_whole=True)
 
 
@@ -38,9 +40,14 @@ def request_id(line: Any, number: int) -> str:
     """The `custom_id` of an OpenAI line, the `id` of the short form, or else its number; errors are told under it."""
     if isinstance(line, Mapping):
         own = line.get("custom_id", line.get("id"))
-        if isinstance(own, str) or (isinstance(own, int) and not isinstance(own, bool)):
-            return str(own)
+        if _is_id(own):
+            return str(int(own) if isinstance(own, float) else own)
     return str(number)
+
+
+def _is_id(own: Any) -> bool:
+    """Tell whether it is a text or a whole number; pandas writes 1 as 1.0."""
+    return (isinstance(own, str | int) and not isinstance(own, bool)) or (isinstance(own, float) and own.is_integer())
 
 
 def parse_line(line: Any) -> Request:
@@ -52,7 +59,7 @@ def parse_line(line: Any) -> Request:
         raise InvalidParameterError(f"a request must be an object, not {line!r:.60}")
     if not any(name in line for name in ("body", "url", "custom_id")):
         own = line.get("id")
-        if own is not None and (isinstance(own, bool) or not isinstance(own, (str, int))):
+        if own is not None and not _is_id(own):
             raise InvalidParameterError(f"id must be text or an integer, not {own!r:.60}")
         return parse_body({name: value for name, value in line.items() if name != "id"})
     if unknown := sorted(set(line) - {"custom_id", "method", "url", "body"}):
@@ -75,6 +82,7 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
     """
     skipped = ("model", *IGNORED)
     given = {name: value for name, value in body.items() if value is not None and name not in skipped}
+    given = {name: value for name, value in given.items() if name not in _NOTHING or value != _NOTHING[name]}
     for other, name in OTHER_NAMES.items():
         if other in given:
             given[name] = given.pop(other)
@@ -97,6 +105,8 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
         settings["logprobs"] = _flag("logprobs", logprobs) if is_chat else _COUNT.read("logprobs", logprobs)
     if is_chat and "top_logprobs" in given:
         settings["top_logprobs"] = _COUNT.read("top_logprobs", given.pop("top_logprobs"))
+        if settings["top_logprobs"] and not settings.get("logprobs"):
+            raise InvalidParameterError("top_logprobs needs logprobs: true")
     if given.pop("n", 1) != 1:
         raise InvalidParameterError("n must be 1: write the request several times, with a seed each")
     if given.pop("stream", False) is not False:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -38,6 +40,8 @@ class TemplateProcess:
     def __init__(self, source: str) -> None:
         self._source = source
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
         self._start()
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
@@ -45,8 +49,12 @@ class TemplateProcess:
 
         Raises InvalidParameterError if the template refuses them, fails, or exceeds its limit of time, memory or text.
         """
-        self._start()
-        answer = self._ask({"messages": messages, **variables}, _RENDER_S)
+        if os.getpid() != self._pid:  # a forked child: the process and its pipes belong to the parent
+            self._pid, self._lock = os.getpid(), threading.Lock()
+            self._parents, self._process = self._process, None
+        with self._lock:
+            self._start()
+            answer = self._ask({"messages": messages, **variables}, _RENDER_S)
         if "error" in answer:
             raise InvalidParameterError(f"the model's chat template refuses these messages: {answer['error']}")
         return str(answer["text"])

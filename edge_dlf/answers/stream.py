@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -210,7 +212,9 @@ class Answer:
 
 
 class Driver:
-    """Steps the engine for every answer: of a stream, a batch, a score, or the server. One thread at a time.
+    """Steps the engine for every answer: of a stream, a batch, a score, or the server.
+
+    Several threads may use it: each step is one thread's alone. A forked child may not: its models live in the parent.
 
     n_parallel: answers that are decoded at once. Further ones wait.
     decoder: for measurements.
@@ -221,6 +225,8 @@ class Driver:
         self.n_parallel = decoder.ensemble.n_seq_max
         self._scheduler = Scheduler(decoder)
         self._answers: dict[Generation, Answer] = {}
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
 
     def __contains__(self, answer: Answer) -> bool:
         return answer.generation in self._answers
@@ -230,24 +236,28 @@ class Driver:
 
     def add(self, answer: Answer) -> None:
         """Let an answer join the line."""
-        self._answers[answer.generation] = answer
-        self._scheduler.add(answer.generation)
+        with self._alone():
+            self._answers[answer.generation] = answer
+            self._scheduler.add(answer.generation)
 
     def remove(self, answer: Answer) -> None:
         """Take an answer out, whether it has ended or not. What it leaves in the KV caches serves later ones."""
-        if self._answers.pop(answer.generation, None):
-            self._scheduler.remove(answer.generation)
+        with self._alone():
+            if self._answers.pop(answer.generation, None):
+                self._scheduler.remove(answer.generation)
 
     def clear(self) -> list[Answer]:
         """Take every answer out, and return them."""
-        answers = list(self._answers.values())
-        for answer in answers:
-            self.remove(answer)
-        return answers
+        with self._alone():
+            answers = list(self._answers.values())
+            for answer in answers:
+                self.remove(answer)
+            return answers
 
     def forget(self) -> None:
         """Empty the KV caches, as after a step that failed."""
-        self.decoder.ensemble.forget()
+        with self._alone():
+            self.decoder.ensemble.forget()
 
     @property
     def n_active(self) -> int:
@@ -276,14 +286,21 @@ class Driver:
         on_decode: called just before the members compute.
         """
         advanced = []
-        for result in self._scheduler.step(n_prefill, on_decode):
-            answer = self._answers[result.generation]
-            n_used = answer.add(result)
-            advanced.append(answer)
-            if answer.has_ended:
-                self._scheduler.rewind(answer.generation, len(result.picks) - n_used)
-                self.remove(answer)
+        with self._alone():
+            for result in self._scheduler.step(n_prefill, on_decode):
+                answer = self._answers[result.generation]
+                n_used = answer.add(result)
+                advanced.append(answer)
+                if answer.has_ended:
+                    self._scheduler.rewind(answer.generation, len(result.picks) - n_used)
+                    self.remove(answer)
         return advanced
+
+    def _alone(self) -> threading.RLock:
+        """Return the lock that keeps other threads out. Raises EdgeDLFError in a forked child."""
+        if os.getpid() != self._pid:
+            raise EdgeDLFError("this family was loaded in the parent of this process; load it in this one")
+        return self._lock
 
     def run(self, answer: Answer) -> None:
         """Step until the answer has tokens or has ended. Raises its error."""

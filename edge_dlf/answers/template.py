@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ from .sandbox import TemplateProcess
 Message: TypeAlias = Mapping[str, Any]
 """An OpenAI-shaped chat message: `role`, and `content` as text or as a list of `{"type": "text", "text": …}`."""
 
+_ROLES = ("system", "user", "assistant")
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
@@ -35,15 +37,19 @@ class ChatTemplate:
         tokenize: Callable[[str], list[int]],
     ) -> None:
         self._template = TemplateProcess(source)
+        self._source = source
         self._bos, self._eos = bos, eos
         self._control = {text: token for text, token in control.items() if len(text) > 1}
         names = sorted(self._control, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self._lengths = range(2, max(map(len, names), default=2))
+        self._beginnings = {name[:n] for name in names for n in range(2, len(name))}
+        self._endings = {name[-n:] for name in names for n in range(2, len(name))}
         self._tokenize = tokenize
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
         """Prompt for the assistant's next message. Raises InvalidParameterError if the template refuses it."""
-        plain = [_with_text_content(message) for message in messages]
+        plain = [self._with_known_role(_with_text_content(message)) for message in messages]
         shield = _absent_noncharacter(plain)
         text = self._render([self._shielded(message, shield) for message in plain])
         tokens: list[int] = []
@@ -54,6 +60,18 @@ class ChatTemplate:
             start = match.end()
         return tokens + self._tokenize_plain(text[start:], shield)
 
+    def _with_known_role(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return the message if its role means anything to the template, which may drop others without a word.
+
+        "developer" is what OpenAI's clients call "system". Raises InvalidParameterError for an unknown role.
+        """
+        role = message["role"]
+        if role == "developer" and role not in self._source:
+            return {**message, "role": "system"}
+        if role not in _ROLES and not re.search(rf"\b{re.escape(role)}\b", self._source):
+            raise InvalidParameterError(f"the model's chat template knows no role {role!r:.60}")
+        return message
+
     def close(self) -> None:
         """End the template's process. Calling it twice is no error."""
         self._template.close()
@@ -61,21 +79,25 @@ class ChatTemplate:
     def _render(self, messages: list[dict[str, Any]]) -> str:
         return self._template.render(messages, bos_token=self._bos, eos_token=self._eos, add_generation_prompt=True)
 
-    def _shielded(self, message: dict[str, Any], shield: str) -> dict[str, Any]:
-        """The message with every name of a control token in its text broken by `shield`."""
-        return {key: self._broken(value, shield) if isinstance(value, str) else value for key, value in message.items()}
+    def _shielded(self, value: Any, shield: str) -> Any:
+        """Return the value with every name of a control token broken by `shield`, in every text that it holds."""
+        if isinstance(value, str):
+            return self._broken(value, shield)
+        if isinstance(value, Mapping):
+            return {self._shielded(key, shield): self._shielded(each, shield) for key, each in value.items()}
+        if isinstance(value, Sequence) and not isinstance(value, bytes):
+            return [self._shielded(each, shield) for each in value]
+        return value
 
     def _broken(self, text: str, shield: str) -> str:
         text = self._pattern.sub(lambda match: match[0][0] + shield + match[0][1:], text)
-        # Half a name at either end could meet its other half in a message that the template puts next to this one.
-        for name in self._control:
-            for n in range(2, len(name)):
-                if text.rstrip().endswith(name[:n]):
-                    cut = len(text.rstrip()) - n + 1
-                    text = text[:cut] + shield + text[cut:]
-                if text.lstrip().startswith(name[-n:]):
-                    cut = len(text) - len(text.lstrip()) + 1
-                    text = text[:cut] + shield + text[cut:]
+        # Half a name at either end could meet its other half in a text that the template puts next to this one.
+        stripped = text.rstrip()
+        cuts = {len(stripped) - n + 1 for n in self._lengths if stripped[-n:] in self._beginnings}
+        start = len(text) - len(text.lstrip())
+        cuts |= {start + 1 for n in self._lengths if text[start : start + n] in self._endings}
+        for cut in sorted(cuts, reverse=True):
+            text = text[:cut] + shield + text[cut:]
         return text
 
     def _tokenize_plain(self, text: str, shield: str) -> list[int]:
@@ -84,20 +106,27 @@ class ChatTemplate:
 
 
 def _with_text_content(message: Message) -> dict[str, Any]:
-    """A copy whose content is one string. Raises InvalidParameterError for content that is not text."""
+    """Return a copy whose content is one string. Raises InvalidParameterError for content that is not text."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidParameterError(f"a message must have a role and content, not {message!r:.80}")
     content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        content = ""
     if isinstance(content, Sequence) and not isinstance(content, str):
-        parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-        texts = [part for part in parts if isinstance(part, str)]
-        content = "".join(texts) if len(texts) == len(parts) else None
+        content = "".join(map(_text_of, content))
     if not isinstance(content, str):
         raise InvalidParameterError(f"the content of a message must be text, not {message.get('content')!r:.80}")
     return {**message, "content": content}
 
 
+def _text_of(part: Any) -> str:
+    """Return the text of one part of a message's content."""
+    if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+        raise InvalidParameterError(f"each part of a message's content must be text, not {part!r:.80}")
+    return str(part["text"])
+
+
 def _absent_noncharacter(messages: list[dict[str, Any]]) -> str:
-    """A code point that is no character, and that no message contains."""
-    used = {char for message in messages for value in message.values() if isinstance(value, str) for char in value}
+    """Return a code point that is no character, and that no message contains."""
+    used = set(json.dumps(messages, ensure_ascii=False, default=str))
     return next((char for char in _NONCHARACTERS if char not in used), "\U0010ffff")

@@ -45,6 +45,11 @@ class Tokenizer:
             raise InvalidParameterError("this model has no token that begins or ends a text")
         return token
 
+    @property
+    def chat_template(self) -> str | None:
+        """The model's chat template, as jinja text."""
+        return self._model.chat_template
+
     def piece(self, token: int) -> bytes:
         """Bytes that `token` adds to an answer; empty for control tokens."""
         return self._model.piece(token)

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from ..fusion.records import N_CANDIDATES, Draw, Pick, Trace
 from .backend import N_ROWS, Logits, Run
-from .draft_length import OTHER
 from .drafting import Draft, Drafting
-from .ensemble import Decoded, Ensemble
+from .ensemble import Ensemble
 from .generation import Generation, StepResult
 
 if TYPE_CHECKING:
@@ -47,6 +46,15 @@ class _Ready:
         """The positions whose rows are there: a drafting member evaluates its last guess only once all are kept."""
         n = len(self.ahead) + 1
         return range(self.next, n if self.draft is None or self.draft.rows is None else min(n, len(self.draft.rows)))
+
+    def rows(self, name: str, logits: Mapping[str, Logits]) -> Logits:
+        """The rows of a member at these positions, (K, width)."""
+        start, stop = self.next, self.positions.stop
+        if name in self.first:
+            return logits[name][self.first[name] + start : self.first[name] + stop]
+        assert self.draft is not None
+        assert self.draft.rows is not None
+        return self.draft.rows[start:stop]
 
 
 class Decoder:
@@ -98,10 +106,10 @@ class Decoder:
             if len(generations) == 1 and generations[0].request.n_draft != 0 and self.n_due(generations[0]) == 1:
                 draft = self.drafting.draft(generations[0])
             runs, ready = self._plan(generations, draft, n_prefill)
-            decoded = self.ensemble.decode(runs, on_decode)
+            logits = self.ensemble.decode(runs, on_decode)
             results = {generation: StepResult(generation) for generation in generations}
             while ready:
-                picks = self._pick(ready, decoded)
+                picks = self._pick(ready, logits)
                 ready = [each for each in ready if self._commit(each, picks, results)]
         except BaseException:
             for generation, n in zip(generations, n_tokens, strict=True):
@@ -109,7 +117,12 @@ class Decoder:
                 self._trim(generation, draft)
             raise
         if draft:
-            self._learn(generations[0], draft, results[generations[0]].picks, decoded, started)
+            self._trim(generations[0], draft)
+            picked = results[generations[0]].picks
+            generations[0].counts.n_drafted += draft.n_verified
+            generations[0].counts.n_accepted += sum(pick.from_draft for pick in picked)
+            if picked:
+                self.drafting.learn(generations[0], draft, picked, self.ensemble.clock() - started)
         return list(results.values())
 
     def _plan(
@@ -149,7 +162,7 @@ class Decoder:
     def _add_text(self, runs: dict[str, list[Run]], each: _Ready, n_rows: Counter[str]) -> None:
         """Add all of a text that a member does not hold, and what comes ahead of it."""
         generation, n_ahead = each.generation, len(each.ahead)
-        drafter = each.draft.candidate.drafter if each.draft and each.draft.rows is not None else None
+        drafter = each.draft.drafter if each.draft and each.draft.rows is not None else None
         for name in generation.members:
             if name != drafter:
                 n_held = self.ensemble.n_held(name, generation.seq)
@@ -158,26 +171,22 @@ class Decoder:
                 each.first[name] = n_rows[name]
                 n_rows[name] += n_ahead + 1
 
-    def _pick(self, ready: Sequence[_Ready], decoded: Decoded) -> dict[Generation, list[Pick]]:
+    def _pick(self, ready: Sequence[_Ready], logits: Mapping[str, Logits]) -> dict[Generation, list[Pick]]:
         """Pick at every position of each generation that has its rows, those that are fused alike in one call."""
         picks: dict[Generation, list[Pick]] = {}
         for group in _fused_alike(ready):
-            places = [(each, k) for each in group for k in each.positions]
-            rows = [[self._row(each, k, name, decoded) for each, k in places] for name in group[0].generation.members]
-            found = iter(self._select([(each.generation, each.ahead[each.next : k]) for each, k in places], rows))
+            places = [(each.generation, each.ahead[each.next : k]) for each in group for k in each.positions]
+            rows: list[Logits | Sequence[Logits]] = []
+            for name in group[0].generation.members:
+                own = [each.rows(name, logits) for each in group]
+                rows.append(own[0] if len(own) == 1 else [row for each in own for row in each])
+            found = iter(self._select(places, rows))
             for each in group:
                 picks[each.generation] = [next(found) for _ in each.positions]
         return picks
 
-    def _row(self, each: _Ready, k: int, name: str, decoded: Decoded) -> Logits:
-        if name not in each.first:
-            assert each.draft is not None
-            assert each.draft.rows is not None
-            return each.draft.rows[k]  # type: ignore[no-any-return]
-        return decoded.logits[name][each.first[name] + k]  # type: ignore[no-any-return]
-
     def _select(
-        self, places: Sequence[tuple[Generation, Sequence[int]]], rows: Sequence[Sequence[Logits]]
+        self, places: Sequence[tuple[Generation, Sequence[int]]], rows: Sequence[Logits | Sequence[Logits]]
     ) -> list[Pick]:
         """Fuse the rows of each place and pick a token.
 
@@ -193,14 +202,14 @@ class Decoder:
         for k, (generation, ahead) in enumerate(places):
             if picks[k].error:
                 continue
-            own = [[member[k]] for member in rows]
             if (banned := generation.banned(ahead, picks[k].token)) is not None:
                 found, draw = picks[k], dataclasses.replace(draws[k], banned=banned)
                 again = dataclasses.replace(fusion, method="static") if found.choice else fusion
+                own = [member[k : k + 1] for member in rows]
                 (picks[k],) = self.fuser.pick(own, roles.members, again, [found.weights], [draw])
                 picks[k] = picks[k]._replace(choice=found.choice)
             if generation.request.traced:
-                picks[k] = self._traced(generation, own, draws[k], picks[k])
+                picks[k] = self._traced(generation, [member[k : k + 1] for member in rows], draws[k], picks[k])
         return picks
 
     def _pick_alone(self, generation: Generation, name: str, row: Logits, ahead: Sequence[int]) -> Pick:
@@ -212,7 +221,9 @@ class Decoder:
             (pick,) = self.fuser.pick([[row]], (name,), generation.request.fusion, [()], [draw])
         return pick
 
-    def _traced(self, generation: Generation, rows: Sequence[Sequence[Logits]], draw: Draw, pick: Pick) -> Pick:
+    def _traced(
+        self, generation: Generation, rows: Sequence[Logits | Sequence[Logits]], draw: Draw, pick: Pick
+    ) -> Pick:
         """Add to a pick why it was chosen. A member whose own row is an error is left out."""
         roles, draw = generation.request.roles, dataclasses.replace(draw, n_top=N_CANDIDATES)
         alone = {}
@@ -246,20 +257,6 @@ class Decoder:
         self.drafting.evaluate_last(generation, each.draft)
         return True
 
-    def _learn(
-        self, generation: Generation, draft: Draft, picks: Sequence[Pick], decoded: Decoded, started: float
-    ) -> None:
-        """Roll back what was not kept of a draft, and note what it cost and how well it was guessed."""
-        self._trim(generation, draft)
-        generation.counts.n_drafted += len(draft.ahead)
-        generation.counts.n_accepted += sum(pick.from_draft for pick in picks)
-        length, n_tokens = self.drafting.length, len(draft.ahead) + 1
-        for name, seconds in decoded.seconds.items():
-            length.timed(name, n_tokens, seconds)
-        decoding_s = self.drafting.decoding_s + sum(decoded.seconds.values())
-        length.timed(OTHER, n_tokens, self.ensemble.clock() - started - decoding_s)
-        self.drafting.judge(draft, picks)
-
     def rewind(self, generation: Generation, n_tokens: int) -> None:
         """Take back the last `n_tokens` picks. Every member then holds the text but its last token."""
         del generation.tokens[len(generation.tokens) - n_tokens :]
@@ -267,9 +264,8 @@ class Decoder:
 
     def _trim(self, generation: Generation, draft: Draft | None) -> None:
         """Let every member hold all of the text but its last token, as after a step that drafted nothing."""
-        outside = {draft.candidate.member} if draft and draft.candidate.member else set()
-        for name in {*generation.members, *outside}:
-            if self.ensemble.members[name].can_trim:
+        for name in {*generation.members, draft.drafter if draft else ""}:
+            if name in self.ensemble.members and self.ensemble.members[name].can_trim:
                 self.ensemble.shorten(name, generation.seq, generation.n_text(name) - 1)
 
 

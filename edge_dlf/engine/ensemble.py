@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress, count
 from operator import ne
-from typing import NamedTuple
 
 from ..errors import InvalidParameterError
 from ..params import METHODS, FusionParams, Overlap, check_names
@@ -58,17 +58,6 @@ class Roles:
         """Return α of each expert among the weights of a pick, or among the fixed ones; () if none are fixed."""
         weights = tuple(self.weights or () if weights is None else weights)
         return weights[len(weights) - len(self.experts) :] if weights else ()
-
-
-class Decoded(NamedTuple):
-    """What a batch gave.
-
-    logits: rows of each member that was asked for any, (K, width), valid until the member's next call.
-    seconds: the time of each member. Members that overlap get shares by the size of their weights.
-    """
-
-    logits: dict[str, Logits]
-    seconds: dict[str, float]
 
 
 class _CacheIndex:
@@ -135,7 +124,7 @@ class Ensemble:
     ) -> None:
         self.members = dict(members)
         self.names = tuple(names) or tuple(members)
-        self._load = load
+        self._load, self._loading = load, threading.Lock()
         self.clock = clock
         self.groups = tuple(groups) or (tuple(members),)
         self.overlap: Overlap = "queue"
@@ -153,43 +142,39 @@ class Ensemble:
         return Roles.of(params, self.names)
 
     def require(self, names: Iterable[str]) -> None:
-        """Load those of `names` that are not in memory. May be called beside a step, from one thread at a time.
+        """Load those of `names` that are not in memory. May be called from any thread, beside a step.
 
         Raises LoadError or OutOfMemoryError; those in memory go on.
         """
-        if missing := [name for name in names if name not in self.members]:
-            known = {**self.members, **self._load(missing)}
-            self._caches = {**self._caches, **{name: _CacheIndex() for name in missing}}
-            self.members = {name: known[name] for name in self.names if name in known}
+        with self._loading:
+            if missing := [name for name in names if name not in self.members]:
+                known = {**self.members, **self._load(missing)}
+                self._caches = {**self._caches, **{name: _CacheIndex() for name in missing}}
+                self.members = {name: known[name] for name in self.names if name in known}
 
-    def decode(self, runs: Mapping[str, Sequence[Run]], on_decode: Callable[[], None] | None = None) -> Decoded:
+    def decode(
+        self, runs: Mapping[str, Sequence[Run]], on_decode: Callable[[], None] | None = None
+    ) -> dict[str, Logits]:
         """Append to each member what `runs` has for it, in one batch per member.
 
         on_decode: called just before members compute, which is when other threads may run Python.
+        Returns the rows of each member that was asked for any, (K, width), valid until the member's next call.
         Raises what a member raises. Then others may have been decoded or not, and none is still computing.
         """
         if on_decode:
             on_decode()
         groups = [[name for name in group if runs.get(name)] for group in self.groups]
-        seconds: dict[str, float] = {}
-        started = self.clock()
-        jobs = [partial(self._decode_group, group, runs, seconds) for group in groups if group]
+        jobs = [partial(self._decode_group, group, runs) for group in groups if group]
         if self.overlap == "threads" and len(jobs) > 1:
             self._threads.run(jobs)
         else:
             for job in jobs:
                 job()
-        logits = {name: self.members[name].logits() for name in seconds if any(run.n_rows for run in runs[name])}
-        if len(jobs) > 1 and self.overlap != "off":
-            elapsed, n_bytes = self.clock() - started, sum(self.members[name].n_bytes for name in seconds)
-            seconds = {name: elapsed * self.members[name].n_bytes / n_bytes for name in seconds}
-        return Decoded(logits, seconds)
+        return {name: self.members[name].logits() for name in runs if any(run.n_rows for run in runs[name])}
 
-    def _decode_group(self, names: Sequence[str], runs: Mapping[str, Sequence[Run]], seconds: dict[str, float]) -> None:
-        """Decode the members of one group in turn. A group alone waits for each, so that `seconds` tells them apart."""
-        waits = self.overlap == "off" or len(self.groups) == 1
+    def _decode_group(self, names: Sequence[str], runs: Mapping[str, Sequence[Run]]) -> None:
+        """Decode the members of one group, one after the other."""
         for name in names:
-            started = self.clock()
             self._repair(name)
             cache = self._caches[name]
             cache.unsure.update(run.seq for run in runs[name])
@@ -197,9 +182,8 @@ class Ensemble:
             for run in runs[name]:
                 cache.append(run.seq, run.tokens)
             cache.unsure.clear()
-            if waits:
+            if self.overlap == "off":
                 self.members[name].wait()
-            seconds[name] = self.clock() - started
 
     def begin(self, name: str, seq: int, tokens: Sequence[int]) -> int:
         """Make `seq` of the member `name` hold the longest known prefix of `tokens`, at most all but the last token:

@@ -268,7 +268,7 @@ def search_s(llm: FusedLlama) -> float:
     decoder, fusion = llm.driver.decoder, FusionParams()
     roles, prompt = decoder.ensemble.roles(fusion), llm.tokenize(_PROMPTS[0])
     request = GenerationRequest(roles, dict.fromkeys(roles.members, prompt), fusion, SamplingParams(temperature=0.0))
-    rows = decoder.ensemble.decode({name: [Run(0, prompt, 1)] for name in roles.members}).logits
+    rows = decoder.ensemble.decode({name: [Run(0, prompt, 1)] for name in roles.members})
     logits, draw = [rows[name] for name in roles.members], Generation(request).draw()
     times = _timed(lambda: decoder.fuser.pick(logits, roles.members, fusion, [()], [draw]), 9)
     decoder.ensemble.forget()

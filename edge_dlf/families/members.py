@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import InvalidParameterError
+from ..engine.ensemble import Ensemble, Roles
+from ..errors import InvalidParameterError, OutOfMemoryError
 from ..llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights, system_info
-from ..params import OVERLAPS, Overlap
+from ..params import OVERLAPS, Overlap, params_of
 from ..system.machine import this_machine
 from ..system.remembered import states
 from .files import FamilyFiles
@@ -50,13 +51,14 @@ def plan_memory(
     tensor_split: Sequence[float] | None,
     type_k: str | None,
     type_v: str | None,
-    names: Collection[str] | None = None,
+    names: Collection[str] = (),
     beside: Plan | None = None,
 ) -> Plan:
-    """Find room for the members `names`, or all, before they are loaded, on this machine as it is now. Arguments as in
-    FusedLlama.
+    """Find room for members of `files`, before they are loaded, on this machine as it is now.
 
+    names: the members; by default those that the method in the family's defaults decodes.
     beside: plan of members that are in memory already, whose number of sequences and size of caches the others get.
+    Other arguments are those of FusedLlama.
 
     Sequences share as many positions as memory allows, of one context at least, and more than that only where they push
     no layer off a GPU. Raises OutOfMemoryError or InvalidParameterError.
@@ -65,9 +67,7 @@ def plan_memory(
     is_number = isinstance(n_parallel, int) and not isinstance(n_parallel, bool) and 1 <= n_parallel <= MAX_PARALLEL
     if not is_number and n_parallel != "auto":
         raise InvalidParameterError(f"n_parallel must be auto or 1 to {MAX_PARALLEL}, not {n_parallel!r}")
-    n_seqs = (
-        beside.n_seqs if beside else _AUTO_PARALLEL[bool(machine.gpus)] if n_parallel == "auto" else int(n_parallel)
-    )
+    n_seqs = _AUTO_PARALLEL[bool(machine.gpus)] if n_parallel == "auto" else int(n_parallel)
     planner = Planner(
         files,
         machine,
@@ -76,9 +76,9 @@ def plan_memory(
         tensor_split=tensor_split,
         type_k=type_k,
         type_v=type_v,
-        n_seqs=n_seqs,
+        n_seqs=beside.n_seqs if beside else n_seqs,
         repacks=repacks_weights(),
-        names=names,
+        names=names or Roles.of(params_of(files.spec.defaults)[1], tuple(files.models)).members,
         beside=beside,
     )
     if beside:
@@ -91,8 +91,9 @@ def plan_memory(
 
 
 class Members:
-    """Models and contexts of the members in `plan`, loaded; `load` adds others of the same family.
+    """Models and contexts of the members in `plan`, loaded; others of the family are loaded when they are needed.
 
+    planned: `plan_memory` with all arguments that made `plan`.
     plan: of all members that are loaded.
     backends: role -> its context.
     vocabulary: the large model, or its tokens alone where it is not a member.
@@ -108,6 +109,7 @@ class Members:
         self,
         files: FamilyFiles,
         plan: Plan,
+        planned: Callable[..., Plan],
         *,
         n_ctx: int,
         n_threads: int | None,
@@ -120,14 +122,14 @@ class Members:
         self.backends: dict[str, LlamaBackend] = {}
         self.key = _key(files, plan, n_threads, type_k, type_v)
         self.plan = dataclasses.replace(plan, members=())
-        self._files, self._n_ctx = files, n_ctx
+        self._files, self._planned, self._n_ctx = files, planned, n_ctx
         self._settings: dict[str, Any] = {"n_threads": n_threads, "type_k": type_k, "type_v": type_v}
         self._models: dict[Path, Model] = {}
         self._streams: bool | None = None
         self._ends = _ends(files)
         large = files.models["large"].path
         with ExitStack() as self._closing:
-            self.load(plan)
+            self._load(plan)
             if large not in self._models:
                 self.vocabulary = Model(large, vocab_only=True)
                 self._closing.callback(self.vocabulary.close)
@@ -135,7 +137,12 @@ class Members:
                 self.vocabulary = self._models[large]
             self._closing = self._closing.pop_all()
 
-    def load(self, plan: Plan) -> Mapping[str, LlamaBackend]:
+    def ensemble(self) -> Ensemble:
+        """Return the members as the engine decodes them, which asks for the others when a request needs them."""
+        files = self._files
+        return Ensemble(self.backends, files.n_vocab, self.lanes, names=tuple(files.models), load=self._load_more)
+
+    def _load(self, plan: Plan) -> Mapping[str, LlamaBackend]:
         """Load the members of `plan`. Returns their contexts. What an error leaves half done is freed."""
         files, loaded = self._files, dict(self._models)
         backends: dict[str, LlamaBackend] = {}
@@ -170,6 +177,16 @@ class Members:
         self._models, self.backends = loaded, {**self.backends, **backends}
         self.plan = dataclasses.replace(self.plan, members=(*self.plan.members, *plan.members))
         return backends
+
+    def _load_more(self, names: Sequence[str]) -> Mapping[str, LlamaBackend]:
+        """Load members beside those that are loaded. Raises LoadError or OutOfMemoryError."""
+        missing = ", ".join(names)
+        try:
+            plan = self._planned(names=names, beside=self.plan)
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(f"this method also needs {missing}: {error}") from error
+        logger.warning("loading %s, which the family's own method does not need", missing)
+        return self._load(plan)
 
     def _can_stream(self, plan: Plan, loaded: Mapping[Path, Model]) -> bool:
         """Whether each sequence gets a KV stream of its own.

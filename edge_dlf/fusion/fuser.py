@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -22,6 +24,11 @@ from .records import AlphaChoice, Draw, Pick
 
 _NO_TOKENS: Int64Array = np.empty(0, np.int64)
 _NO_BIASES: Float64Array = np.empty(0)
+logger = logging.getLogger(__name__)
+
+_PATIENCE_S = 4.0
+_WORTH_THREADS = 2**14
+"""Tokens of a vocabulary whose search takes longer than it takes to wake a second thread."""
 _NEWTON_STEPS = 20
 _Choices = npt.NDArray[Any]
 _GREEDY = Draw(SamplingParams(temperature=0.0), seed=0, position=0, recent=np.empty(0, np.int32))
@@ -340,3 +347,16 @@ def warm_up() -> None:
     """Load every kernel that a step may use: 1 s from the disk cache, up to a minute where they must be compiled."""
     rows = np.array([[[0.0, 1.0]], [[0.0, 1.0]], [[1.0, -np.inf]]], np.float32)
     Fuser(2).pick(list(rows), ("large", "base", "expert"), FusionParams(), [()], [_GREEDY])
+
+
+def ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
+    """Load the kernels and return a fuser that uses up to `n_threads` threads. Compiling is announced in the log."""
+    notice = "compiling kernels for this machine; they are kept, so later starts are quick"
+    timer = threading.Timer(_PATIENCE_S, logger.warning, [notice])
+    timer.daemon = True
+    timer.start()
+    try:
+        warm_up()
+    finally:
+        timer.cancel()
+    return Fuser(n_vocab, n_threads if n_vocab >= _WORTH_THREADS else 1)

@@ -87,6 +87,10 @@ class Call:
         n = _typed(given, "n", int, 1)
         stream = _typed(given, "stream", bool, False)
         options = _typed(given, "stream_options", dict, {})
+        if options and not stream:
+            raise InvalidParameterError("stream_options needs stream: true")
+        if unknown := sorted(set(options) - {"include_usage", "include_obfuscation"}):
+            raise InvalidParameterError(f"unknown field {unknown[0]!r} in stream_options")
         fusion = _typed(given, "edge_dlf", dict, {})
         trace = _typed(fusion, "trace", bool, False)
         own = {name: value for name, value in fusion.items() if name != "trace" and value is not None}

@@ -14,6 +14,8 @@ import numpy as np
 from .fuse import GROUP, LARGEST_FLOAT, fuse_float64, fuse_groups, log_sum, measure_group
 from .vector import F32, F64, exp64, fetch_add, jit, load, order_key, row_at, use_wide_vectors
 
+LEAST_TOP_P = 1e-30
+"""Stands for top_p = 0, which keeps one token."""
 GROUPS = 4
 """Groups that a thread takes at a time from a row that several threads share."""
 SCAN = 64
@@ -145,7 +147,7 @@ def best_candidates(fused: Any, maxima: Any, n: int, out: Any) -> Any:
 @jit
 def _kept(draw: Any, fused: Any, maxima: Any, masses: Any, out: Any) -> Any:
     """Write the candidates that pass top-k, top-p and min-p to `out`. Returns their number."""
-    top, top_p = F64(maxima.max()), draw["top_p"]
+    top, top_p = F64(maxima.max()), max(draw["top_p"], LEAST_TOP_P)
     cut = F32(top + math.log(draw["min_p"])) if draw["min_p"] > 0.0 else F32(-LARGEST_FLOAT)
     wanted = top_p * math.exp(log_sum(maxima, masses) - top)
     if draw["top_k"] > 0:
