@@ -235,6 +235,7 @@ def test_members_that_are_required_are_loaded_once_and_stand_in_order() -> None:
     assert list(ensemble.members) == list(members)
     assert prefill(ensemble, 0, prompts([1, 2, 3, 4])) == 4
     assert members["law"].calls[-1] == [Run(0, [4], 1)]
+    assert [member.cache[0] for member in members.values()] == [[1, 2, 3, 4]] * 4
     ensemble.close()
     assert all(member.closed for member in members.values())
 

@@ -126,7 +126,7 @@ class Ensemble:
         self.names = tuple(names) or tuple(members)
         self._load, self._loading = load, threading.Lock()
         self.clock = clock
-        self.groups = tuple(groups) or (tuple(members),)
+        self.groups = tuple(groups) or (self.names,)
         self.overlap: Overlap = "queue"
         self.experts = tuple(name for name in self.names if name not in ("large", "base"))
         self.n_vocab = n_vocab
