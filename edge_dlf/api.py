@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -19,7 +20,6 @@ from .answers.stream import Answer, Driver, TokenStream
 from .answers.template import Message
 from .answers.tokenizer import Prompt, Tokenizer
 from .engine.decoder import Decoder
-from .engine.ensemble import Ensemble
 from .engine.overlap import choose_overlap
 from .errors import EdgeDLFError, InvalidParameterError
 from .families.files import FamilyFiles, check_files
@@ -93,7 +93,8 @@ class FusedLlama:
     @classmethod
     def from_family(cls, family: str | Path | FamilySpec | FamilyFiles, **settings: Any) -> FusedLlama:
         """Load the family that a `family.toml`, its folder, or a name in the models folder describes, or one that has
-        been read or checked already.
+        been read or checked already. It loads the members that the method in its `[defaults]` needs. Others are loaded
+        when a request needs them; that request raises OutOfMemoryError where memory does not suffice.
 
         settings: the constructor's keyword arguments from `n_ctx` on. Its `[defaults]` hold for every request.
         """
@@ -106,36 +107,25 @@ class FusedLlama:
         files: FamilyFiles,
         *,
         n_ctx: int | None = 4096,
-        n_gpu_layers: int | Mapping[str, int] = -1,
-        main_gpu: int | Mapping[str, int] | None = None,
-        tensor_split: Sequence[float] | None = None,
         n_threads: int | None = None,
         type_k: str | None = None,
         type_v: str | None = None,
-        n_parallel: int | Literal["auto"] = 1,
         overlap: Overlap | Literal["auto"] = "auto",
+        **asked: Any,
     ) -> None:
         if overlap not in ("auto", *OVERLAPS):
             raise InvalidParameterError(f"overlap must be auto, {', '.join(OVERLAPS)}, not {overlap!r}")
         n_ctx = n_ctx or min(_MAX_OWN_CTX, files.models["large"].n_ctx_train or _MAX_OWN_CTX)
         self.name, self.files, self.cache_types = files.spec.name, files, (type_k or "f16", type_v or "f16")
-        plan = plan_memory(
-            files,
-            n_ctx=n_ctx,
-            n_parallel=n_parallel,
-            n_gpu_layers=n_gpu_layers,
-            main_gpu=main_gpu,
-            tensor_split=tensor_split,
-            type_k=type_k,
-            type_v=type_v,
-        )
+        planned = partial(plan_memory, files, n_ctx=n_ctx, type_k=type_k, type_v=type_v, **asked)
+        plan = planned()
         # Importing numba and loading kernels takes as long as mapping the models: both at once.
         background = ThreadPoolExecutor(1)
         fuser = background.submit(_ready_fuser, files.n_vocab, n_threads or default_n_threads())
         background.shutdown(wait=False)
-        self._members = Members(files, plan, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
+        self._members = Members(files, plan, planned, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
         try:
-            ensemble = Ensemble(self._members.backends, files.n_vocab, self._members.lanes)
+            ensemble = self._members.ensemble()
             decoder = Decoder(ensemble, fuser.result())
             if overlap != "auto":
                 ensemble.overlap = overlap
@@ -146,17 +136,15 @@ class FusedLlama:
         except BaseException:
             self._members.close()
             raise
-        large = self._members.models[0]
+        tokenizer = Tokenizer(self._members.vocabulary, files.n_vocab)
         self._open_preparer: Preparer | None = Preparer(
-            self.name, files.spec.defaults, ensemble, Tokenizer(large, files.n_vocab), self._members.is_eog
+            self.name, files.spec.defaults, ensemble, tokenizer, self._members.is_eog
         )
-        self._ensemble = ensemble
-        self._driver = Driver(decoder)
-        if n_ctx > large.n_ctx_train:
+        self._ensemble, self._driver = ensemble, Driver(decoder)
+        n_ctx_train = files.models["large"].n_ctx_train
+        if n_ctx_train is not None and n_ctx > n_ctx_train:
             logger.warning(
-                "a context of %d tokens is more than the %d that the large model was trained for",
-                n_ctx,
-                large.n_ctx_train,
+                "a context of %d tokens is more than the %d that the large model was trained for", n_ctx, n_ctx_train
             )
 
     def __enter__(self) -> FusedLlama:

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from .errors import InvalidParameterError
 
-METHODS = ("dynamic", "static", "large", "base")
+METHODS = ("dynamic", "static", "weighted", "large", "base")
 MAX_DRAFT = 8
 """Most tokens that are drafted at once."""
 Overlap: TypeAlias = Literal["off", "queue", "threads"]
@@ -147,10 +147,14 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class ByName(Kind):
-    """One number for all, or a number for each name: NAME=NUMBER,…"""
+    """A number for each name: NAME=NUMBER,…, or, if `has_common`, one number for all."""
 
-    name = "number|name=number"
     number: Number = Number()
+    has_common: bool = True
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "number|name=number" if self.has_common else "name=number"
 
     def parse(self, text: str) -> Any:
         if "=" not in text:
@@ -161,13 +165,15 @@ class ByName(Kind):
     def read(self, setting: str, value: Any) -> Any:
         if isinstance(value, Mapping):
             return {str(name): self.number.read(f"{setting} of {name}", number) for name, number in value.items()}
-        wanted = f"{self.number.type} or NAME=NUMBER,…"
-        _require(not isinstance(value, str), f"{setting} must be {wanted}, not {value!r:.60}")
+        wanted = f"{self.number.type} or NAME=NUMBER,…" if self.has_common else "NAME=NUMBER,…"
+        is_common = self.has_common and not isinstance(value, str)
+        _require(is_common, f"{setting} must be {wanted}, not {value!r:.60}")
         return self.number.read(setting, value)
 
     def schema(self) -> dict[str, Any]:
         number = self.number.schema()
-        return {"anyOf": [number, {"type": "object", "additionalProperties": number}]}
+        by_name = {"type": "object", "additionalProperties": number}
+        return {"anyOf": [number, by_name]} if self.has_common else by_name
 
 
 class Biases(Kind):
@@ -232,24 +238,36 @@ def _check(params: FusionParams | SamplingParams) -> None:
 
 @dataclass(frozen=True)
 class FusionParams:
-    """How the members' logits become one row: `large + Σ_t α_t (expert_t − base)`.
+    """How the members' logits become one row.
 
-    method: "dynamic" (α found at each step by matching KL divergences), "static" (fixed α), "large", "base",
-        or the name of an expert (that member alone).
+    With "dynamic" and "static": fused = large + Σ_t α_t (expert_t − base).
+    With "weighted": fused(v) ∝ exp Σ_m w_m log p_m(v), over the members m with a weight w_m other than 0. Weights
+    (1, −Σα, α_1, …) of large, base and experts are "static"; a single weight of 1 is that member alone.
+
+    method: "dynamic" (α found at each step by matching KL divergences), "static" (fixed α), "weighted" (fixed weights),
+        "large", "base", or the name of an expert (that member alone).
     search: "grid" (the paper's Algorithm 1: α over 0, alpha_step, …, alpha_max, one expert at a time) or
         "exact" (the continuous optimum of the same objective in [0, alpha_max]).
     alpha: for "static" only; one float for every expert, or a mapping from expert name to float.
+    weights: for "weighted" only; a mapping from member to its weight. Members that it does not name, or gives 0, are
+        not decoded.
     plausibility: β of contrastive decoding; the fusion chooses only among tokens to which an expert with a weight gives
         at least β times the probability of its best one. 0 is off. It is a filter: logprobs are those without it.
     Raises InvalidParameterError where a value cannot be used.
     """
 
     method: str = _row(
-        "dynamic", Text(), _FUSION - {"eval"} | _CLI, "dynamic, static, large, base, or the name of an expert."
+        "dynamic", Text(), _FUSION - {"eval"} | _CLI, "dynamic, static, weighted, large, base, or an expert's name."
     )
     search: str = _row("grid", Text(("grid", "exact")), _FUSION | _CLI, "How dynamic finds α.")
     alpha: float | Mapping[str, float] = _row(
         1.0, ByName(), _FUSION | _CLI, "α for static: one for all, or one for each expert by name."
+    )
+    weights: Mapping[str, float] | None = _row(
+        None,
+        ByName(has_common=False),
+        _FUSION | _CLI,
+        "Weights for weighted, by member: large=0.5,math=0.8. Members without one do not run.",
     )
     alpha_max: float = _row(2.0, Number(0, 100, is_open=True), _FUSION, "Largest α that dynamic looks at.")
     alpha_step: float = _row(0.1, Number(0, is_open=True), _FUSION, "Distance between the values of α on the grid.")
@@ -259,6 +277,9 @@ class FusionParams:
 
     def __post_init__(self) -> None:
         _check(self)
+        is_weighted = self.method != "weighted" or bool(self.weights)
+        _require(is_weighted, "method weighted needs weights of members, such as large=0.5,math=0.8")
+        _require(self.weights is None or any(self.weights.values()), "weights must give a member a number other than 0")
         _require(self.alpha_step <= self.alpha_max, f"alpha_step must be in (0, alpha_max], not {self.alpha_step!r}")
         ratio = self.alpha_max / self.alpha_step
         _require(ratio < 1001 - 1e-9, f"alpha_max / alpha_step must not exceed 1000, not {ratio:.0f}")
@@ -349,8 +370,17 @@ def check_settings(settings: Mapping[str, Any], experts: Sequence[str]) -> None:
     _, fusion = params_of(settings)
     methods = (*METHODS, *experts)
     _require(fusion.method in methods, f"method must be one of {', '.join(methods)}, not {fusion.method!r}")
-    unknown = [name for name in fusion.alpha if name not in experts] if isinstance(fusion.alpha, Mapping) else []
+    check_names(fusion, experts)
+
+
+def check_names(fusion: FusionParams, experts: Sequence[str]) -> None:
+    """Raise InvalidParameterError where `alpha` or `weights` name what a family with these experts has not."""
+    alpha = fusion.alpha if isinstance(fusion.alpha, Mapping) else ()
+    unknown = [name for name in alpha if name not in experts]
     _require(not unknown, f"alpha names {', '.join(map(repr, unknown))}; the experts are {', '.join(experts)}")
+    members = ("large", "base", *experts)
+    unknown = [name for name in fusion.weights or () if name not in members]
+    _require(not unknown, f"weights names {', '.join(map(repr, unknown))}; the members are {', '.join(members)}")
 
 
 def check_draft(draft: int | str) -> None:

@@ -101,7 +101,7 @@ class FakeLlama:
             raise ContextOverflowError(f"the prompt has {n_prompt} tokens, more than the context of {self.n_ctx}")
         self.requests.append((text, settings | ({"max_tokens": max_tokens} if max_tokens else {})))
         method = settings.get("method", METHODS[0])
-        report = Report(method, self.experts if method in ("dynamic", "static") else (), n_prompt)
+        report = Report(method, self.experts if method in ("dynamic", "static", "weighted") else (), n_prompt)
         report.counts.n_prefilled, report.counts.prefill_s = n_prompt, 1.0
         return FakeStream(next(self._answers, ["ok"]), report, max_tokens or self.n_ctx - n_prompt)
 

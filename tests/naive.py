@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from edge_dlf.params import SamplingParams
+from edge_dlf.params import FusionParams, SamplingParams
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -76,6 +77,21 @@ def fused_probs(large, base, experts, alphas: Sequence[float]):
     for expert, alpha in zip(experts, alphas, strict=True):
         x[alive] += alpha * log_ratio(base, expert)[0][alive]
     return softmax(x)
+
+
+def fused_row(rows: Mapping[str, Any], fusion: FusionParams):
+    """The members' finite rows fused by any method, (V,) float64, not normalised."""
+    rows = {name: row.astype(np.float64) for name, row in rows.items()}
+    if fusion.method == "weighted":
+        return sum(weight * rows[name] for name, weight in fusion.weights.items() if weight)
+    if fusion.method in rows:
+        return rows[fusion.method]
+    experts = [name for name in rows if name not in ("large", "base")]
+    alphas = [float(fusion.alpha)] * len(experts) if fusion.method == "static" else [0.0] * len(experts)
+    if fusion.method == "dynamic":
+        t, alpha, _ = search(rows["large"], rows["base"], [rows[name] for name in experts])
+        alphas[t] = alpha
+    return rows["large"] + sum(a * (rows[name] - rows["base"]) for name, a in zip(experts, alphas, strict=True))
 
 
 def weighted_probs(rows, weights):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from edge_dlf import (
     FusionParams,
     InvalidParameterError,
     ModelFileError,
+    OutOfMemoryError,
     VocabMismatchError,
     fuse_logits,
     search_alpha,
@@ -25,12 +28,14 @@ from edge_dlf import (
 from edge_dlf.engine.backend import Run
 from edge_dlf.families import members
 from edge_dlf.llama import LlamaBackend, Model
+from edge_dlf.system.machine import Machine
 
 from . import naive
 from .feed import feed
-from .tiny import tiny_lora, tiny_model
+from .tiny import tiny_lora, tiny_model, weighted_family
 
 PROMPT = "Once upon a time"
+PAIR = {"large": 0.6, "tuned": 0.5}
 
 
 def text(result: object) -> str:
@@ -81,10 +86,19 @@ def test_streaming_and_not_give_the_same_text(tiny_llm: FusedLlama, method: str)
 
 
 @pytest.mark.parametrize("draft", [1, 3, 8, "auto"])
-@pytest.mark.parametrize("method", ["dynamic", "static", "large", "tuned"])
-def test_drafting_changes_no_token_but_at_near_ties(tiny_llm: FusedLlama, method: str, draft: int | str) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({"method": method} for method in ("dynamic", "static", "large", "tuned")),
+        *({"method": "weighted", "weights": weights} for weights in ({"large": 0.5, "base": -0.3, "lora": 0.8}, PAIR)),
+    ],
+    ids=str,
+)
+def test_drafting_changes_no_token_but_at_near_ties(
+    tiny_llm: FusedLlama, how: dict[str, Any], draft: int | str
+) -> None:
     for prompt in (PROMPT, "The cat", "1 2 3 1 2 3 1 2"):
-        settings = {"max_tokens": 40, "method": method, "top_logprobs": 2}
+        settings = {"max_tokens": 40, "top_logprobs": 2, **how}
         plain = list(tiny_llm.stream(prompt, **settings))
         stream = tiny_llm.stream(prompt, draft=draft, **settings)
         for ours, theirs in zip(stream, plain, strict=False):
@@ -94,7 +108,7 @@ def test_drafting_changes_no_token_but_at_near_ties(tiny_llm: FusedLlama, method
                 break
         else:
             assert stream.report.n_generated == len(plain)
-        if draft != "auto" and method != "tuned":
+        if draft != "auto" and how["method"] != "tuned":
             assert stream.report.counts.n_drafted > 0
 
 
@@ -129,6 +143,140 @@ def test_static_alpha_by_name(tiny_llm: FusedLlama) -> None:
     by_name = tiny_llm.create_completion(PROMPT, max_tokens=16, method="static", alpha={"tuned": 1.5})
     assert by_name["edge_dlf"]["expert_share"] == {"lora": 0.0, "tuned": 1.0}
     assert by_name["edge_dlf"]["alpha_mean"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("weights", "same"),
+    [
+        ({"large": 1, "base": 0, "lora": 0}, {"method": "large"}),
+        ({"lora": 1.0}, {"method": "lora"}),
+        ({"tuned": 1.0, "large": 0}, {"method": "tuned"}),
+        ({"base": 1.0}, {"method": "base"}),
+        ({"large": 1, "base": -0.7, "lora": 0.7}, {"method": "static", "alpha": {"lora": 0.7}}),
+        (
+            {"large": 1, "base": -1.5, "lora": 0.5, "tuned": 1.0},
+            {"method": "static", "alpha": {"lora": 0.5, "tuned": 1}},
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "sampled"])
+def test_weighted_holds_the_other_methods(
+    tiny_llm: FusedLlama, weights: dict[str, float], same: dict[str, Any], sampling: dict[str, Any]
+) -> None:
+    for prompt in (PROMPT, "The cat", "naïve 😀"):
+        settings = {"max_tokens": 30, "draft": "off", "top_logprobs": 2, **sampling}
+        ours = list(tiny_llm.stream(prompt, method="weighted", weights=weights, **settings))
+        theirs = list(tiny_llm.stream(prompt, **same, **settings))
+        assert [token.id for token in ours] == [token.id for token in theirs]
+        assert [token.logprob for token in ours] == pytest.approx([token.logprob for token in theirs], abs=1e-4)
+
+
+def test_weighted_decodes_and_reports_only_members_with_a_weight(tiny: Path) -> None:
+    with FusedLlama.from_family(tiny, n_ctx=128, n_threads=1) as llm:
+        weights = {"large": 0.5, "base": 0.0, "tuned": 0.75}
+        result = llm.create_completion(PROMPT, max_tokens=8, method="weighted", weights=weights)
+        assert result["edge_dlf"]["expert_share"] == {"tuned": 1.0}
+        assert result["edge_dlf"]["alpha_mean"] == 0.75
+        assert [name for name in llm._ensemble.names if llm._ensemble.n_used(name)] == ["large", "tuned"]
+        (token,) = llm.stream(PROMPT, max_tokens=1, method="weighted", weights={"large": 0.5, "tuned": -0.2})
+        assert (token.alpha, token.expert) == (-0.2, None)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "loaded"),
+    [
+        ("weighted", PAIR, ["large", "tuned"]),
+        ("weighted", {"large": 0.5, "lora": 0.8}, ["large", "lora"]),
+        ("weighted", {"tuned": 1.0}, ["tuned"]),
+        ("lora", {}, ["lora"]),
+        ("large", {}, ["large"]),
+        ("static", {}, ["large", "base", "lora", "tuned"]),
+    ],
+    ids=str,
+)
+def test_members_that_the_family_s_own_method_does_not_need_are_loaded_when_they_are(
+    tiny: Path,
+    tiny_llm: FusedLlama,
+    tmp_path: Path,
+    method: str,
+    weights: dict[str, float],
+    loaded: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    family, own = weighted_family(tiny, tmp_path, method, **weights), {"method": method, "weights": weights or None}
+    with FusedLlama.from_family(family, n_ctx=256, n_threads=1) as llm:
+        assert list(llm._ensemble.members) == loaded
+        assert llm.chat_template == tiny_llm.chat_template
+        assert llm.tokenize(PROMPT) == tiny_llm.tokenize(PROMPT)
+        assert (llm.n_ctx, llm.n_vocab, llm.experts) == (256, tiny_llm.n_vocab, tiny_llm.experts)
+        before = text(llm.create_completion(PROMPT, max_tokens=20))
+        assert before == text(tiny_llm.create_completion(PROMPT, max_tokens=20, **own))
+        assert list(llm._ensemble.members) == loaded
+        assert not caplog.records
+        for other in ("dynamic", "large", "base", "lora"):
+            found, expected = (text(x.create_completion(PROMPT, max_tokens=20, method=other)) for x in (llm, tiny_llm))
+            assert found == expected
+        assert list(llm._ensemble.members) == list(llm._ensemble.names)
+        assert text(llm.create_completion(PROMPT, max_tokens=20)) == before
+        models = [member.model for member in llm._ensemble.members.values()]
+        assert models[1] is models[2]
+    said = [record.message for record in caplog.records]
+    missing = [name for name in llm._ensemble.names if name not in loaded]
+    assert said == ([f"loading {', '.join(missing)}, which the family's own method does not need"] if missing else [])
+
+
+def test_an_answer_ends_where_any_member_ends_it_loaded_or_not(tiny: Path, tmp_path: Path) -> None:
+    for name in ("large", "base", "tuned", "lora"):
+        shutil.copy(tiny / f"{name}.gguf", tmp_path)
+    base, key = (tmp_path / "base.gguf").read_bytes(), b"tokenizer.ggml.eos_token_id"
+    at = base.index(key) + len(key) + 4
+    (tmp_path / "base.gguf").write_bytes(base[:at] + struct.pack("<I", 77) + base[at + 4 :])
+    shutil.copy(tiny / "family.toml", tmp_path)
+    family = weighted_family(tmp_path, tmp_path, "weighted", **PAIR)
+    models = [Model(tmp_path / f"{name}.gguf") for name in ("large", "base", "tuned")]
+    with FusedLlama.from_family(family, n_ctx=64, n_threads=1) as llm:
+        ends = [token for token in range(llm.n_vocab) if llm._members.is_eog(token)]
+        assert ends == [token for token in range(llm.n_vocab) if any(model.is_eog(token) for model in models)]
+        assert 77 in ends
+        assert "base" not in llm._ensemble.members
+        bias = {77: 1000.0}
+        assert llm.create_completion("a", logit_bias=bias)["choices"][0]["finish_reason"] == "stop"
+    for model in models:
+        model.close()
+
+
+def test_a_method_whose_members_find_no_room_is_refused_and_others_go_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = weighted_family(tiny, tmp_path, "weighted", **PAIR)
+    with FusedLlama.from_family(family, n_ctx=256, n_threads=1) as llm:
+        monkeypatch.setattr(members, "this_machine", lambda gpus: Machine(1_000_000))
+        before = text(llm.create_completion(PROMPT, max_tokens=8))
+        for _ in range(2):
+            with pytest.raises(OutOfMemoryError, match="^this method also needs base, lora: base and lora need .* MB"):
+                llm.create_completion(PROMPT, max_tokens=8, method="dynamic")
+            with pytest.raises(OutOfMemoryError):
+                list(llm.score([(PROMPT, [1, 2])], method="dynamic"))
+        assert text(llm.create_completion(PROMPT, max_tokens=8)) == before
+        assert list(llm._ensemble.members) == ["large", "tuned"]
+
+
+def test_members_loaded_beside_others_share_their_streams(tiny: Path, tmp_path: Path) -> None:
+    family = weighted_family(tiny, tmp_path, "weighted", **PAIR)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edge_dlf.families.members._STREAMS_WEIGHTS", 0)
+        with FusedLlama.from_family(family, n_ctx=256, n_threads=1, n_parallel=4) as llm:
+            assert llm._ensemble.has_streams
+            requests = [
+                {"id": n, "prompt": f"The {n}", "edge_dlf": {"method": ("weighted", "dynamic")[n % 2]}}
+                for n in range(9)
+            ]
+            found = {row["custom_id"]: row["response"]["body"] for row in llm.batch(requests, max_tokens=9 + 1)}
+            assert {member.has_streams for member in llm._ensemble.members.values()} == {True}
+            for request in requests:
+                alone = llm.create_completion(request["prompt"], max_tokens=10, **request["edge_dlf"])
+                assert text(alone) == text(found[str(request["id"])])
 
 
 def test_a_seed_repeats_and_seeds_differ(tiny_llm: FusedLlama) -> None:

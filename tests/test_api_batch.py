@@ -113,10 +113,13 @@ def test_a_system_message_comes_before_messages_without_one(one: FusedLlama, llm
 def test_rows_override_what_holds_for_all_and_methods_mix(one: FusedLlama, llm: FusedLlama) -> None:
     methods = ["dynamic", "static", "large", "base", "lora", "tuned"]
     requests = [{"id": m, "prompt": "The", "edge_dlf": {"method": m}} for m in methods]
+    weighted = {"method": "weighted", "weights": {"large": 0.6, "tuned": 0.5}}
+    requests.append({"id": "weighted", "prompt": "The", "edge_dlf": weighted})
     choices = texts(llm.batch([*requests, {"id": "short", "prompt": "The", "max_tokens": 1}], max_tokens=8, alpha=0.5))
     for method in methods:
         single = one.create_completion("The", max_tokens=8, method=method, alpha=0.5)
         assert choices[method] == single["choices"][0]
+    assert choices["weighted"] == one.create_completion("The", max_tokens=8, **weighted)["choices"][0]
     assert choices["short"]["finish_reason"] == "length"
 
 

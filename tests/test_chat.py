@@ -193,7 +193,7 @@ class TestCommands:
         session = fake_session(llm, defaults={"method": "static"})
         say(session, "/method", "/method math", "Hi")
         lines = capsys.readouterr().err.splitlines()
-        assert lines[:2] == ["method: static (of dynamic, static, large, base, math)", "method: math"]
+        assert lines[:2] == ["method: static (of dynamic, static, weighted, large, base, math)", "method: math"]
         assert llm.requests[0][1] == {"method": "math"}
         with pytest.raises(InvalidParameterError, match="method must be one of"):
             say(session, "/method magic")
@@ -210,6 +210,19 @@ class TestCommands:
             with pytest.raises(InvalidParameterError):
                 say(session, f"/alpha {wrong}")
         assert session.settings["alpha"] == {"math": 0.5}
+
+    def test_weights(self, capsys: pytest.CaptureFixture[str]) -> None:
+        llm = FakeLlama()
+        session = fake_session(llm)
+        with pytest.raises(InvalidParameterError, match="method weighted needs weights"):
+            say(session, "/method weighted")
+        say(session, "/set weights large=0.5,math=0.8", "/method weighted", "Hi")
+        assert capsys.readouterr().err.splitlines()[:2] == ["weights large=0.5,math=0.8 (set)", "method: weighted"]
+        assert llm.requests[0][1] == {"weights": {"large": 0.5, "math": 0.8}, "method": "weighted"}
+        for wrong in ("0.5", "code=1", "large=0", "large=nan"):
+            with pytest.raises(InvalidParameterError):
+                say(session, f"/set weights {wrong}")
+        say(fake_session(llm, defaults={"weights": {"large": 1.0}}), "/method weighted")
 
     def test_alpha_without_colours(self, capsys: pytest.CaptureFixture[str]) -> None:
         session = fake_session(FakeLlama())

@@ -183,9 +183,13 @@ class TestErrors:
             ([*FILES, "--expert", "f.gguf", "Hi"], "expected NAME=FILE"),
             ([*FILES, "--temperature", "-1", "Hi"], "temperature must be 0 or more"),
             ([*FILES, "--temperature", "hot", "Hi"], "--temperature must be a finite number, not 'hot'"),
-            ([*FILES, "--method", "magic", "Hi"], "method must be one of dynamic, static, large, base, math"),
+            ([*FILES, "--method", "magic", "Hi"], "method must be one of dynamic, static, weighted, large, base, math"),
             ([*FILES, "--alpha", "code=1", "Hi"], "alpha names 'code'"),
             ([*FILES, "--alpha", "much", "Hi"], "--alpha must be a finite number or NAME=NUMBER,…, not 'much'"),
+            ([*FILES, "--weights", "0.5", "Hi"], "--weights must be NAME=NUMBER,…, not 0.5"),
+            ([*FILES, "--weights", "code=1", "Hi"], "weights names 'code'; the members are large, base, math"),
+            ([*FILES, "--weights", "large=0", "Hi"], "weights must give a member a number other than 0"),
+            ([*FILES, "--method", "weighted", "Hi"], "method weighted needs weights of members, such as large=0.5"),
             ([*FILES, "--gpu-layers", "1.5", "Hi"], "--gpu-layers must be an integer or NAME=NUMBER,…"),
             ([*FILES, "--main-gpu", "one", "Hi"], "--main-gpu must be an integer"),
             ([*FILES, "--tensor-split", "3;1", "Hi"], "expected numbers with commas between them"),
@@ -203,6 +207,13 @@ class TestErrors:
 
 
 class TestOptions:
+    def test_weights_may_be_the_family_s(self, run: Callable[..., Result], family: Path) -> None:
+        toml, llm = family / "family.toml", FakeLlama()
+        toml.write_text(toml.read_text() + "weights = {large = 0.5, math = 0.5}\n")
+        result = run(llm, "generate", "--family", str(family), "--method", "weighted", "Hi")
+        assert result.exit_code == 0, result.stderr
+        assert llm.requests[0][1] == {"method": "weighted"}
+
     def test_only_what_is_given_is_passed_on(self, run: Callable[..., Result]) -> None:
         llm = FakeLlama()
         run(llm, "generate", *FILES, "Hi")
@@ -212,7 +223,7 @@ class TestOptions:
     def test_all_that_is_given_is_passed_on(self, run: Callable[..., Result]) -> None:
         llm = FakeLlama()
         settings = "--method static --search exact --alpha math=0.5 --max-tokens 9 --temperature 0 --top-k 0 --top-p 1"
-        more = "--min-p 0 --repeat-penalty 1.1 --seed 0 --stop END --stop ."
+        more = "--weights large=0.54,base=-0.37,math=0.8 --min-p 0 --repeat-penalty 1.1 --seed 0 --stop END --stop ."
         loading = "--ctx-size 99 --gpu-layers large=20,base=-1 --threads 3 --cache-type-k q8_0 --cache-type-v f16"
         loading += " --main-gpu base=1 --tensor-split 3,1 --overlap threads"
         result = run(llm, "generate", *FILES, *f"{settings} {more} {loading}".split(), "Hi")
@@ -221,6 +232,7 @@ class TestOptions:
             "method": "static",
             "search": "exact",
             "alpha": {"math": 0.5},
+            "weights": {"large": 0.54, "base": -0.37, "math": 0.8},
             "max_tokens": 9,
             "temperature": 0.0,
             "top_k": 0,
@@ -344,6 +356,19 @@ class TestCompare:
         assert [settings for _, settings in llm.requests] == [
             {"top_k": 3, "method": method} for method in ("large", "math", "static", "dynamic")
         ]
+
+    @pytest.mark.parametrize("by_family", [True, False])
+    def test_weighted_where_there_are_weights(self, run: Callable[..., Result], family: Path, by_family: bool) -> None:
+        toml, args = family / "family.toml", ["--weights", "large=0.5,math=0.5"]
+        if by_family:
+            toml.write_text(toml.read_text() + 'method = "weighted"\nweights = {large = 0.5, math = 0.5}\n')
+            args = []
+        llm = FakeLlama(["A"], ["B"], [("C", 1.0)], [("E", 0.5)], [("D", 0.5)])
+        result = run(llm, "compare", "--family", str(family), *args, "Hi")
+        assert "== static\nC\n" in result.stdout
+        assert "== weighted\nE\n[mean α 0.50 · math 100%]\n\n== dynamic\nD\n" in result.stdout
+        methods = [settings["method"] for _, settings in llm.requests]
+        assert methods == ["large", "math", "static", "weighted", "dynamic"]
 
     def test_json(self, run: Callable[..., Result]) -> None:
         llm = FakeLlama(["A"], ["B"], ["C"], ["D"])

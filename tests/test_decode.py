@@ -17,6 +17,7 @@ from edge_dlf.engine.ensemble import Ensemble
 from edge_dlf.engine.generation import Generation, GenerationRequest
 from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.fusion.records import Pick
+from edge_dlf.params import show
 
 from . import naive
 from .fake_backend import FakeBackend
@@ -106,28 +107,51 @@ def plain(
     prompts: Mapping[str, list[int]] | None = None,
 ) -> list[int]:
     """The same by the oracle: every row from the whole text, one token at a time."""
-    experts = [name for name in members if name not in ("large", "base")]
     texts = {**dict.fromkeys(members, prompt), **(prompts or {})}
+    first = next(name for name in members if name in taking_part(members, fusion))
     tokens: list[int] = []
     for _ in range(n_tokens):
         rows = {name: member.row([*texts[name], *tokens])[:N_VOCAB] for name, member in members.items()}
-        if fusion.method in members:
-            fused = rows[fusion.method].astype(np.float64)
-        else:
-            alphas = [float(fusion.alpha)] * len(experts) if fusion.method == "static" else [0.0] * len(experts)
-            if fusion.method == "dynamic":
-                t, alpha, _ = naive.search(rows["large"], rows["base"], [rows[name] for name in experts])
-                alphas[t] = alpha
-            fused = rows["large"].astype(np.float64)
-            for name, alpha in zip(experts, alphas, strict=True):
-                fused += alpha * (rows[name].astype(np.float64) - rows["base"])
-        history = [*(texts["large"] if fusion.method not in members else texts[fusion.method]), *tokens]
+        history = [*texts[first], *tokens]
         recent = history[-sampling.repeat_last_n :] if sampling.repeat_last_n else []
+        fused = naive.fused_row(rows, fusion)
         tokens.append(naive.select(fused, sampling, sampling.seed, len(history), recent))
     return tokens
 
 
-@pytest.mark.parametrize("method", ["dynamic", "static", "large", "base", "e1"])
+def taking_part(members: Mapping[str, FakeBackend], fusion: FusionParams) -> set[str]:
+    """Names of the members that a method has to decode."""
+    if fusion.method == "weighted":
+        return {name for name, weight in (fusion.weights or {}).items() if weight}
+    return {fusion.method} if fusion.method in members else set(members)
+
+
+WEIGHTS = [
+    {"large": 0.54, "base": -0.37, "e0": 0.8},
+    {"large": 0.5, "e0": 0.5},
+    {"large": 1.2, "e0": -0.4},
+    {"base": 0.7, "large": 0.3},
+    {"large": 1.0},
+    {"base": -0.5, "e0": 1.5},
+    {"e0": 1.3, "base": 0},
+]
+"""Weights of members of every family here: without the base, without the large model, of one member alone."""
+METHODS = [
+    *(FusionParams(method=method, alpha=0.8) for method in ("dynamic", "static", "large", "base", "e0")),
+    *(FusionParams(method="weighted", weights=weights) for weights in WEIGHTS),
+]
+
+
+def label(value: object) -> str | None:
+    """Name a test by its method and weights."""
+    return f"{value.method} {show(value.weights)}" if isinstance(value, FusionParams) else None
+
+
+@pytest.mark.parametrize(
+    "fusion",
+    [*METHODS, FusionParams(method="weighted", weights={"large": 0.4, "base": -0.2, "e0": -0.3, "e1": 0.9})],
+    ids=label,
+)
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -140,17 +164,17 @@ def plain(
     ],
     ids=["greedy", "penalties", "whole", "filters"],
 )
-def test_a_generation_equals_the_plain_loop(method: str, sampling: SamplingParams) -> None:
+def test_a_generation_equals_the_plain_loop(fusion: FusionParams, sampling: SamplingParams) -> None:
     sampling = SamplingParams(**{**vars(sampling), "seed": sampling.seed or 1})
-    fusion = FusionParams(method=method, alpha=0.8)
     for prompt in ([1], [5, 6, 7], list(range(30))):
         picks = generate(family(), prompt, 24, fusion, sampling)
         assert [pick.token for pick in picks] == plain(family(), prompt, 24, fusion, sampling)
 
 
-def test_members_with_prompts_of_their_own() -> None:
+@pytest.mark.parametrize("fusion", METHODS, ids=label)
+def test_members_with_prompts_of_their_own(fusion: FusionParams) -> None:
     prompts = {"base": [9, 9], "e0": [8]}
-    fusion, sampling = FusionParams(), SamplingParams(temperature=0.0, seed=0)
+    sampling = SamplingParams(temperature=0.0, repeat_penalty=1.3, seed=0)
     picks = generate(family(1), [1, 2, 3], 12, fusion, sampling, prompts)
     assert [pick.token for pick in picks] == plain(family(1), [1, 2, 3], 12, fusion, sampling, prompts)
 
@@ -206,12 +230,13 @@ def test_a_seed_is_drawn_where_none_is_given() -> None:
 
 
 @pytest.mark.parametrize("member", ["large", "base", "e1"])
-@pytest.mark.parametrize("method", ["dynamic", "static"])
+@pytest.mark.parametrize("method", ["dynamic", "static", "weighted"])
 def test_a_member_that_returns_nan_is_named(member: str, method: str) -> None:
+    fusion = FusionParams(method=method, weights={"large": 0.5, "base": -0.3, "e1": 0.8})
     members = family()
     members[member].poison = (2, float("nan"))
     with pytest.raises(NonFiniteLogitsError, match=f"^{member} returned NaN"):
-        generate(members, [1, 2], 3, FusionParams(method=method), SamplingParams(temperature=0.0))
+        generate(members, [1, 2], 3, fusion, SamplingParams(temperature=0.0))
 
 
 def test_a_single_member_that_returns_inf_is_named() -> None:
@@ -230,12 +255,11 @@ SAMPLINGS = {
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-@pytest.mark.parametrize("method", ["dynamic", "static", "large", "base", "e0"])
+@pytest.mark.parametrize("fusion", METHODS, ids=label)
 @pytest.mark.parametrize("n_experts", [1, 2, 3])
-def test_drafting_changes_no_token(n_experts: int, method: str, sampling: SamplingParams) -> None:
+def test_drafting_changes_no_token(n_experts: int, fusion: FusionParams, sampling: SamplingParams) -> None:
     """For every length, and for members that agree never, sometimes and often."""
     sampling = dataclasses.replace(sampling, seed=sampling.seed or 1)
-    fusion = FusionParams(method=method, alpha=0.9)
     for agreement in (0.0, 0.7, 1.0):
         plain_picks = generate(alike(n_experts, agreement), [1, 2], 30, fusion, sampling)
         for n_draft in (None, 1, 2, 3, 5, 8):
@@ -245,8 +269,64 @@ def test_drafting_changes_no_token(n_experts: int, method: str, sampling: Sampli
             assert [pick.weights for pick in picks] == [pick.weights for pick in plain_picks]
             np.testing.assert_allclose([p.logprob for p in picks], [p.logprob for p in plain_picks], atol=1e-5)
             text = [1, 2, *(pick.token for pick in picks)]
-            for name in {"dynamic": members, "static": members}.get(method, [method]):
-                assert members[name].cache[0] == text[:-1]
+            drafts_for_large = taking_part(members, fusion) == {"large"}
+            for name, member in members.items():
+                if name in taking_part(members, fusion):
+                    assert member.cache[0] == text[:-1]
+                else:
+                    assert not member.calls or (drafts_for_large and name == "base")
+
+
+@pytest.mark.parametrize(
+    ("weights", "drafter"),
+    [
+        ({"large": 0.5, "base": -0.3, "e0": 0.2, "e1": 0.7}, "e1"),
+        ({"large": 0.5, "e0": 0.9, "e1": 0.7}, "e0"),
+        ({"large": 1.0, "e1": 0.1}, "e1"),
+        ({"large": 1.0, "e0": -0.2, "e1": -0.1}, None),
+        ({"large": 0.6, "base": 0.4}, None),
+        ({"e1": 1.0}, None),
+        ({"large": 1.0}, "base"),
+    ],
+    ids=str,
+)
+def test_the_expert_of_the_largest_positive_weight_drafts(weights: dict[str, float], drafter: str | None) -> None:
+    members = alike(2, 1.0)
+    fusion, sampling = FusionParams(method="weighted", weights=weights), SamplingParams(temperature=0.0)
+    picks = generate(members, [1], 12, fusion, sampling, n_draft=3)
+    assert any(pick.from_draft for pick in picks) == (drafter is not None)
+    n_calls = {name: len(member.calls) for name, member in members.items() if member.calls}
+    assert max(n_calls, key=lambda name: n_calls[name]) == (drafter or next(iter(n_calls)))
+    assert n_calls.keys() == weights.keys() | ({"base"} if drafter == "base" else set())
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("n_draft", [0, 3])
+def test_plausibility_asks_the_experts_of_a_positive_weight(weights: dict[str, float], n_draft: int) -> None:
+    fusion = FusionParams(method="weighted", weights=weights, plausibility=0.4)
+    members = alike(1, 0.5)
+    picks = generate(members, [1, 2], 15, fusion, SamplingParams(temperature=0.0), n_draft=n_draft)
+    text = [1, 2]
+    for pick in picks[:15]:
+        rows = {name: member.row(text)[:N_VOCAB] for name, member in members.items()}
+        fused = naive.fused_row(rows, fusion)
+        assert pick.token == naive.restricted(fused, [rows["e0"]], [weights.get("e0", 0.0)], 0.4).argmax()
+        text.append(pick.token)
+
+
+@pytest.mark.parametrize("fusion", METHODS, ids=label)
+@pytest.mark.parametrize("n_draft", [0, None, 3])
+def test_a_constraint_is_kept_to_by_every_method(fusion: FusionParams, n_draft: int | None) -> None:
+    """The token at each place is the one that the oracle picks among those that are allowed."""
+    sampling = SamplingParams(seed=3, temperature=0.9, top_k=0, top_p=1.0, min_p=0.0)
+    members = alike(1, 0.8)
+    picks = generate(members, [1, 2], 15, fusion, sampling, constraint=EachThird(), n_draft=n_draft)
+    text = [1, 2]
+    for n, pick in enumerate(picks[:15]):
+        fused = naive.fused_row({name: member.row(text)[:N_VOCAB] for name, member in members.items()}, fusion)
+        allowed = np.where((n + np.arange(N_VOCAB)) % 3 == 0, fused, -np.inf)
+        assert pick.token == naive.select(allowed, sampling, 3, len(text))
+        text.append(pick.token)
 
 
 @pytest.mark.parametrize("method", ["dynamic", "large"])

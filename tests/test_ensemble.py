@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -52,16 +54,29 @@ def test_a_method_decodes_only_the_members_it_needs(method: str, members: tuple[
 
 def test_an_unknown_method_is_named_with_the_known_ones() -> None:
     ensemble, _ = family()
-    with pytest.raises(InvalidParameterError, match=r"'poetry' is none of dynamic, static, large, base, maths, law"):
+    with pytest.raises(
+        InvalidParameterError, match=r"'poetry' is none of dynamic, static, weighted, large, base, maths, law"
+    ):
         ensemble.roles(FusionParams(method="poetry"))
 
 
 def test_static_alphas_by_name() -> None:
     ensemble, _ = family()
-    assert ensemble.roles(FusionParams(method="static", alpha={"law": 0.5})).alphas == (0.0, 0.5)
-    assert ensemble.roles(FusionParams(method="static", alpha=0.7)).alphas == (0.7, 0.7)
+    assert ensemble.roles(FusionParams(method="static", alpha={"law": 0.5})).weights == (0.0, 0.5)
+    assert ensemble.roles(FusionParams(method="static", alpha=0.7)).weights == (0.7, 0.7)
     with pytest.raises(InvalidParameterError, match="poetry"):
         ensemble.roles(FusionParams(method="static", alpha={"poetry": 1.0}))
+
+
+def test_weights_name_the_members_that_take_part() -> None:
+    ensemble, _ = family()
+    roles = ensemble.roles(FusionParams(method="weighted", weights={"law": 0.8, "large": 0.5, "base": 0.0}))
+    assert roles == Roles(("large", "law"), ("law",), (0.5, 0.8))
+    assert roles.alphas() == (0.8,)
+    roles = ensemble.roles(FusionParams(method="weighted", weights={"law": -0.1, "base": 1, "maths": 2}))
+    assert roles == Roles(("base", "maths", "law"), ("maths", "law"), (1.0, 2.0, -0.1))
+    with pytest.raises(InvalidParameterError, match="weights names 'poetry'; the members are large, base, maths, law"):
+        ensemble.roles(FusionParams(method="weighted", weights={"poetry": 1.0}))
 
 
 def test_rows_are_those_of_each_member_after_the_same_text() -> None:
@@ -197,6 +212,32 @@ def test_sequences_that_change_places_keep_what_they_hold(seed: int) -> None:
         for member in members.values():
             assert member.cache == texts
             assert ensemble.n_free() == member.n_cells - member.n_used()
+
+
+def test_members_that_are_required_are_loaded_once_and_stand_in_order() -> None:
+    _, members = family()
+    asked: list[list[str]] = []
+
+    def load(names: Sequence[str]) -> dict[str, FakeBackend]:
+        asked.append(list(names))
+        return {name: members[name] for name in names}
+
+    ensemble = Ensemble({"law": members["law"]}, n_vocab=50, names=tuple(members), load=load)
+    assert ensemble.experts == ("maths", "law")
+    assert ensemble.roles(FusionParams()).members == tuple(members)
+    prefill(ensemble, 0, prompts([1, 2, 3], "law"))
+    ensemble.require(["law"])
+    ensemble.require(["large", "law"])
+    assert list(ensemble.members) == ["large", "law"]
+    ensemble.require(members)
+    ensemble.require(members)
+    assert asked == [["large"], ["base", "maths"]]
+    assert list(ensemble.members) == list(members)
+    assert prefill(ensemble, 0, prompts([1, 2, 3, 4])) == 4
+    assert members["law"].calls[-1] == [Run(0, [4], 1)]
+    assert [member.cache[0] for member in members.values()] == [[1, 2, 3, 4]] * 4
+    ensemble.close()
+    assert all(member.closed for member in members.values())
 
 
 def test_close_closes_every_member() -> None:

@@ -246,6 +246,14 @@ class TestCommand:
         assert (tmp_path / "out" / "results.md").read_text() == table
         assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
 
+    def test_weights_in_a_method(self, run: Callable[..., Result], tasks: Callable[[str], str], tmp_path: Path) -> None:
+        same = "weighted:weights=large=1,base=-0.5,lora=0.5,plausibility=0"
+        result = run("--tasks", tasks("choice"), "--methods", f"static:alpha=lora=0.5 {same}")
+        assert result.exit_code == 0, result.stderr
+        found = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert list(found["tables"][0]["values"]) == ["static:alpha=lora=0.5", same]
+        assert found["tables"][0]["means"][same] == found["tables"][0]["means"]["static:alpha=lora=0.5"]
+
     def test_what_was_answered_before_it_was_stopped_is_kept(
         self, run: Callable[..., Result], tasks: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -275,7 +283,7 @@ class TestCommand:
             (["--tasks", "no.yaml"], "no.yaml: no such file"),
             (
                 ["--tasks", "paper_gsm8k", "--methods", "magic"],
-                "method must be one of dynamic, static, large, base, lora",
+                "method must be one of dynamic, static, weighted, large, base, lora",
             ),
             (["--tasks", "paper_gsm8k", "--methods", "static:beta=1"], "expected METHOD:SETTING=VALUE, not"),
             (
@@ -283,6 +291,11 @@ class TestCommand:
                 "plausibility must be in [0, 1], not 2.0",
             ),
             (["--tasks", "paper_gsm8k", "--methods", "static:alpha=lora=1,b=2,search=grid"], "alpha names 'b'"),
+            (
+                ["--tasks", "paper_gsm8k", "--methods", "weighted:weights=large=1,b=-2,plausibility=0.1"],
+                "weights names 'b'",
+            ),
+            (["--tasks", "paper_gsm8k", "--methods", "weighted"], "method weighted needs weights"),
             (["--tasks", "paper_gsm8k", "--data", "paper_mmlu=x"], "there is data for 'paper_mmlu'"),
             (["--tasks", "paper_gsm8k", "--data", "paper_gsm8k=no.jsonl"], "no.jsonl: no such file"),
         ],

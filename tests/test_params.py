@@ -42,6 +42,7 @@ def test_a_default_reads_as_itself_typed_or_not(name: str, default: Any) -> None
     [
         ("alpha", "math=0.5, code = -1", {"math": 0.5, "code": -1.0}),
         ("alpha", "2", 2.0),
+        ("weights", "large=0.54,base=-0.37, math = 0.8", {"large": 0.54, "base": -0.37, "math": 0.8}),
         ("draft", "off", "off"),
         ("draft", "3", 3),
         ("seed", "18446744073709551615", 2**64 - 1),
@@ -57,6 +58,12 @@ def test_what_a_user_types(name: str, text: str, value: Any) -> None:
     [
         ({"alpha": math.inf}, "alpha must be a finite number"),
         ({"alpha": {"math": math.nan}}, "alpha of math must be a finite number"),
+        ({"weights": 0.5}, "weights must be NAME=NUMBER,…, not 0.5"),
+        ({"weights": "large"}, "weights must be NAME=NUMBER,…, not 'large'"),
+        ({"weights": {"math": math.inf}}, "weights of math must be a finite number"),
+        ({"weights": {"large": 0, "math": 0}}, "weights must give a member a number other than 0"),
+        ({"weights": {}}, "weights must give a member a number other than 0"),
+        ({"method": "weighted"}, "method weighted needs weights of members, such as large=0.5,math=0.8"),
         ({"alpha_max": 0}, r"alpha_max must be in \(0, 100\], not 0"),
         ({"alpha_step": 3.0}, r"alpha_step must be in \(0, alpha_max\]"),
         ({"alpha_max": 100.0, "alpha_step": 0.01}, "must not exceed 1000"),
@@ -85,10 +92,16 @@ def test_params_keep_what_they_are_given() -> None:
 
 def test_settings_must_fit_the_family() -> None:
     check_settings({"method": "math", "alpha": {"math": 1.0}, "temperature": 0.5}, ["math"])
-    with pytest.raises(InvalidParameterError, match="method must be one of dynamic, static, large, base, math"):
+    with pytest.raises(
+        InvalidParameterError, match="method must be one of dynamic, static, weighted, large, base, math"
+    ):
         check_settings({"method": "code"}, ["math"])
     with pytest.raises(InvalidParameterError, match="alpha names 'code'; the experts are math"):
         check_settings({"alpha": {"code": 1.0}}, ["math"])
+    check_settings({"method": "weighted", "weights": {"large": 0.5, "base": 0.0, "math": -1}}, ["math"])
+    check_settings({"method": "large", "weights": {"math": 1}}, ["math"])
+    with pytest.raises(InvalidParameterError, match="weights names 'code'; the members are large, base, math"):
+        check_settings({"method": "large", "weights": {"code": 1.0}}, ["math"])
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
@@ -97,6 +110,7 @@ def test_every_setting_of_a_request_is_in_the_server_s_document(path: str) -> No
     properties = body["properties"]
     assert settable("body").keys() <= properties.keys()
     fusion = {"search": "exact", "plausibility": 0.1, "alpha": {"math": 0.5}, "trace": True, "method": None}
+    fusion["weights"] = {"large": 0.5, "math": 0.8}
     jsonschema.Draft202012Validator(properties["edge_dlf"]).validate(fusion)
     (own, _) = properties["edge_dlf"]["anyOf"]
     assert own["properties"].keys() == settable("edge_dlf").keys() | {"trace"}

@@ -372,6 +372,30 @@ def test_a_context_that_does_not_fit_names_one_that_does(files: FamilyFiles) -> 
     assert Planner(files, Machine(GB)).largest_n_cells(10_000_000) == int(said[1])
 
 
+def test_members_can_be_planned_beside_others(files: FamilyFiles) -> None:
+    machine = Machine(8 * GB)
+    every = planned(files, machine)
+    first = planned(files, machine, names=["large", "lora"])
+    assert [member.name for member in first.members] == ["large", "lora"]
+    assert first.members[1].shares_with is None
+    base, lora = every.members[1:3]
+    assert first.members[1].weights_bytes == base.weights_bytes + lora.weights_bytes
+    more = planned(files, machine, names=["base", "tuned"], beside=first)
+    assert [member.name for member in more.members] == ["base", "tuned"]
+    assert more.members[0].weights_bytes == 0  # the adapter has brought them
+    assert more.members[1] == every.members[3]
+    assert first.n_bytes + more.n_bytes == pytest.approx(every.n_bytes, abs=base.buffer_bytes)
+    with pytest.raises(OutOfMemoryError, match=r"^base needs [\d.]+ MB, .* for a context of 512; 0 MB are free"):
+        planned(files, Machine(0), names=["base"], beside=first)
+
+
+def test_contexts_beside_others_are_where_their_weights_are(files: FamilyFiles) -> None:
+    machine = several(8 * GB, 8 * GB)
+    first = planned(files, machine, names=["large", "lora"], n_gpu_layers={"base": 2}, main_gpu={"base": 1})
+    (base,) = planned(files, machine, names=["base"], beside=first, n_gpu_layers=0).members
+    assert (base.n_gpu_layers, base.split) == (2, (0.0, 1.0))
+
+
 def test_weights_that_do_not_fit(files: FamilyFiles) -> None:
     with pytest.raises(OutOfMemoryError, match="not even the smallest context would fit: take smaller files"):
         planned(files, Machine(100_000_000))

@@ -32,6 +32,10 @@ def test_completions_are_raw_and_a_short_prompt_is_not() -> None:
 def test_fusion_sits_apart_from_the_http_method() -> None:
     request = parse_line({"prompt": [1, 2], "edge_dlf": {"method": "static", "alpha": {"law": 0.5}}})
     assert request.settings == {"method": "static", "alpha": {"law": 0.5}}
+    fusion = {"method": "weighted", "weights": {"large": 1, "law": -0.5}}
+    assert parse_line({"prompt": "x", "edge_dlf": fusion}).settings == fusion
+    with pytest.raises(InvalidParameterError, match="weights must be NAME=NUMBER"):
+        parse_line({"prompt": "x", "edge_dlf": {"weights": 0.5}})
 
 
 def test_limits_and_logprobs() -> None:

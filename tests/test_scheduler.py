@@ -26,6 +26,10 @@ FUSIONS = [
     FusionParams(method="e1"),
     FusionParams(alpha_max=1.0, alpha_step=0.25),
     FusionParams(method="static", alpha={"e0": 0.3, "e1": 0.5}),
+    FusionParams(method="weighted", weights={"large": 0.54, "base": -0.37, "e0": 0.8}),
+    FusionParams(method="weighted", weights={"large": 0.5, "e1": 0.5}),
+    FusionParams(method="weighted", weights={"large": 0.9, "e0": -0.3, "e1": 0.6}),
+    FusionParams(method="weighted", weights={"e0": 1.2}),
 ]
 SAMPLINGS = [
     SamplingParams(temperature=0.0),

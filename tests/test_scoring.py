@@ -19,24 +19,15 @@ from edge_dlf.params import SamplingParams
 
 from . import naive
 from .fake_backend import FakeBackend
-from .test_decode import N_VOCAB, family
+from .test_decode import METHODS, N_VOCAB, family, label
 
 
 def oracle(members: dict[str, FakeBackend], prompt: list[int], answer: list[int], fusion: FusionParams) -> list[float]:
     """The logprob of each token of `answer`, every row from the whole text."""
-    experts = [name for name in members if name not in ("large", "base")]
     logprobs, text = [], list(prompt)
     for token in answer:
         rows = {name: member.row(text)[:N_VOCAB] for name, member in members.items()}
-        if fusion.method in members:
-            probs = naive.softmax(rows[fusion.method].astype(np.float64))
-        else:
-            alphas = [float(fusion.alpha)] * len(experts) if fusion.method == "static" else [0.0] * len(experts)
-            if fusion.method == "dynamic":
-                t, alpha, _ = naive.search(rows["large"], rows["base"], [rows[name] for name in experts])
-                alphas[t] = alpha
-            probs = naive.fused_probs(rows["large"], rows["base"], [rows[name] for name in experts], alphas)
-        logprobs.append(float(np.log(probs[token])))
+        logprobs.append(float(naive.log_softmax(naive.fused_row(rows, fusion))[0][token]))
         text.append(token)
     return logprobs
 
@@ -69,12 +60,11 @@ PAIRS = [
 PAIRS += [(PAIRS[2][0], [1]), (PAIRS[2][0], [2, 3]), (PAIRS[2][0], PAIRS[2][1][:4]), PAIRS[4]]
 
 
-@pytest.mark.parametrize("method", ["dynamic", "static", "large", "e1"])
+@pytest.mark.parametrize("fusion", METHODS, ids=label)
 @pytest.mark.parametrize(
     "settings", [{}, {"n_seq_max": 1}, {"n_cells": 230}, {"n_batch": 8}, {"can_trim": False}], ids=str
 )
-def test_scores_are_the_oracle_s(method: str, settings: dict[str, Any]) -> None:
-    fusion = FusionParams(method=method, alpha=0.7)
+def test_scores_are_the_oracle_s(fusion: FusionParams, settings: dict[str, Any]) -> None:
     found = scores(family(**settings), PAIRS, fusion)
     assert sorted(found) == list(range(len(PAIRS)))
     for number, (prompt, answer) in enumerate(PAIRS):

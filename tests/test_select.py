@@ -206,7 +206,7 @@ def test_a_batch_is_its_rows_whatever_the_threads(n_rows, n_vocab):
             assert fuser.pick(rows, names, STATIC, alphas, draws) == expected
 
 
-WEIGHTED = FusionParams(method="weighted")
+WEIGHTED = FusionParams(method="weighted", weights={"large": 1.0})
 MEMBERS = ("large", "base", "one", "two")
 
 

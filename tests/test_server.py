@@ -17,7 +17,7 @@ from edge_dlf import FusedLlama, NonFiniteLogitsError
 from edge_dlf.server import Rules
 
 from .http_server import Served, serving
-from .tiny import tiny_model
+from .tiny import tiny_model, weighted_family
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -263,6 +263,36 @@ def test_models_are_the_ways_to_fuse(server: Served) -> None:
     assert names == ["tiny", "tiny:static", "tiny:large", "tiny:lora", "tiny:tuned"]
     for name in names:
         assert server.get(f"/v1/models/{name}").json()["id"] == name
+
+
+def test_a_family_s_own_method_and_weights_are_on_offer(tiny: Path, library: FusedLlama, tmp_path: Path) -> None:
+    family = weighted_family(tiny, tmp_path, "weighted", large=0.5, tuned=0.7)
+    with FusedLlama.from_family(family, n_ctx=256, n_threads=1) as llm, serving(llm) as server:
+        names = [model["id"] for model in server.get("/v1/models").json()["data"]]
+        models = ["", ":dynamic", ":static", ":weighted", ":large", ":lora", ":tuned"]
+        assert names == [f"tiny{model}" for model in models]
+        assert list(llm._ensemble.members) == ["large", "tuned"]
+        for model, method in {"tiny": "weighted", "tiny:weighted": "weighted", "tiny:dynamic": "dynamic"}.items():
+            body = {"model": model, "messages": HELLO, "max_tokens": 9, "temperature": 0, "seed": 0}
+            answer = server.post(CHAT, json=body).raise_for_status().json()
+            settings = {"method": method, "weights": {"large": 0.5, "tuned": 0.7}, "max_tokens": 9}
+            expected = library.create_chat_completion(HELLO, **settings)
+            assert answer["choices"][0]["message"] == expected["choices"][0]["message"]
+            assert answer["edge_dlf"]["method"] == method
+        assert list(llm._ensemble.members) == ["large", "base", "lora", "tuned"]
+
+
+def test_weights_are_the_request_s(server: Served) -> None:
+    fusion = {"method": "weighted", "weights": {"large": 0.5, "tuned": 0.25}}
+    answer = server.post(CHAT, json={"messages": HELLO, "max_tokens": 3, "edge_dlf": fusion}).json()
+    assert answer["edge_dlf"]["method"] == "weighted"
+    assert answer["edge_dlf"]["expert_share"] == {"tuned": 1.0}
+    assert answer["edge_dlf"]["alpha_mean"] == 0.25
+    for wrong in ({}, {"weights": {"code": 1}}, {"weights": {"large": 0}}, {"weights": 0.5}):
+        body = {"messages": HELLO, "edge_dlf": {"method": "weighted", **wrong}}
+        refusal = server.post(CHAT, json=body)
+        assert refusal.status_code == 400
+        assert "weights" in refusal.json()["error"]["message"]
 
 
 def test_an_answer_that_takes_too_long_is_ended(llm: FusedLlama) -> None:

@@ -91,7 +91,7 @@ def test_drafting_gives_the_same_answer(llm: FusedLlama, draft: Any) -> None:
 
 
 def test_what_a_draft_holds_beyond_an_end_is_never_used(llm: FusedLlama) -> None:
-    model = llm._members.models[0]
+    model = llm._members.vocabulary
     grammar = Grammar(model, 'root ::= "ab"', llm.n_vocab)
     a, b, end = *model.tokenize(b"ab", special=False), model.eos
     assert end is not None

@@ -107,6 +107,19 @@ class TestSteps:
             assert pick.trace.choice is None
             assert list(pick.trace.members) == names
 
+    @pytest.mark.parametrize(
+        "weights",
+        [{"large": 0.5, "base": -0.2, "e1": 0.7}, {"large": 0.6, "e0": -0.1}, {"e0": 0.4, "e1": 0.6}],
+        ids=str,
+    )
+    def test_weighted_has_the_weights_of_experts(self, weights: dict[str, float]) -> None:
+        fusion = FusionParams(method="weighted", weights=weights)
+        for pick in generate(family(), [4], 3, fusion, SamplingParams(seed=3), traced=True, n_draft=2):
+            assert pick.trace
+            assert pick.trace.choice is None
+            assert list(pick.trace.members) == list(weights)
+            assert pick.trace.alphas == {name: weights[name] for name in weights if name in ("e0", "e1")}
+
     def test_a_member_of_its_own_nan_is_left_out(self) -> None:
         members = family()
         members["e1"].poison = (4, math.nan)
@@ -150,6 +163,31 @@ class TestCommands:
         assert [head["method"] for head in heads] == ["dynamic", "static", "dynamic", "dynamic", "dynamic"]
         assert [head["alpha_max"] for head in heads[:2]] == [2.0, 1.0]
         assert len(items) - len(heads) == 25
+
+    @pytest.mark.parametrize(
+        ("weights", "words"),
+        [
+            ("large=0.5,lora=0.25", "fusion changed the large model's choice of"),
+            ("lora=0.75,tuned=0.25", "expert"),
+            ("lora=1,large=-0.1", "at the bound 1 on 100.0% of steps"),
+            ("large=1,base=0.5", " · 1 answer · weighted"),
+        ],
+    )
+    def test_weighted_without_some_members(self, tiny: Path, tmp_path: Path, weights: str, words: str) -> None:
+        trace = tmp_path / "t.jsonl"
+        settings = ["--method", "weighted", "--weights", weights, "--max-tokens", "6", "--temperature", "0"]
+        common = ["-f", tiny, "--trace", trace, "--threads", "1", "--ctx-size", "128"]
+        assert run("generate", *common, *settings, "the").exit_code == 0
+        found = run("trace", trace)
+        assert found.exit_code == 0, found.stderr
+        assert words in found.stdout
+        assert ("fusion changed" in found.stdout) == ("large" in weights and "lora" in weights)
+        (head, *steps) = read_trace(trace)
+        given = dict(pair.split("=") for pair in weights.split(","))
+        assert head["experts"] == [name for name in ("lora", "tuned") if name in given]
+        for step in steps:
+            assert step["alphas"] == {name: float(given[name]) for name in head["experts"]}
+            assert step["expert"] == next(iter(head["experts"]), None)
 
     def test_a_resumed_batch_traces_only_what_it_answers(self, tiny: Path, tmp_path: Path) -> None:
         trace, rows, out = tmp_path / "t.jsonl", tmp_path / "in.jsonl", tmp_path / "out.jsonl"

@@ -243,3 +243,14 @@ def _write(writer: gguf.GGUFWriter) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def weighted_family(tiny: Path, folder: Path, method: str, **weights: float) -> Path:
+    """Write a family.toml over the files of the family in `tiny` whose own method, and weights, are these."""
+    toml = (tiny / "family.toml").read_text()
+    for key in ("path", "lora"):
+        toml = toml.replace(f'{key} = "', f'{key} = "{tiny}/')
+    table = ", ".join(f"{name} = {weight}" for name, weight in weights.items())
+    toml += f'method = "{method}"\n' + (f"weights = {{{table}}}\n" if weights else "")
+    (folder / "family.toml").write_text(toml)
+    return folder

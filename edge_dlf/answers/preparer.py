@@ -62,12 +62,11 @@ class Preparer:
         _require_count("max_tokens", max_tokens, least=1)
         _require_count("top_logprobs", top_logprobs, least=0)
         own = prompts or {}
-        if unknown := sorted(set(own) - set(self._ensemble.members)):
-            raise InvalidParameterError(
-                f"prompts names {unknown[0]!r}; the members are {', '.join(self._ensemble.members)}"
-            )
+        names = self._ensemble.names
+        if unknown := sorted(set(own) - set(names)):
+            raise InvalidParameterError(f"prompts names {unknown[0]!r}; the members are {', '.join(names)}")
         shared = self.tokenizer.prompt(prompt)
-        tokens = {name: self.tokenizer.prompt(own[name]) if name in own else shared for name in self._ensemble.members}
+        tokens = {name: self.tokenizer.prompt(own[name]) if name in own else shared for name in names}
         roles, n_ctx = self._ensemble.roles(fusion), self._ensemble.n_ctx
         longest = max(len(tokens[name]) for name in roles.members)
         if longest + (max_tokens or 1) > n_ctx:
@@ -75,6 +74,7 @@ class Preparer:
                 f"the prompt has {longest} tokens and the answer may have {max_tokens or 1}: together "
                 f"{longest + (max_tokens or 1)}, more than the context of {n_ctx}"
             )
+        self._ensemble.require(roles.members)
         request = GenerationRequest(
             roles,
             tokens,
@@ -95,6 +95,7 @@ class Preparer:
             raise TypeError(f"score() got an unexpected keyword argument {unknown[0]!r}")
         _, fusion = self.params("score", settings)
         roles, n_ctx = self._ensemble.roles(fusion), self._ensemble.n_ctx
+        self._ensemble.require(roles.members)
         greedy = SamplingParams(temperature=0.0, seed=0)
 
         def scored(prompt: Prompt, answer: Sequence[int]) -> Answer:

@@ -90,12 +90,12 @@ class Report:
     n_weighted: dict[str, int] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
 
-    def add(self, token: Token, weights: Sequence[float]) -> None:
-        """Count one token and the weight of each expert behind it."""
+    def add(self, token: Token, alphas: Sequence[float]) -> None:
+        """Count one token and α of each expert behind it."""
         self.n_generated += 1
         self.alpha_sum += token.alpha
-        for name, weight in zip(self.experts, weights, strict=False):
-            self.n_weighted[name] = self.n_weighted.get(name, 0) + (weight > 0)
+        for name, alpha in zip(self.experts, alphas, strict=False):
+            self.n_weighted[name] = self.n_weighted.get(name, 0) + (alpha > 0)
 
     @property
     def alpha_mean(self) -> float:
@@ -152,9 +152,10 @@ class Answer:
         self.generation = generation
         self.tokens: list[Token] = []
         self.error: EdgeDLFError | None = None
-        alpha_max = request.fusion.alpha_max if request.roles.alphas is None else max(request.roles.alphas, default=0.0)
+        roles = request.roles
+        alpha_max = request.fusion.alpha_max if roles.weights is None else max(roles.alphas(), default=0.0)
         self.report = Report(
-            request.fusion.method, request.roles.experts, generation.n_prompt, alpha_max, counts=generation.counts
+            request.fusion.method, roles.experts, generation.n_prompt, alpha_max, counts=generation.counts
         )
         self._text = TextStream(stop)
         self._piece = piece
@@ -184,8 +185,9 @@ class Answer:
         if request.is_end(pick.token):
             self._finish("stop")
             return
-        token = self._token(pick, text.push(self._piece(pick.token)))
-        self.report.add(token, pick.weights)
+        alphas = request.roles.alphas(pick.weights)
+        token = self._token(pick, alphas, text.push(self._piece(pick.token)))
+        self.report.add(token, alphas)
         self.tokens += [self._held] if self._held else []
         self._held = token
         if text.stopped or self.report.n_generated == request.max_tokens:
@@ -200,11 +202,11 @@ class Answer:
         if last:
             self.tokens.append(dataclasses.replace(last, text=last.text + rest))
 
-    def _token(self, pick: Pick, text: str) -> Token:
+    def _token(self, pick: Pick, alphas: Sequence[float], text: str) -> Token:
         """Return the pick with its text. Of several weighted experts it names the first of the most weighted."""
         experts = self.generation.request.roles.experts
-        t = max(range(len(pick.weights)), key=pick.weights.__getitem__, default=None)
-        alpha = 0.0 if t is None else pick.weights[t]
+        t = max(range(len(alphas)), key=alphas.__getitem__, default=None)
+        alpha = 0.0 if t is None else alphas[t]
         expert = experts[t] if t is not None and alpha > 0 else None
         return Token(pick.token, text, pick.logprob, alpha, expert, pick.from_draft, pick.top_logprobs, pick.trace)
 

@@ -72,10 +72,7 @@ def batch(
     from .progress import ProgressLine
 
     options, screen = Options.of(ctx, shared), Screen()
-    if raw and options.system:
-        raise InvalidParameterError("a system prompt needs the chat template: leave out --raw or --system")
-    own = {"system": options.system, "raw": raw, "ordered": ordered}
-    settings = {"seed": options.spec.defaults.get("seed", 0), **options.settings, **own}
+    settings = _settings(options, raw=raw, ordered=ordered)
     file = ctx.with_resource(click.open_file(input, "rb"))
     targets, status, progress = Targets.of(output, errors, file), "failed", None
     try:
@@ -108,6 +105,14 @@ def batch(
         screen.say(f"done: {progress.summary()}{again}")
     if progress.n_failed:
         ctx.exit(1)
+
+
+def _settings(options: Options, *, raw: bool, ordered: bool) -> dict[str, Any]:
+    """Return the arguments of `FusedLlama.batch`."""
+    if raw and options.system:
+        raise InvalidParameterError("a system prompt needs the chat template: leave out --raw or --system")
+    seed = options.spec.defaults.get("seed", 0)
+    return {"seed": seed, **options.settings, "system": options.system, "raw": raw, "ordered": ordered}
 
 
 def _run(

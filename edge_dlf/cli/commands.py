@@ -109,7 +109,7 @@ def _known(name: str) -> Setting:
 def _choose(session: Session, name: str, text: str) -> None:
     """Set one setting, if the family can use it."""
     changed = {**session.settings, name: _known(name).parse(text)}
-    check_settings(changed, session.llm.experts)
+    check_settings({**session.defaults, **changed}, session.llm.experts)
     session.settings = changed
 
 
@@ -125,7 +125,7 @@ def _load(session: Session, file: str) -> None:
         raise InvalidParameterError("usage: /load FILE")
     loaded, saved = conversation.load(Path(file))
     settings = {name: _known(name).read(value) for name, value in saved.items()}
-    check_settings(settings, session.llm.experts)
+    check_settings({**session.defaults, **settings}, session.llm.experts)
     session.conversation, session.settings = loaded, settings
     session.screen.say(f"loaded {_count(len(session.conversation.messages), 'message')} and the settings from {file}")
 

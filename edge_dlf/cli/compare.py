@@ -36,14 +36,15 @@ _LEAST_COLUMN = 28
 @shared_options
 @click.pass_context
 def compare(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, **shared: Any) -> None:
-    """Answer one PROMPT, or the text on stdin, by every method in turn: large, each expert, static and dynamic.
+    """Answer one PROMPT, or the text on stdin, by every method in turn: large, each expert, static, weighted (where the
+    family has weights) and dynamic.
 
     Side by side on a terminal that is wide enough. With no prompt at all, the family's own examples, where it has any.
     """
     options, screen = Options.of(ctx, shared), Screen()
     questions = _questions(prompt, options, raw=raw)
     with open_family(options, screen) as llm, interruptible(screen, llm.interrupt):
-        methods = ("large", *llm.experts, "static", "dynamic")
+        methods = options.methods(llm.experts)
         # One seed for all: methods that agree then draw the same token.
         settings = {"seed": secrets.randbits(32), **options.settings}
         if json:

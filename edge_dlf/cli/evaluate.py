@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "--methods",
     metavar="METHOD …",
     help="What is compared: `static:alpha=0.5 dynamic:search=exact,plausibility=0.1 large:fewshot=5` "
-    "[large, each expert, static and dynamic].",
+    "[large, each expert, static, weighted where there are weights, and dynamic].",
 )
 @click.option(
     "--data",
@@ -76,8 +76,8 @@ def evaluate(
         raise InvalidParameterError(f"eval needs the harness: pip install 'edge-dlf[eval]' ({error})") from error
     plan = Plan([task for task in tasks.split(",") if task], _data(data), limit, fewshot, chat, options.system)
     experts = [expert.name for expert in options.spec.experts]
-    methods = methods or " ".join(("large", *experts, "static", "dynamic"))
-    variants = [_variant(text, options, experts) for text in methods.split()]
+    chosen = methods.split() if methods else options.methods(experts)
+    variants = [_variant(text, options, experts) for text in chosen]
     llm: FusedLlama | None = None
     with ExitStack() as stack:
         stop = stack.enter_context(interruptible(screen, lambda: llm.interrupt() if llm else None))
@@ -102,7 +102,7 @@ def _variant(text: str, options: Options, experts: Sequence[str]) -> Variant:
     settings["method"] = method
     n_fewshot = None
     names = "|".join(("fewshot", *known))
-    for pair in filter(None, re.split(f",(?=$|(?:{names})=)", rest)):  # alpha may hold commas: a=1,b=2
+    for pair in filter(None, re.split(f",(?=$|(?:{names})=)", rest)):  # alpha and weights may hold commas: a=1,b=2
         name, _, value = pair.partition("=")
         if name == "fewshot" and value.isascii() and value.isdigit():
             n_fewshot = int(value)
@@ -112,7 +112,7 @@ def _variant(text: str, options: Options, experts: Sequence[str]) -> Variant:
             raise InvalidParameterError(
                 f"expected METHOD:SETTING=VALUE, not {text!r}; the settings are fewshot, {', '.join(known)}"
             )
-    check_settings(settings, experts)
+    check_settings({**options.spec.defaults, **settings}, experts)
     return Variant(text, settings, n_fewshot)
 
 

@@ -72,11 +72,16 @@ class Options:
         spec = FamilySpec.load(family) if family else FamilySpec.from_files(values["large"], values["base"], experts)
         given = {name: value for name, value in values.items() if value not in (None, ())}
         settings = {name: s.read(given[name]) for name, s in settable("command line").items() if name in given}
-        check_settings(settings, [expert.name for expert in spec.experts])
+        check_settings({**spec.defaults, **settings}, [expert.name for expert in spec.experts])
         settings |= _form(values)
         loading = {_LOADING[name]: value for name, value in given.items() if name in _LOADING}
         ray = given.get("ray")
         return cls(spec, family, loading, settings, given.get("system"), ray, is_named)
+
+    def methods(self, experts: Sequence[str]) -> tuple[str, ...]:
+        """Return the methods to set side by side. "weighted" is one where the user or the family gives weights."""
+        has_weights = {**self.spec.defaults, **self.settings}.get("weights") is not None
+        return ("large", *experts, "static", *(["weighted"] if has_weights else []), "dynamic")
 
     @cached_property
     def files(self) -> FamilyFiles:

@@ -51,8 +51,9 @@ def summary(totals: Totals) -> list[str]:
         f"mean α {totals.alpha_mean:.2f} · at the bound {totals.alpha_max:g} on {_share(totals.n_at_bound, n)} of steps"
         f" · at 0 on {_share(totals.n_at_zero, n)}"
     )
-    changed = _share(totals.n_changed, totals.n_tokens)
-    lines.append(f"fusion changed the large model's choice of {_count(totals.n_changed, 'token')}, {changed}")
+    if totals.n_compared:
+        changed = _share(totals.n_changed, totals.n_tokens)
+        lines.append(f"fusion changed the large model's choice of {_count(totals.n_changed, 'token')}, {changed}")
     most = max(totals.bins)
     bars = "".join(_BLOCKS[-(-8 * count // most)] for count in totals.bins)
     lines += [f"α from 0 |{bars}| to {totals.alpha_max:g}", ""]

@@ -197,7 +197,7 @@ class Decoder:
         """
         roles, fusion = places[0][0].request.roles, places[0][0].request.fusion
         draws = [generation.draw(ahead) for generation, ahead in places]
-        weights = [roles.alphas or ()] * len(draws)
+        weights = [roles.weights or ()] * len(draws)
         picks = self.fuser.pick(rows, roles.members, fusion, weights, draws)
         for k, (generation, ahead) in enumerate(places):
             if picks[k].error:
@@ -231,7 +231,7 @@ class Decoder:
             (own,) = self.fuser.pick([row], (name,), generation.request.fusion, [()], [draw])
             if own.error is None:
                 alone[name] = own
-        alphas = dict(zip(roles.experts, pick.weights, strict=True))
+        alphas = dict(zip(roles.experts, roles.alphas(pick.weights), strict=True))
         trace = Trace(pick.choice, alphas, pick.top_logprobs[:N_CANDIDATES], alone)
         return pick._replace(trace=trace, top_logprobs=pick.top_logprobs[: generation.request.n_top])
 

@@ -120,11 +120,12 @@ class Drafting:
         return self.lengths[generation.members]
 
     def _drafting_member(self, generation: Generation) -> str | None:
-        """Return the member that would draft: the expert of the largest α of late, or the base for the large model
-        alone; None where there is none, or no room for it."""
-        members, experts = generation.members, generation.request.roles.experts
+        """Return the member that would draft: the expert of the largest α of late, unless it is negative, or the base
+        for the large model alone; None where there is none, or no room for it, or an expert answers alone."""
+        members, experts, strength = generation.members, generation.request.roles.experts, generation.strength
         if experts:
-            return max(experts, key=lambda name: generation.strength.get(name, 0.0))
+            name = max(experts, key=lambda name: strength.get(name, 0.0))
+            return name if len(members) > 1 and strength.get(name, 0.0) >= 0 else None
         if members != ("large",) or "base" not in self._ensemble.members:
             return None
         n_behind = generation.n_text("base") - self._ensemble.n_common("base", generation.seq, generation.text("base"))

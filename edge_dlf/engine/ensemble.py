@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from itertools import compress, count
 from operator import ne
 
 from ..errors import InvalidParameterError
-from ..params import METHODS, FusionParams, Overlap
+from ..params import METHODS, FusionParams, Overlap, check_names
 from .backend import Backend, Logits, Run
 from .threads import GroupThreads
 
@@ -21,13 +22,42 @@ class Roles:
     """Members that a method decodes.
 
     members: their names. Penalties and noise go by the text of the first one.
-    experts: those of them whose weights α are reported.
-    alphas: the fixed weight of each expert; None where α is searched for at each step.
+    experts: those of them whose weights α are reported, the last of the members.
+    weights: fixed weights: α of each expert, or with method="weighted" the weight of each member; () where one member
+        answers alone, None where α is searched for at each step.
     """
 
     members: tuple[str, ...]
     experts: tuple[str, ...] = ()
-    alphas: tuple[float, ...] | None = ()
+    weights: tuple[float, ...] | None = ()
+
+    @classmethod
+    def of(cls, params: FusionParams, names: Sequence[str]) -> Roles:
+        """Return who takes part in `params.method` of all members `names`: "large", "base" and the experts.
+
+        Raises InvalidParameterError for a name that no member has.
+        """
+        experts = tuple(name for name in names if name not in ("large", "base"))
+        check_names(params, experts)
+        if params.method == "dynamic":
+            return cls(("large", "base", *experts), experts, None)
+        if params.method == "static":
+            alpha = params.alpha if isinstance(params.alpha, Mapping) else dict.fromkeys(experts, params.alpha)
+            alphas = tuple(float(alpha.get(name, 0.0)) for name in experts)
+            return cls(("large", "base", *experts), experts, alphas)
+        if params.method == "weighted":
+            weights = {name: float((params.weights or {}).get(name, 0.0)) for name in names}
+            members = tuple(name for name in names if weights[name])
+            taking_part = tuple(name for name in members if name in experts)
+            return cls(members, taking_part, tuple(weights[name] for name in members))
+        if params.method not in names:
+            raise InvalidParameterError(f"method {params.method!r} is none of {', '.join((*METHODS, *experts))}")
+        return cls((params.method,))
+
+    def alphas(self, weights: Sequence[float] | None = None) -> tuple[float, ...]:
+        """Return α of each expert among the weights of a pick, or among the fixed ones; () if none are fixed."""
+        weights = tuple(self.weights or () if weights is None else weights)
+        return weights[len(weights) - len(self.experts) :] if weights else ()
 
 
 class _CacheIndex:
@@ -75,6 +105,7 @@ class _CacheIndex:
 class Ensemble:
     """The members of a family by role name: "large", "base" and the experts' own names.
 
+    members: those in memory. names: those, and the ones that `require` can load.
     n_vocab: tokens that all members share. What lies beyond in longer rows is padding.
     n_ctx: positions that every member has for one sequence.
     n_batch: tokens that every member can evaluate in one batch.
@@ -88,12 +119,16 @@ class Ensemble:
         n_vocab: int,
         groups: Sequence[Sequence[str]] = (),
         clock: Callable[[], float] = time.perf_counter,
+        names: Sequence[str] = (),
+        load: Callable[[Sequence[str]], Mapping[str, Backend]] = lambda names: {},
     ) -> None:
         self.members = dict(members)
+        self.names = tuple(names) or tuple(members)
+        self._load, self._loading = load, threading.Lock()
         self.clock = clock
-        self.groups = tuple(groups) or (tuple(members),)
+        self.groups = tuple(groups) or (self.names,)
         self.overlap: Overlap = "queue"
-        self.experts = tuple(name for name in members if name not in ("large", "base"))
+        self.experts = tuple(name for name in self.names if name not in ("large", "base"))
         self.n_vocab = n_vocab
         self.n_ctx = min(member.n_ctx for member in members.values())
         self.n_batch = min(member.n_batch for member in members.values())
@@ -104,21 +139,18 @@ class Ensemble:
 
     def roles(self, params: FusionParams) -> Roles:
         """Return who takes part in `params.method`. Raises InvalidParameterError for a name that no member has."""
-        if params.method == "dynamic":
-            return Roles(("large", "base", *self.experts), self.experts, None)
-        if params.method == "static":
-            return Roles(("large", "base", *self.experts), self.experts, self._alphas(params))
-        if params.method not in self.members:
-            raise InvalidParameterError(f"method {params.method!r} is none of {', '.join((*METHODS, *self.experts))}")
-        return Roles((params.method,))
+        return Roles.of(params, self.names)
 
-    def _alphas(self, params: FusionParams) -> tuple[float, ...]:
-        """Return the fixed α of each expert."""
-        if not isinstance(params.alpha, Mapping):
-            return (float(params.alpha),) * len(self.experts)
-        if unknown := sorted(set(params.alpha) - set(self.experts)):
-            raise InvalidParameterError(f"alpha names {unknown[0]!r}; the experts are {', '.join(self.experts)}")
-        return tuple(float(params.alpha.get(name, 0.0)) for name in self.experts)
+    def require(self, names: Iterable[str]) -> None:
+        """Load those of `names` that are not in memory. May be called from any thread, beside a step.
+
+        Raises LoadError or OutOfMemoryError; those in memory go on.
+        """
+        with self._loading:
+            if missing := [name for name in names if name not in self.members]:
+                known = {**self.members, **self._load(missing)}
+                self._caches = {**self._caches, **{name: _CacheIndex() for name in missing}}
+                self.members = {name: known[name] for name in self.names if name in known}
 
     def decode(
         self, runs: Mapping[str, Sequence[Run]], on_decode: Callable[[], None] | None = None

@@ -82,7 +82,7 @@ class Generation:
 
     seq: the number of the sequence in every member's KV cache.
     tokens: the first member's prompt and all picks so far. Their number keys the noise of the next pick.
-    strength: a moving average of each expert's α.
+    strength: a moving average of each expert's α, which begins at a fixed α.
     counts: what it took so far.
     """
 
@@ -91,7 +91,8 @@ class Generation:
         self.seq = seq
         self.tokens = list(request.prompts[request.roles.members[0]])
         self.n_prompt = len(self.tokens)
-        self.strength: dict[str, float] = {}
+        roles = request.roles
+        self.strength = dict(zip(roles.experts, roles.alphas(), strict=False))
         self.counts = Counts()
         self._penalises = request.sampling.penalises
         self._constraint = constraint
@@ -163,7 +164,8 @@ class Generation:
     def append(self, pick: Pick) -> None:
         """Append a pick to the text."""
         self.tokens.append(pick.token)
-        for name, alpha in zip(self.request.roles.experts, pick.weights, strict=False):
+        roles = self.request.roles
+        for name, alpha in zip(roles.experts, roles.alphas(pick.weights), strict=False):
             self.strength[name] = _STRENGTH_DECAY * self.strength.get(name, 0.0) + (1 - _STRENGTH_DECAY) * alpha
 
     def count_step(self, n_picks: int, seconds: float) -> None:

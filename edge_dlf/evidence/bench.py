@@ -76,6 +76,7 @@ def measure(
     verdict: one sentence that compares drafted fusion with the large model and with plain fusion.
     """
     ensemble = llm.driver.decoder.ensemble
+    ensemble.require(ensemble.names)
     tell("reading memory")
     gpu = next(iter(gpus()), None)
     memory = gpu_bytes_s(gpu) if gpu else memory_bytes_s(n_threads)

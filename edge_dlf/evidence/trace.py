@@ -105,6 +105,7 @@ class Totals:
     """Sums over a trace.
 
     n_fused: steps on which experts took part.
+    n_compared: steps on which the large model's own choice is known, those on which the fusion may have changed it.
     n_at_zero, n_at_bound: steps on which the largest α was 0, and its upper bound.
     alpha_max: the highest upper bound of any answer.
     alpha_sum: sum of the largest α over all steps.
@@ -117,6 +118,7 @@ class Totals:
     n_changed: int = 0
     n_drafted: int = 0
     n_fused: int = 0
+    n_compared: int = 0
     n_at_zero: int = 0
     n_at_bound: int = 0
     alpha_max: float = 0.0
@@ -143,6 +145,7 @@ class Totals:
             return
         alpha, bound = max(alphas.values()), self._head["alpha_max"]
         self.n_fused += 1
+        self.n_compared += "large" in entry["members"]
         self.alpha_sum += alpha
         self.n_at_zero += alpha == 0
         self.n_at_bound += 0 < bound <= alpha

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..engine.backend import N_BATCH, N_ROWS, PLAIN_TOKENS
 from ..gguf.header import BLOCKS, Array, cache_type
@@ -61,6 +61,11 @@ class Footprint:
     def weights(self) -> int:
         """All weights on a machine without a GPU."""
         return sum(self.layers) + self.input + (0 if self.is_tied else self.output)
+
+    def without_weights(self) -> Footprint:
+        """Return the footprint of contexts over a model that is in memory already."""
+        no_layers = (0,) * len(self.layers)
+        return replace(self, layers=no_layers, input=0, output=0, read=0, repacked=0, vocabulary=0)
 
     def cache(self, n_cells: int) -> int:
         """KV cache of one context."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import InvalidParameterError
+from ..engine.ensemble import Ensemble, Roles
+from ..errors import InvalidParameterError, OutOfMemoryError
 from ..llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights, system_info
-from ..params import OVERLAPS, Overlap
+from ..params import OVERLAPS, Overlap, params_of
 from ..system.machine import this_machine
 from ..system.remembered import states
 from .files import FamilyFiles
+from .footprint import footprint
 from .guard import require_runs
 from .plan import Plan, Planner
 
@@ -28,22 +32,29 @@ _THREAD_SAFE = ("CUDA", "ROCm", "MTL")
 _STREAM = 256
 """llama.cpp rounds the positions of a stream of a KV cache up to a multiple of this."""
 _STREAMS_WEIGHTS = 64 * 2**20
-"""The smallest large model, in bytes, for which a KV stream for each sequence is faster."""
+"""Bytes of the largest model from which a KV stream for each sequence is faster."""
 _MOVED_BYTES = 128 * 2**20
 """Most bytes of one sequence's KV stream: two streams are copied while they are swapped."""
 _CELLS_PER_SEQUENCE = 1024
 """Positions of the shared KV cache for each sequence; a longer sequence uses what others leave free."""
+_ENDS = "eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"
+"""Kinds of tokens that end an answer, in a GGUF's keys."""
 
 
 def plan_memory(
     files: FamilyFiles,
     *,
     n_ctx: int,
-    n_parallel: int | Literal["auto"],
+    n_parallel: int | Literal["auto"] = 1,
+    names: Collection[str] = (),
+    beside: Plan | None = None,
     **asked: Any,
 ) -> Plan:
-    """Find room for `files`, before anything is loaded, on this machine as it is now. Arguments as in FusedLlama; those
-    in `asked` go to Planner.
+    """Find room for members of `files`, before they are loaded, on this machine as it is now.
+
+    names: the members; by default those that the method in the family's defaults decodes.
+    beside: plan of members that are in memory already, whose number of sequences and size of caches the others get.
+    Other arguments are those of FusedLlama; those in `asked` go to Planner.
 
     Sequences share as many positions as memory allows, of one context at least, and more than that only where they push
     no layer off a GPU. Raises OutOfMemoryError or InvalidParameterError.
@@ -53,7 +64,17 @@ def plan_memory(
     if not is_number and n_parallel != "auto":
         raise InvalidParameterError(f"n_parallel must be auto or 1 to {MAX_PARALLEL}, not {n_parallel!r}")
     n_seqs = _AUTO_PARALLEL[bool(machine.gpus)] if n_parallel == "auto" else int(n_parallel)
-    planner = Planner(files, machine, n_seqs=n_seqs, repacks=repacks_weights(), **asked)
+    planner = Planner(
+        files,
+        machine,
+        n_seqs=beside.n_seqs if beside else n_seqs,
+        repacks=repacks_weights(),
+        names=names or Roles.of(params_of(files.spec.defaults)[1], tuple(files.models)).members,
+        beside=beside,
+        **asked,
+    )
+    if beside:
+        return planner.plan(beside.n_cells)
     if planner.lacks_gpu:
         logger.warning("there is no GPU that this build of llama.cpp can use: everything runs on the CPU")
     n_shared = n_seqs * min(n_ctx, _CELLS_PER_SEQUENCE)
@@ -61,10 +82,12 @@ def plan_memory(
 
 
 class Members:
-    """Models and contexts of `files`, loaded.
+    """Models and contexts of the members in `plan`, loaded; others of the family are loaded when they are needed.
 
-    models: each file once, the large model's first.
+    planned: `plan_memory` with all arguments that made `plan`.
+    plan: of all members that are loaded.
     backends: role -> its context.
+    vocabulary: the large model, or its tokens alone where it is not a member.
     lanes: groups of roles that run one after the other: each member that is wholly on GPUs alone, and all others, which
         share the CPU, together.
     key: text that identifies everything that their speed depends on.
@@ -77,6 +100,7 @@ class Members:
         self,
         files: FamilyFiles,
         plan: Plan,
+        planned: Callable[..., Plan],
         *,
         n_ctx: int,
         n_threads: int | None,
@@ -87,49 +111,100 @@ class Members:
         on_host = tuple(name for name in files.models if name not in plan.on_gpu)
         self.lanes = (*((name,) for name in files.models if name in plan.on_gpu), *([on_host] if on_host else []))
         self.backends: dict[str, LlamaBackend] = {}
-        loaded: dict[Path, Model] = {}
+        self.key = _key(files, plan, n_threads, type_k, type_v)
+        self.plan = dataclasses.replace(plan, members=())
+        self._files, self._planned, self._n_ctx = files, planned, n_ctx
+        self._settings: dict[str, Any] = {"n_threads": n_threads, "type_k": type_k, "type_v": type_v}
+        self._models: dict[Path, Model] = {}
+        self._streams: bool | None = None
+        self._ends = _ends(files)
+        large = files.models["large"].path
+        with ExitStack() as self._closing:
+            self._load(plan)
+            if large not in self._models:
+                self.vocabulary = Model(large, vocab_only=True)
+                self._closing.callback(self.vocabulary.close)
+            else:
+                self.vocabulary = self._models[large]
+            self._closing = self._closing.pop_all()
+
+    def ensemble(self) -> Ensemble:
+        """Return the members as the engine decodes them, which asks for the others when a request needs them."""
+        files = self._files
+        return Ensemble(self.backends, files.n_vocab, self.lanes, names=tuple(files.models), load=self._load_more)
+
+    def _load(self, plan: Plan) -> Mapping[str, LlamaBackend]:
+        """Load the members of `plan`. Returns their contexts. What an error leaves half done is freed."""
+        files, loaded = self._files, dict(self._models)
+        backends: dict[str, LlamaBackend] = {}
         with ExitStack() as stack:
-            for name, info in files.models.items():
+            for member in plan.members:
+                info = files.models[member.name]
                 if info.path not in loaded:
-                    where = plan.layers[name], plan.splits[name]
+                    where = plan.layers[member.name], plan.splits[member.name]
                     require_runs(info, *where)
                     loaded[info.path] = Model(info.path, *where, info.tensors)
                     stack.callback(loaded[info.path].close)
-            models = {name: loaded[info.path] for name, info in files.models.items()}
-            # Attention over one cache for all goes through every sequence's cells; with a stream for each, only through
-            # its own. What can be saved of a stream lacks what a window has left behind, and a trim may need again.
-            streams = _have_own_room(plan, n_ctx) and models["large"].n_bytes >= _STREAMS_WEIGHTS
-            streams = streams and all(model.can_trim and not model.has_window for model in models.values())
+            if self._streams is None:
+                self._streams = self._can_stream(plan, loaded)
             # Plain attention reads every cell of a cache, flash attention leaves out those of other sequences.
-            has_own_cache = streams or plan.n_seqs == 1
+            has_own_cache = self._streams or plan.n_seqs == 1
             for member in plan.members:
                 name = member.name
-                self.backends[name] = LlamaBackend(
-                    models[name],
+                backends[name] = LlamaBackend(
+                    loaded[files.models[name].path],
                     name,
-                    n_ctx=n_ctx,
+                    n_ctx=self._n_ctx,
                     n_seq_max=plan.n_seqs,
                     n_cells=plan.n_cells,
-                    streams=streams,
+                    streams=self._streams,
                     n_ubatch=member.n_ubatch if has_own_cache else None,
-                    n_threads=n_threads,
-                    type_k=type_k,
-                    type_v=type_v,
                     loras=files.loras.get(name, ()),
                     interrupt=self.interrupt,
+                    **self._settings,
                 )
-                stack.callback(self.backends[name].close)
-            self.models = tuple(loaded.values())
-            self.key = _key(files, plan, n_threads, type_k, type_v)
-            self._closing = stack.pop_all()
+                stack.callback(backends[name].close)
+            self._closing.push(stack.pop_all())
+        self._models, self.backends = loaded, {**self.backends, **backends}
+        self.plan = dataclasses.replace(self.plan, members=(*self.plan.members, *plan.members))
+        return backends
+
+    def _load_more(self, names: Sequence[str]) -> Mapping[str, LlamaBackend]:
+        """Load members beside those that are loaded. Raises LoadError or OutOfMemoryError."""
+        missing = ", ".join(names)
+        try:
+            plan = self._planned(names=names, beside=self.plan)
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(f"this method also needs {missing}: {error}") from error
+        logger.warning("loading %s, which the family's own method does not need", missing)
+        return self._load(plan)
+
+    def _can_stream(self, plan: Plan, loaded: Mapping[Path, Model]) -> bool:
+        """Whether each sequence gets a KV stream of its own.
+
+        Attention over one cache for all goes through every sequence's cells; with a stream for each, only through its
+        own. What can be saved of a stream lacks what a window has left behind, and a trim may need again.
+        """
+        if not _have_own_room(plan, self._n_ctx) or max(m.n_bytes for m in loaded.values()) < _STREAMS_WEIGHTS:
+            return False
+        others = [footprint(info) for info in self._files.models.values() if info.path not in loaded]
+        return all(model.can_trim and not model.has_window for model in loaded.values()) and all(
+            not own.state and own.n_masks == 1 for own in others
+        )
 
     def is_eog(self, token: int) -> bool:
-        """Whether `token` ends an answer for any member."""
-        return any(model.is_eog(token) for model in self.models)
+        """Whether `token` ends an answer for any member, loaded or not."""
+        return self.vocabulary.is_eog(token) or token in self._ends
 
     def close(self) -> None:
         """Free contexts and weights. Calling it twice is no error."""
         self._closing.close()
+
+
+def _ends(files: FamilyFiles) -> frozenset[object]:
+    """Tokens that end an answer by the header of any model. What llama.cpp tells by their text, all models share."""
+    keys = [f"tokenizer.ggml.{kind}_token_id" for kind in _ENDS]
+    return frozenset(info.metadata[key] for info in files.models.values() for key in keys if key in info.metadata)
 
 
 def ways_to_overlap() -> tuple[Overlap, ...]:
@@ -145,7 +220,7 @@ def _key(files: FamilyFiles, plan: Plan, *computed: object) -> str:
         system_info(),
         [[gpu.name, gpu.description, gpu.total_bytes] for gpu in gpus()],
         [[str(path.resolve()), *state] for path, state in zip(paths, states(list(paths)), strict=True)],
-        [[name, plan.layers[name], plan.splits[name]] for name in files.models],
+        [[member.name, plan.layers[member.name], member.split] for member in plan.members],
         [plan.n_seqs, *computed],
     ]
     return json.dumps(facts)

@@ -8,7 +8,7 @@ several GPUs a model gets one where one can hold it, the fullest such one; other
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -157,6 +157,8 @@ class Planner:
     n_rows: rows of logits that one decode may ask for.
     n_seqs: sequences decoded at once.
     repacks: whether the CPU keeps weights twice.
+    names: members to plan; None for all.
+    beside: plan of members that are in memory already; weights that they have are not needed again.
     Its attribute `lacks_gpu` says whether a GPU was asked for on a machine without one.
 
     Raises InvalidParameterError for cache types, names of members and GPUs that do not exist.
@@ -175,6 +177,8 @@ class Planner:
         n_rows: int = N_ROWS,
         n_seqs: int = 1,
         repacks: bool = True,
+        names: Collection[str] | None = None,
+        beside: Plan | None = None,
     ) -> None:
         self.machine = machine
         self._repacks = repacks
@@ -184,15 +188,19 @@ class Planner:
         is_wanted = max(self._wanted.values()) > 0 or main_gpu is not None or tensor_split is not None
         self.lacks_gpu = is_wanted and not machine.gpus
         self._n_rows, self._n_seqs = max(n_rows, n_seqs), n_seqs
-        sizes = {info.path: footprint(info, type_k, type_v) for info in files.models.values()}
+        self._names = tuple(name for name in files.models if names is None or name in names)
+        self._beside = beside.members if beside else ()
+        sizes = {files.models[name].path: footprint(files.models[name], type_k, type_v) for name in self._names}
         self._models = [self._model(path, size) for path, size in sizes.items()]
 
     def _model(self, path: Path, own: Footprint) -> _Model:
-        members = tuple(name for name, info in self._files.models.items() if info.path == path)
+        roles = [name for name, info in self._files.models.items() if info.path == path]
+        members = tuple(name for name in roles if name in self._names)
         loras = {lora for name in members for lora, _ in self._files.loras.get(name, ())}
         n_lora_bytes = sum(lora.stat().st_size for lora in loras)
-        wanted = min(self._wanted[members[0]], len(own.layers) + 1)
-        split = self._splits.get(members[0])
+        wanted, split = min(self._wanted[roles[0]], len(own.layers) + 1), self._splits.get(roles[0])
+        if loaded := next((member for member in self._beside if member.name in roles), None):
+            own, wanted, split = own.without_weights(), loaded.n_gpu_layers, loaded.split
         return _Model(own, members, n_lora_bytes, wanted if self.machine.gpus else 0, split)
 
     def plan(self, n_cells: int) -> Plan:
@@ -233,12 +241,12 @@ class Planner:
                     break
             left = [room - taken for room, taken in zip(left, layouts[model].each_gpu_bytes, strict=True)]
         each = tuple(map(sum, zip(*(layout.each_gpu_bytes for layout in layouts.values()), strict=True)))
-        host = sum(layout.host_bytes for layout in layouts.values()) + KERNELS_BYTES
+        host = sum(layout.host_bytes for layout in layouts.values()) + (0 if self._beside else KERNELS_BYTES)
         if self.machine.gpus and all(device.shares_host for device in self.machine.gpus):
             host += sum(each)
         copies = sum(m.size.repacked for m, layout in layouts.items() if self._repacks and not layout.n_gpu)
         members = {name: self._member(name, m, layout, n_cells) for m, layout in layouts.items() for name in m.members}
-        in_order = tuple(members[name] for name in self._files.models)
+        in_order = tuple(members[name] for name in self._names)
         layers = {
             m.name: self._wanted[m.name] if m.n_gpu_layers == m.n_layers or not self.machine.gpus else m.n_gpu_layers
             for m in in_order
@@ -284,13 +292,13 @@ class Planner:
 
     def _why(self, best: Plan) -> str:
         """What is missing, and what would fit."""
-        members = tuple(name for model in self._models for name in model.members)
-        names = f"{', '.join(members[:-1])} and {members[-1]}"
+        *others, last = (name for model in self._models for name in model.members)
+        names = f"{', '.join(others)} and {last} need" if others else f"{last} needs"
         if min(best.left_bytes, default=0) < 0:
             number = min(range(len(best.left_bytes)), key=best.left_bytes.__getitem__)
             device, n_bytes = self.machine.gpus[number], best.each_gpu_bytes[number]
             where = "the GPU" if len(self.machine.gpus) == 1 else device.name
-            need = f"{names} need {_gb(n_bytes)} on {where} with these layers, {_gb(device.free_bytes)} are free there"
+            need = f"{names} {_gb(n_bytes)} on {where} with these layers, {_gb(device.free_bytes)} are free there"
             shared = self._arranged(best.n_cells, -1)
             layers = ",".join(f"{m.name}={m.n_gpu_layers}" for m in shared.members if not m.shares_with)
             if self._fits(shared):
@@ -301,7 +309,7 @@ class Planner:
                 total, free, limit = best.address_bytes, self.machine.address_bytes, "ulimit -v"
             left = f"{_gb(free)} are free" + (f" (by {limit})" if limit else "")
             caches = sum(len(model.members) * model.size.cache(best.n_cells) for model in self._models)
-            need = f"{names} need {_gb(total)}, {_gb(caches)} of it for a context of {best.n_cells}; {left}"
+            need = f"{names} {_gb(total)}, {_gb(caches)} of it for a context of {best.n_cells}; {left}"
         fitting = self.largest_n_cells(best.n_cells)
         if fitting:
             return f"{need}; a context of {fitting} would fit"

@@ -24,6 +24,7 @@ class Model:
     n_gpu_layers: layers to offload, -1 for all.
     split: share of these layers for each GPU of `gpus()`; empty leaves the choice to llama.cpp.
     weights: tensors of the file, which are needed to repack them where AMX is off.
+    vocab_only: whether to leave the weights out; such a model can have no context.
     Raises ModelFileError or OutOfMemoryError.
     """
 
@@ -33,10 +34,13 @@ class Model:
         n_gpu_layers: int = -1,
         split: Sequence[float] = (),
         weights: Mapping[str, Tensor] | None = None,
+        *,
+        vocab_only: bool = False,
     ) -> None:
         log = initialise()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        params.vocab_only = vocab_only
         used = [number for number, share in enumerate(split) if share > 0]
         if len(used) == 1 < len(split):
             params.split_mode, params.main_gpu = lib.LLAMA_SPLIT_MODE_NONE, used[0]

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..answers.completion import Completion, Dict
 from ..answers.requests import CHAT, COMPLETIONS
 from ..answers.token import Token
+from ..params import DEFAULTS
 from . import openapi
 from .calls import Call, chunks, closing, encode, opening, total, whole
 from .decoding import DecodingThread, Ticket
@@ -91,10 +92,16 @@ def make_app(llm: FusedLlama, rules: Rules) -> Starlette:
     return app
 
 
-def models_of(llm: FusedLlama) -> dict[str, Dict]:
-    """Name of each model on offer, that of the dynamic fusion first, and the settings that it stands for."""
-    alone = {f"{llm.name}:{name}": {"method": name} for name in ("static", "large", *llm.experts)}
-    return {llm.name: {"method": "dynamic"}, **alone}
+def models_of(llm: FusedLlama, settings: Mapping[str, Any]) -> dict[str, Dict]:
+    """Name of each model on offer, that of the family's own method first, and the settings that it stands for.
+
+    settings: of the server, for requests that do not set them.
+    """
+    given = {**DEFAULTS, **llm.files.spec.defaults, **settings}
+    own = given["method"]
+    others = ["dynamic"] if own != "dynamic" else []
+    others += ["static", *(["weighted"] if given["weights"] else []), "large", *llm.experts]
+    return {llm.name: {"method": own}, **{f"{llm.name}:{name}": {"method": name} for name in others}}
 
 
 class _JSON(Response):
@@ -123,7 +130,7 @@ class _Service:
         self.llm, self.rules, self.metrics = llm, rules, Metrics()
         self.thread = DecodingThread(llm, llm.driver.n_parallel + rules.n_waiting, self.metrics)
         self.metrics.watch(llm.driver)
-        self.models = models_of(llm)
+        self.models = models_of(llm, rules.settings)
         # One after the other: texts become tokens beside the decoding, and the template's process serves one at a time.
         self.preparing = ThreadPoolExecutor(1, "edge-dlf prepare")
 
