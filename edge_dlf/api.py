@@ -207,6 +207,10 @@ class FusedLlama:
         control tokens read as these tokens."""
         return self._tokenizer.tokenize(text, special=special)
 
+    def tokenize_answer(self, text: str, *, is_chat: bool = False) -> list[int]:
+        """Token ids of `text` as an answer, with the token that ends it: of a turn if `is_chat`, else of a text."""
+        return self._tokenizer.answer(text, is_chat=is_chat)
+
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Text of `tokens`, names of control tokens included."""
         return self._tokenizer.detokenize(tokens)

@@ -37,6 +37,14 @@ class Tokenizer:
         """Text of `tokens`, names of control tokens included."""
         return b"".join(map(self.name_bytes, tokens)).decode("utf-8", "replace")
 
+    def answer(self, text: str, *, is_chat: bool) -> list[int]:
+        """Tokens of an answer, as `FusedLlama.tokenize_answer`. Raises InvalidParameterError if nothing can end it."""
+        ends = (self._model.eot, self._model.eos) if is_chat else (self._model.eos, self._model.eot)
+        last = next((token for token in ends if token is not None), None)
+        if last is None:
+            raise InvalidParameterError("this model has no token that ends an answer")
+        return [*self._model.tokenize(to_bytes(text), special=False), last]
+
     @property
     def first_token(self) -> int:
         """BOS, or else EOS. Raises InvalidParameterError where the vocabulary has neither."""

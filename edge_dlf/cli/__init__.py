@@ -25,6 +25,7 @@ from .pull import pull, rm
 from .screen import one_line
 from .serve import serve
 from .trace import trace
+from .tune import tune
 
 
 class _Group(click.Group):
@@ -67,5 +68,21 @@ def main() -> None:
     """Dynamic Logits Fusion for GGUF models: a large local model answers with the skill of small fine-tuned experts."""
 
 
-for _command in (chat, generate, compare, batch, serve, evaluate, trace, bench, doctor, list_, show, pull, new, rm):
+for _command in (
+    chat,
+    generate,
+    compare,
+    batch,
+    serve,
+    tune,
+    evaluate,
+    trace,
+    bench,
+    doctor,
+    list_,
+    show,
+    pull,
+    new,
+    rm,
+):
     main.add_command(_command)

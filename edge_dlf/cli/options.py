@@ -271,6 +271,8 @@ shared_options = _adding(*_FAMILY, *_SETTINGS, *_PLACING, *_COMPUTING)
 """What `Options.of` reads."""
 measuring_options = _adding(*_FAMILY, *_PLACING[1:], *_COMPUTING)
 """Which family, and how it is computed, but for the size of the context."""
+reading_options = _adding(*_FAMILY, *_PLACING, *_COMPUTING)
+"""Which family, and how it is computed."""
 placing_options = _adding(*_FAMILY, *_PLACING)
 """Which family, and how much memory it takes where."""
 form_options = _adding(*_FORM)

@@ -21,12 +21,14 @@ _BAR_WIDTH = 30
 class ProgressLine(Progress):
     """Progress as lines of text."""
 
+    unit = "rows"
     _say: Callable[[str], None] | None = None
     _said_s = 0.0
 
     def figures(self) -> str:
         """Rows, failures, speed and time left, on one line."""
-        parts = [f"{self.n_done:,} rows" if self.n_total is None else f"{self.n_done:,}/{self.n_total:,} rows"]
+        parts = [f"{self.n_done:,}" if self.n_total is None else f"{self.n_done:,}/{self.n_total:,}"]
+        parts[0] += f" {self.unit}"
         if self.n_failed:
             parts.append(f"{self.n_failed:,} failed")
         if n_tokens := self.n_tokens + self.n_picked():
@@ -51,6 +53,10 @@ class ProgressLine(Progress):
 
     def add(self, row: Mapping[str, Any]) -> None:
         super().add(row)
+        self.tell()
+
+    def tell(self) -> None:
+        """Say the figures, once a minute, where they are no line that moves."""
         if self._say and self.elapsed_s >= self._said_s + _LINE_EVERY_S:
             self._said_s = self.elapsed_s
             self._say(self.figures())

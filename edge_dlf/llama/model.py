@@ -97,6 +97,12 @@ class Model:
         return token if token >= 0 else None
 
     @property
+    def eot(self) -> int | None:
+        """The token that ends a turn of a chat, where the vocabulary has one."""
+        token = lib.llama_vocab_eot(self.vocab)
+        return token if token >= 0 else None
+
+    @property
     def adds_bos(self) -> bool:
         """Whether the model expects its BOS token before every text."""
         return bool(lib.llama_vocab_get_add_bos(self.vocab)) and self.bos is not None

@@ -1,0 +1,94 @@
+"""Prompts with their answers, as tokens of one family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..api import FusedLlama
+from ..errors import InvalidParameterError
+from ..system.jsonl import parse_object, read_lines
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and its answer.
+
+    prompt, answer: token ids. The answer's last token ends it.
+    text: the answer.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    text: str
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield where each row of a file of JSON lines stands, and the row, checked. Raises InvalidParameterError."""
+    try:
+        with path.open("rb") as file:
+            for line in read_lines(file):
+                where = f"{path}:{line.number}"
+                try:
+                    row = parse_object(line.content or b"")
+                except ValueError as error:
+                    raise InvalidParameterError(f"{where}: is {error}") from None
+                _parts(row, where)
+                yield where, row
+    except OSError as error:
+        raise InvalidParameterError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def tokenized(
+    llm: FusedLlama, rows: Iterable[tuple[str, Mapping[str, Any]]], *, raw: bool, system: str | None
+) -> list[Example]:
+    """Examples of rows {"prompt", "answer"}, {"messages", "answer"}, or {"messages"} that end with the answer.
+
+    rows: each with a few words that say where it stands.
+    raw: whether prompts are taken as they are, without the chat template.
+    system: a message that goes before messages that have none.
+
+    Raises InvalidParameterError, which names the row, also for an example that exceeds the context.
+    """
+    examples = []
+    for where, row in rows:
+        prompt, answer = _parts(row, where)
+        is_chat = not (raw and isinstance(prompt, str))
+        if is_chat:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            if system is not None and messages[0].get("role") != "system":
+                messages = [{"role": "system", "content": system}, *messages]
+            tokens = llm.apply_chat_template(messages)
+        else:
+            tokens = llm.tokenize(prompt) or [llm.first_token]
+        answered = llm.tokenize_answer(answer, is_chat=is_chat)
+        n_tokens = len(tokens) + len(answered) - 1
+        if n_tokens > llm.n_ctx:
+            raise InvalidParameterError(f"{where}: has {n_tokens} tokens, more than the context of {llm.n_ctx}")
+        examples.append(Example(tuple(tokens), tuple(answered), answer))
+    return examples
+
+
+def _parts(row: Mapping[str, Any], where: str) -> tuple[Any, str]:
+    """The prompt, text or messages, and the answer of one row."""
+    prompt, messages, answer = row.get("prompt"), row.get("messages"), row.get("answer")
+    if (prompt is None) == (messages is None):
+        raise InvalidParameterError(f"{where}: needs either a prompt or messages")
+    if messages is not None:
+        is_list = isinstance(messages, list) and all(isinstance(message, Mapping) for message in messages)
+        if not is_list or not messages:
+            raise InvalidParameterError(f"{where}: messages must be a list of objects with role and content")
+        if answer is None:
+            *messages, last = messages
+            if last.get("role") != "assistant" or not messages:
+                raise InvalidParameterError(f"{where}: the last message must be the assistant's answer to another")
+            answer = last.get("content")
+    elif not isinstance(prompt, str):
+        raise InvalidParameterError(f"{where}: prompt must be text")
+    if not isinstance(answer, str):
+        raise InvalidParameterError(f"{where}: the answer must be text")
+    if not answer.strip():
+        raise InvalidParameterError(f"{where}: the answer is empty")
+    return (prompt if messages is None else messages), answer
