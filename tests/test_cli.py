@@ -436,11 +436,11 @@ def test_help_tells_the_defaults_of_loading() -> None:
 
 
 def test_help_in_the_docs_is_what_the_commands_print() -> None:
-    update_help = runpy.run_path(str(DOCS / "update_help.py"))
-    for path in update_help["PAGES"]:
+    update = runpy.run_path(str(DOCS / "update.py"))
+    for path in update["PAGES"]:
         page = path.read_text("utf-8")
         # How lines are wrapped depends on click's version.
-        assert page.split() == update_help["updated"](page).split(), "run `python docs/update_help.py`"
+        assert page.split() == update["updated"](page).split(), "run `python docs/update.py`"
 
 
 def test_a_second_ctrl_c_leaves_at_once() -> None:
