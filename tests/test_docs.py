@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
 import pytest
 
+from edge_dlf import FusedLlama
 from edge_dlf.cli import main
+from edge_dlf.server import Rules
+
+from .http_server import serving
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "models" / "README.md"]
 BLOCK = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+PYTHON = re.compile(r"^(<!-- .* -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SNIPPETS = [
+    pytest.param(code, "with a server" in (comment or ""), id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, (comment, code) in enumerate(PYTHON.findall(page.read_text("utf-8")))
+]
+ROWS = [{"prompt": f"What is {n} plus 40?", "answer": f"The answer is {n + 40}."} for n in range(30, 42)]
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -90,3 +104,26 @@ def test_the_checks_see_what_is_wrong() -> None:
 
 def test_the_readme_fits_on_a_few_screens() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize(("code", "needs_server"), SNIPPETS)
+def test_python_runs_as_it_stands(
+    code: str, needs_server: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the family that ships in place of others, in a folder with the files that the documents name."""
+    monkeypatch.chdir(tmp_path)
+    prompts = [{"id": str(number), "prompt": row["prompt"]} for number, row in enumerate(ROWS)]
+    for name, rows in {"examples.jsonl": ROWS, "prompts.jsonl": prompts}.items():
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = re.sub(r"qwen-family/|qwen2\.5-coder-gsm8k", "demo", code)
+    if "langchain" in code:
+        pytest.importorskip("langchain_openai")
+    with ExitStack() as stack:
+        if needs_server:
+            llm = stack.enter_context(FusedLlama.from_family("demo", n_ctx=512, n_threads=1))
+            server = stack.enter_context(serving(llm, Rules({})))
+            code = code.replace("http://127.0.0.1:8080", str(server.base_url).rstrip("/"))
+        exec(compile(code, "the snippet", "exec"), {"__name__": "snippet"})
+    printed = capsys.readouterr().out
+    assert printed.strip()
+    assert "rows failed" not in printed or "0 rows failed" in printed
