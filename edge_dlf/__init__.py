@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .api import FusedLlama
     from .fusion.arrays import fuse_logits, search_alpha
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __path__.append(f"{__path__[0]}/evidence/commands")  # for `python -m edge_dlf.harness`, a published name
 
 __all__ = [

@@ -6,7 +6,9 @@ import inspect
 import json
 import logging
 import os
+import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -415,12 +417,32 @@ class TestCompare:
 
 
 def test_version() -> None:
-    assert CliRunner().invoke(main, ["--version"]).stdout == f"edge-dlf, version {__version__}\n"
+    printed = CliRunner().invoke(main, ["--version"]).stdout
+    assert re.fullmatch(rf"edge-dlf {__version__}, llama-cpp-python [\d.]+, ggml [\d.]+ \([0-9a-f]+\)\n", printed)
+
+
+def test_without_a_command_there_are_three_things_to_try() -> None:
+    shown = CliRunner().invoke(main, []).output
+    assert "Three things to try: edge-dlf compare, edge-dlf chat demo, edge-dlf list." in shown
+    assert all(f"  {name} " in shown for name in main.commands)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_that_the_shell_takes(shell: str) -> None:
+    script = CliRunner().invoke(main, ["completion", shell]).stdout
+    assert "_EDGE_DLF_COMPLETE" in script
+    if program := shutil.which(shell):
+        subprocess.run([program, "-n"], input=script, text=True, check=True)
+    position = "comp" if shell == "fish" else "1"
+    asked = {"COMP_WORDS": "edge-dlf comp", "COMP_CWORD": position, "_EDGE_DLF_COMPLETE": f"{shell}_complete"}
+    found = CliRunner().invoke(main, [], prog_name="edge-dlf", env=asked).stdout
+    assert "compare" in found
+    assert "chat" not in found
 
 
 def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "edge_dlf", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"edge-dlf, version {__version__}\n"
+    assert done.stdout.startswith(f"edge-dlf {__version__}, ")
 
 
 def test_help_tells_the_defaults_of_params() -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import get_completion_class
 
 from .. import __version__
 from ..errors import CapacityError, EdgeDLFError
@@ -47,6 +48,11 @@ class _Group(click.Group):
         except (KeyboardInterrupt, click.Abort):
             ctx.exit(130)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, commands in _SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(str(command.name), command.get_short_help_str()) for command in commands])
+
 
 @contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
@@ -62,27 +68,42 @@ def _sigterm_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="edge-dlf")
+def _version(ctx: click.Context, _option: click.Parameter, is_asked: bool) -> None:
+    if is_asked and not ctx.resilient_parsing:
+        from ..llama import versions
+
+        click.echo(f"edge-dlf {__version__}, {versions()}")
+        ctx.exit()
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Three things to try: edge-dlf compare, edge-dlf chat demo, edge-dlf list.",
+)
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show versions.")
 def main() -> None:
     """Dynamic Logits Fusion for GGUF models: a large local model answers with the skill of small fine-tuned experts."""
 
 
-for _command in (
-    chat,
-    generate,
-    compare,
-    batch,
-    serve,
-    tune,
-    evaluate,
-    trace,
-    bench,
-    doctor,
-    list_,
-    show,
-    pull,
-    new,
-    rm,
-):
+@main.command()
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+def completion(shell: str) -> None:
+    """Print a script that completes commands.
+
+    In bash: source <(edge-dlf completion bash). In zsh: source <(edge-dlf completion zsh). In fish: edge-dlf completion
+    fish | source. Put that line into the shell's start-up file to keep it.
+    """
+    made = get_completion_class(shell)
+    assert made
+    click.echo(made(main, {}, "edge-dlf", "_EDGE_DLF_COMPLETE").source())
+
+
+_SECTIONS = {
+    "Answers": (chat, generate, compare, batch, serve),
+    "Choose and measure": (tune, evaluate, trace, bench, doctor),
+    "Families": (list_, show, pull, new, rm),
+    "The shell": (completion,),
+}
+for _command in (command for commands in _SECTIONS.values() for command in commands):
     main.add_command(_command)

@@ -16,3 +16,4 @@ from .runtime import default_n_threads as default_n_threads
 from .runtime import gpus as gpus
 from .runtime import repacks_weights as repacks_weights
 from .runtime import system_info as system_info
+from .runtime import versions as versions

@@ -133,6 +133,12 @@ def system_info() -> str:
     return f"{lib.__version__} {lib.llama_print_system_info().decode()}".strip(" |")
 
 
+def versions() -> str:
+    """Versions of llama-cpp-python, and of the ggml inside it with the commit of llama.cpp that it was built from."""
+    version, commit = (call(f"ggml_{what}", ctypes.c_char_p).decode() for what in ("version", "commit"))
+    return f"llama-cpp-python {lib.__version__}, ggml {version} ({commit.removesuffix('-dirty')})"
+
+
 def repacks_weights() -> bool:
     """Whether weights on the CPU get a second copy, in another order."""
     info = system_info()
