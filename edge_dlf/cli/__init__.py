@@ -13,6 +13,7 @@ from click.shell_completion import get_completion_class
 
 from .. import __version__
 from ..errors import CapacityError, EdgeDLFError
+from ..system.durable import file_error
 from .batch import batch
 from .bench import bench
 from .chat import chat
@@ -25,12 +26,26 @@ from .new import new
 from .pull import pull, rm
 from .screen import one_line
 from .serve import serve
+from .streams import close_streams, open_streams
 from .trace import trace
 from .tune import tune
 
 
 class _Group(click.Group):
     """Group whose commands end with one line and an exit code when they raise."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        open_streams()
+        try:
+            try:
+                return super().main(*args, **extra)
+            finally:
+                close_streams()
+        except OSError as error:
+            found = file_error(error.filename or "input or output", error)
+            if not isinstance(error, BrokenPipeError):  # a reader that leaves, such as `head`, wants no more lines
+                click.echo(f"edge-dlf: {one_line(found)}", err=True)
+            sys.exit(found.exit_code)
 
     def invoke(self, ctx: click.Context) -> Any:
         for stream in (sys.stdout, sys.stderr):
@@ -56,7 +71,11 @@ class _Group(click.Group):
 
 @contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Make SIGTERM unwind the command, so that the terminal and open files are left in order."""
+    """Make SIGTERM unwind the command, so that the terminal and open files are left in order. If whoever started this
+    process wants it to be ignored, it stays so."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        yield
+        return
 
     def leave(_signal: int, _frame: object) -> NoReturn:
         raise SystemExit(143)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import InvalidParameterError
 from .interrupts import interruptible
 from .opening import family_command, open_family
 from .options import Options, shared_options
 from .prompts import Prompt, raw_option, read_prompt
-from .screen import Screen, one_line, printable, summary
+from .screen import Screen, may_move, one_line, printable, summary
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,6 +46,7 @@ def compare(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, **
     questions = _questions(prompt, options, raw=raw)
     with open_family(options, screen) as llm, interruptible(screen, llm.interrupt):
         methods = options.methods(llm.experts)
+        is_wide = shutil.get_terminal_size().columns >= len(methods) * _LEAST_COLUMN
         # One seed for all: methods that agree then draw the same token.
         settings = {"seed": secrets.randbits(32), **options.settings}
         if json:
@@ -58,7 +60,7 @@ def compare(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, **
             answers, run = [Answer(method) for method in methods], partial(_run, llm, question, settings)
             if len(questions) > 1:
                 show_lines(screen, question.text, answers, run)
-            elif screen.is_terminal and shutil.get_terminal_size().columns >= len(methods) * _LEAST_COLUMN:
+            elif screen.is_terminal and may_move(sys.stdout) and is_wide:
                 show_columns(answers, chain.from_iterable(map(run, answers)))
             else:
                 show_in_turn(screen, answers, run)
@@ -66,11 +68,13 @@ def compare(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, **
 
 def _questions(prompt: str | None, options: Options, *, raw: bool) -> list[Prompt]:
     """The prompt, or the family's examples where there is none."""
-    examples = [Prompt(example, raw, options.system) for example in options.spec.examples]
-    if prompt is None and examples and sys.stdin.isatty():
+    try:
+        return [read_prompt(prompt, raw=raw, system=options.system)]
+    except InvalidParameterError:
+        examples = [Prompt(example, raw, options.system) for example in options.spec.examples]
+        if prompt is not None or not examples:
+            raise
         return examples
-    question = read_prompt(prompt, raw=raw, system=options.system)
-    return examples if prompt is None and examples and not question.text else [question]
 
 
 @dataclass

@@ -60,8 +60,9 @@ def interruptible(
 
     The first of `signals` calls `interrupt`, which must end the work from another thread; the context then raises
     KeyboardInterrupt, or SystemExit for SIGTERM. `screen` says so if that takes long. A second Ctrl-C ends the process
-    with exit code 130.
+    with exit code 130. A signal that this process was started to ignore, as by `nohup`, stays ignored.
     """
+    signals = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     stop = Stop()

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..batch.progress import Progress
-from .screen import Screen
+from .screen import Screen, may_move
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -68,7 +68,7 @@ class ProgressLine(Progress):
         from rich.live import Live
 
         self.start_clock()
-        if not sys.stderr.isatty():
+        if not may_move(sys.stderr):
             self._say = screen.say
             yield
             return

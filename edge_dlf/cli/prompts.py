@@ -48,11 +48,11 @@ def read_prompt(argument: str | None, *, raw: bool, system: str | None) -> Promp
     """Read the prompt from the argument, or from stdin where the argument is `-` or missing.
 
     One line break at the end of stdin is left out. Bytes that are not UTF-8 are kept as surrogates.
-    Raises InvalidParameterError where the argument is missing and stdin is a terminal.
+    Raises InvalidParameterError where the argument is missing and stdin is a terminal, or holds nothing.
     """
-    if argument is None and sys.stdin.isatty():
+    text = argument or ""
+    if argument == "-" or (argument is None and not sys.stdin.isatty()):
+        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
+    if argument is None and not text:
         raise InvalidParameterError("no prompt is given: add it to the command, or pipe it in")
-    if argument is None or argument == "-":
-        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-        argument = text.removesuffix("\n").removesuffix("\r")
-    return Prompt(argument, raw, system)
+    return Prompt(text, raw, system)

@@ -31,7 +31,12 @@ def printable(text: str) -> str:
 
 def may_style(stream: TextIO) -> bool:
     """Whether the user wants colours and other attributes on `stream`."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return may_move(stream) and not os.environ.get("NO_COLOR")
+
+
+def may_move(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that can erase what it shows."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Screen:
@@ -79,7 +84,7 @@ class Screen:
     def begin_wait(self, message: str) -> None:
         """Show `message` on a terminal, in place of an earlier one, until anything else is shown."""
         self.end_wait()
-        if sys.stderr.isatty():
+        if may_move(sys.stderr):
             self._waiting = message[: shutil.get_terminal_size().columns - 1]
             self._note(self._waiting)
 
@@ -114,7 +119,7 @@ class Screen:
         """Put the terminal in order before the process ends. May be called from any thread."""
         self._restore()
         stderr = sys.__stderr__  # the stream itself, not a progress bar's wrapper
-        if stderr and stderr.isatty():
+        if stderr and may_move(stderr):
             print(_SHOW_CURSOR, end="" if sys.stdout.isatty() else "\n", file=stderr, flush=True)
         if may_style(sys.stdout):
             sys.stdout.write(_PLAIN)

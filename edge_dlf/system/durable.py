@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -16,17 +17,21 @@ from ..errors import EdgeDLFError, InvalidParameterError
 
 _SYNC_S = 1.0
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_WRONG_PATH = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS})
+_WRONG_PATH = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
+)
+_KEPT = "; every row so far is kept, and once there is room the same command continues"
 
 
-def file_error(path: Path, error: OSError) -> EdgeDLFError:
-    """The error to raise if a file cannot be written: a path that cannot be used is the caller's mistake."""
+def file_error(path: str | PathLike[str], error: OSError, kept: str = "") -> EdgeDLFError:
+    """The error to raise if a file cannot be used: a path that leads to none is the caller's mistake.
+
+    kept: what is said of a full disk.
+    """
     reason = (error.strerror or str(error)).lower()
     if error.errno in _WRONG_PATH:
         return InvalidParameterError(f"{path}: {reason}")
-    if error.errno in _FULL:
-        reason += "; every row so far is kept, and once there is room the same command continues"
-    return EdgeDLFError(f"{path}: {reason}")
+    return EdgeDLFError(f"{path}: {reason}{kept if error.errno in _FULL else ''}")
 
 
 class Appender(AbstractContextManager["Appender"]):
@@ -56,7 +61,7 @@ class Appender(AbstractContextManager["Appender"]):
     def append(self, line: bytes) -> None:
         """Write `line` at the end."""
         if self._failure:
-            raise file_error(self.path, self._failure)
+            raise file_error(self.path, self._failure, _KEPT)
         try:
             n_written = os.write(self._fd, line)
             while n_written < len(line):  # a disk that is filling up; the next call says why
@@ -64,7 +69,7 @@ class Appender(AbstractContextManager["Appender"]):
         except OSError as error:
             with suppress(OSError):
                 os.ftruncate(self._fd, self._n_bytes)
-            raise file_error(self.path, error) from error
+            raise file_error(self.path, error, _KEPT) from error
         self._n_bytes += len(line)
         if not self._is_due:
             self._is_due = True
@@ -81,7 +86,7 @@ class Appender(AbstractContextManager["Appender"]):
             self._is_closed = True
             os.close(self._fd)
         if self._failure:
-            raise file_error(self.path, self._failure)
+            raise file_error(self.path, self._failure, _KEPT)
 
     def _sync(self) -> None:
         with self._syncing:
