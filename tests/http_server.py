@@ -12,6 +12,7 @@ import httpx
 import uvicorn
 
 from edge_dlf.server import Address, Rules, make_app
+from edge_dlf.server.running import config_of
 
 if TYPE_CHECKING:
     from edge_dlf import FusedLlama
@@ -37,7 +38,7 @@ class _Server(uvicorn.Server):
 def serving(llm: FusedLlama, rules: Rules = Rules()) -> Iterator[Served]:  # noqa: B008
     """Serve `llm` while this lasts."""
     app = make_app(llm, rules)
-    server = _Server(uvicorn.Config(app, log_config=None, access_log=False))
+    server = _Server(config_of(app))
     address = Address.bind("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([address.socket])))
     thread.start()

@@ -46,6 +46,11 @@ def typed(*keys: str, notes: list[str] | None = None) -> str:
         return Editor(["dynamic", "math"], note, keys_input, DummyOutput()).read()
 
 
+def pasted(text: str) -> str:
+    """The keys by which a terminal tells a paste from what is typed."""
+    return f"\x1b[200~{text}\x1b[201~"
+
+
 class TestEditor:
     @pytest.mark.parametrize(
         ("keys", "text"),
@@ -57,6 +62,18 @@ class TestEditor:
             (['"""one', "\r", "\r", "/two", "\r", '"""', "\r"], "one\n\n/two"),
             (['"""/one"""', "\r"], "//one"),
             (["\x1b[200~one\r\ntwo\n\tthree\x1b[201~", "\r"], "one\ntwo\n\tthree"),
+            ([pasted('"""Doc."""\nimport os'), "\r"], '"""Doc."""\nimport os'),
+            ([pasted('"""Doc\r\n\r\nof two.\r\n"""\r\nx = """y"""\r\n'), "\r"], '"""Doc\n\nof two.\n"""\nx = """y"""'),
+            ([pasted('"""not closed'), "\r"], '"""not closed'),
+            ([pasted('    """indented"""\n    pass'), "\r"], '    """indented"""\n    pass'),
+            ([pasted('"""Doc."""\npass'), " # why?", "\r"], '"""Doc."""\npass # why?'),
+            (["why?", "\x01", pasted('"""Doc."""\n'), "\r"], '"""Doc."""\nwhy?'),
+            ([pasted("/exit code 3\nin a log"), "\r"], "//exit code 3\nin a log"),
+            ([pasted("/system of a down\r\nis a band"), "\r"], "//system of a down\nis a band"),
+            ([pasted("/set temperature 0\n"), "\r"], "/set temperature 0\n"),
+            ([pasted("/help"), "\r"], "/help"),
+            (["see ", pasted('"""Doc."""\n/exit'), "\r"], 'see """Doc."""\n/exit'),
+            ([pasted('"""'), "\r", pasted("/exit\nnow"), "\r", '"""', "\r"], "//exit\nnow"),
             (["a😀\x7fb", "\r"], "ab"),
             (["a", TAB, "\r"], "a"),
         ],
@@ -82,6 +99,10 @@ class TestEditor:
         _history(print).append_string("bytes that are \udcff")
         assert typed(UP, UP, "\r") == "one\ntwo"
         assert stat.S_IMODE((state / "chat_history").stat().st_mode) == 0o600
+
+    def test_a_paste_comes_back_from_the_history_as_the_text_that_it_was(self, state: Path) -> None:
+        for text, read in (('"""Doc."""\npass', '"""Doc."""\npass'), ("/exit code\n3", "//exit code\n3")):
+            assert typed(pasted(text), "\r") == typed(UP, "\r") == read
 
     def test_a_history_that_cannot_be_kept_is_a_note(self, state: Path) -> None:
         state.write_text("a file, not a folder")
@@ -128,6 +149,11 @@ class TestTerminal:
 
     def test_exit(self, state: Path) -> None:
         assert self.converse(FakeLlama(), "/exit", "\r") == 0
+
+    def test_a_pasted_text_that_looks_like_leaving_is_sent(self, state: Path) -> None:
+        llm = FakeLlama()
+        assert self.converse(llm, pasted("/exit code 3 means what?\nI saw it in a log."), "\r", CTRL_D) == 0
+        assert llm.requests[0][0] == "user: /exit code 3 means what?\nI saw it in a log.\n"
 
     def test_an_error_is_one_line(self, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
         llm = FakeLlama([DecodeError("large\nfailed")])

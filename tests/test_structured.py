@@ -83,6 +83,18 @@ def test_an_answer_is_json_of_the_schema(llm: FusedLlama, name: str) -> None:
         jsonschema.validate(json.loads(answer), SCHEMAS[name])
 
 
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [("a(", "unclosed group"), ("(?=a)", "look-around"), ("[b-a]", "invalid character class range")],
+)
+def test_a_pattern_that_cannot_be_kept_to_is_refused_with_the_reason(
+    llm: FusedLlama, pattern: str, reason: str
+) -> None:
+    with pytest.raises(InvalidParameterError, match=f"the JSON schema cannot be used: .*{reason}") as caught:
+        text(llm, json_schema={"type": "string", "pattern": pattern})
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("draft", [1, 4, "auto"])
 def test_drafting_gives_the_same_answer(llm: FusedLlama, draft: Any) -> None:
     for form in ({"json_schema": SCHEMAS["object"]}, {"grammar": GRAMMAR}):

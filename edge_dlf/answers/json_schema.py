@@ -64,7 +64,9 @@ class Schemas:
             raise InvalidParameterError(f"the JSON schema cannot be used: {error}") from None
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise InvalidParameterError(f"the JSON schema cannot be used: {_first_line(matcher.get_error())}")
+            raise InvalidParameterError(
+                f"the JSON schema cannot be used: {' '.join(matcher.get_error().split())[:300]}"
+            )
         return _Matcher(matcher, self._n_vocab)
 
 
@@ -89,7 +91,3 @@ class _Matcher:
 
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)
-
-
-def _first_line(text: str) -> str:
-    return next(iter(text.strip().splitlines()), "no reason given")[:200]

@@ -10,9 +10,11 @@ from pathlib import Path
 import platformdirs
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, NestedCompleter, PathCompleter, WordCompleter, merge_completers
+from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.layout.processors import TabsProcessor
 from prompt_toolkit.output import Output
 
@@ -70,8 +72,15 @@ def _is_open_block(text: str) -> bool:
     return block.startswith(_QUOTES) and (len(block) < 6 or not block.endswith(_QUOTES))
 
 
+def _is_more_than_text(paste: str) -> bool:
+    """Whether a pasted text would be read as a block, or as a command with lines after it."""
+    is_command = paste.startswith("/") and "\n" in paste.strip()
+    return is_command or (paste.lstrip().startswith(_QUOTES) and paste.strip() != _QUOTES)
+
+
 def _key_bindings() -> KeyBindings:
-    """Keys: Enter sends the message, unless the text asks for another line; Alt-Enter always begins one."""
+    """Keys: Enter sends the message, unless the text asks for another line; Alt-Enter always begins one. What a paste
+    holds is text, and is put into a block where it would be read as more."""
     bindings = KeyBindings()
 
     @bindings.add("enter")
@@ -88,6 +97,15 @@ def _key_bindings() -> KeyBindings:
     @bindings.add("escape", "enter")
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
+
+    @bindings.add(Keys.BracketedPaste)
+    def _(event: KeyPressEvent) -> None:
+        buffer, paste = event.current_buffer, event.data.replace("\r\n", "\n").replace("\r", "\n")
+        if buffer.document.text_before_cursor.strip() or not _is_more_than_text(paste):
+            buffer.insert_text(paste)
+        else:
+            above = f"{_QUOTES}\n{paste}"
+            buffer.document = Document(f"{above}{buffer.document.text_after_cursor}\n{_QUOTES}", len(above))
 
     return bindings
 

@@ -37,7 +37,7 @@ def serve(
     """
     options, screen = Options.of(ctx, shared), Screen()
     try:
-        from ..server import Address, Rules, run
+        from ..server import LOOPBACK, Address, Rules, run
     except ImportError as error:
         raise InvalidParameterError(f"serve needs a web server: pip install 'edge-dlf[serve]' ({error})") from error
     address = Address.bind(host, port)
@@ -46,7 +46,7 @@ def serve(
             raise InvalidParameterError(
                 f"{host} can be reached from other machines: give an --api-key, or --no-auth to let anyone in"
             )
-        hosts = Rules.hosts if address.is_local else None
+        hosts = (*LOOPBACK, address.host, host.lower()) if address.is_local else None
         settings = {**options.settings, "system": options.system}
         rules = Rules(settings, n_waiting=queue, timeout_s=timeout, api_key=api_key, hosts=hosts)
         with open_family(options, screen) as llm:

@@ -231,14 +231,14 @@ def _explained(what: str, repo: str) -> Iterator[None]:
         refusal = error if isinstance(error, HfHubHTTPError) else error.__cause__
         if isinstance(refusal, HfHubHTTPError):
             raise DownloadError(f"{what} {_reason(refusal, repo)}") from error
-        why = f"{_first_line(error)}; {_GOES_ON}"
+        why = f"{_one_line(error)}; {_GOES_ON}"
         if isinstance(error, transport_error):
-            why = f"the connection to {constants.ENDPOINT} failed ({_first_line(error)}); {_GOES_ON}"
+            why = f"the connection to {constants.ENDPOINT} failed ({_one_line(error)}); {_GOES_ON}"
         elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             why = f"the disk of {constants.HF_HUB_CACHE} is full; make room, and {_GOES_ON}"
         raise DownloadError(f"{what}: {why}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DownloadError(f"{what}: {constants.ENDPOINT} answers with nonsense ({_first_line(error)})") from error
+        raise DownloadError(f"{what}: {constants.ENDPOINT} answers with nonsense ({_one_line(error)})") from error
 
 
 def _transport_error() -> type[Exception]:
@@ -249,8 +249,8 @@ def _transport_error() -> type[Exception]:
     return base
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _reason(error: HfHubHTTPError, repo: str) -> str:
@@ -266,5 +266,5 @@ def _reason(error: HfHubHTTPError, repo: str) -> str:
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
         return f"does not exist, or it is private and needs a token that gives access to it ({log_in})"
     hints = {404: "it is not there", 429: "there were too many requests; wait some minutes, or log in"}
-    hint = f"the hub is out of order; {_GOES_ON}" if status >= 500 else hints.get(status, _first_line(error))
+    hint = f"the hub is out of order; {_GOES_ON}" if status >= 500 else hints.get(status, _one_line(error))
     return f"is refused (HTTP {status}): {hint}"

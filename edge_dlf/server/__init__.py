@@ -4,7 +4,7 @@
 `openapi` describes it all; `running` binds, serves and stops.
 """
 
-from .app import Rules, make_app
+from .app import LOOPBACK, Rules, make_app
 from .running import Address, run
 
-__all__ = ["Address", "Rules", "make_app", "run"]
+__all__ = ["LOOPBACK", "Address", "Rules", "make_app", "run"]

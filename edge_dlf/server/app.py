@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import anyio
 from starlette.applications import Starlette
@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..answers.completion import Completion, Dict
 from ..answers.requests import CHAT, COMPLETIONS
 from ..answers.token import Token
+from ..errors import InvalidParameterError
 from ..params import DEFAULTS
 from . import openapi
 from .calls import Call, chunks, closing, encode, opening, total, whole
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 MAX_BODY = 8 * 2**20
 """Bytes of the longest body."""
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+"""Names of this machine for itself."""
 _BODY_S = 30.0
 """Seconds that a client may take to send a body."""
 _OPEN = ("/", "/health")
@@ -51,13 +54,21 @@ class Rules:
     timeout_s: seconds that an answer may take.
     api_key: the key that clients must send; None for no key.
     hosts: names that clients without a key may call this server by; None for any name.
+    Raises InvalidParameterError for a key that no header can carry.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     n_waiting: int = 64
     timeout_s: float = 600.0
     api_key: str | None = None
-    hosts: tuple[str, ...] | None = ("localhost", "127.0.0.1", "[::1]")
+    hosts: tuple[str, ...] | None = LOOPBACK
+
+    def __post_init__(self) -> None:
+        key = self.api_key
+        if key is not None and (not key or key.strip() != key or not key.isascii() or not key.isprintable()):
+            raise InvalidParameterError(
+                "no client could send this API key: it must be visible ASCII characters, without a blank at its ends"
+            )
 
 
 def make_app(llm: FusedLlama, rules: Rules) -> Starlette:
@@ -246,6 +257,8 @@ async def _read(request: Request) -> bytes:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     refusal = HTTPError.of(error)
+    if type(error) is HTTPException and error.status_code in (404, 405):  # the router's own
+        refusal.detail = openapi.whereabouts(request.method, request.url.path)
     return _JSON(refusal.body(), refusal.status_code, refusal.headers)
 
 
@@ -258,12 +271,13 @@ class _AccessControl:
 
     def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
         self._app, self._rules, self._metrics = app, rules, metrics
-        self._key = rules.api_key.encode() if rules.api_key else None
+        self._key = None if rules.api_key is None else rules.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = _with_own_path(scope)
         status = 499  # the client left
 
         async def watched(message: Any) -> None:
@@ -292,11 +306,27 @@ class _AccessControl:
                 return None
             return HTTPError(401, "the API key is missing or wrong", "invalid_api_key", {"WWW-Authenticate": "Bearer"})
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._rules.hosts is not None and _name(host) not in self._rules.hosts:
+        # Only programs that speak HTTP/1.0 name no host; browsers always do.
+        if host and self._rules.hosts is not None and _name(host) not in self._rules.hosts:
             return HTTPError(403, "this server is not known by that name", "unknown_host")
         if origin is not None and urlsplit(origin).netloc != host:
             return HTTPError(403, "a page of another site may not ask this server", "foreign_origin")
         return None
+
+
+def _with_own_path(scope: Scope) -> Scope:
+    """Return the scope with a path and a host where the target of the request is a whole URL, as of a proxy."""
+    scheme, _, rest = scope["raw_path"].partition(b"://")
+    if scheme.lower() not in (b"http", b"https"):
+        return scope
+    host, _, path = rest.partition(b"/")
+    headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
+    own = {
+        "raw_path": b"/" + path,
+        "path": unquote(f"/{path.decode('latin-1')}"),
+        "headers": [*headers, (b"host", host)],
+    }
+    return {**scope, **own}
 
 
 def _name(host: str) -> str:

@@ -17,6 +17,18 @@ PATHS = ("/", "/health", "/metrics", "/openapi.json", "/v1/models", CHAT, COMPLE
 """Every path but those of single models."""
 
 
+_LISTED = (CHAT, COMPLETIONS, "/v1/models")
+
+
+def whereabouts(method: str, path: str) -> str:
+    """Return the message to a client that asks for what is not there."""
+    if path in PATHS:
+        return f"{path} is not for {method:.20}"
+    meant = next((known for known in _LISTED if path.rstrip("/").endswith(known.removeprefix("/v1"))), None)
+    hint = f"there is {meant}: clients need a base URL that ends in /v1" if meant else f"there are {', '.join(_LISTED)}"
+    return f"there is no {path:.80}; {hint}"
+
+
 def document(models: Sequence[str]) -> Dict:
     """Return the document of a server that offers `models`."""
     document: Dict = json.loads(files(__package__).joinpath("openapi.json").read_text("utf-8"))

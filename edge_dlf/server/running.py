@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import h11
 import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import HANDLED_SIGNALS
 
 from ..errors import EdgeDLFError, InvalidParameterError
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 GRACE_S = 5.0
 """Seconds that answers may take after the first signal."""
+_PROBE_S = 0.5
+"""Seconds until the first look whether a client is still there, and until the second; then the pause doubles."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,49 @@ class Address:
         return cls(bound, ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback)
 
     @property
+    def host(self) -> str:
+        """Number of the address, as a URL has it."""
+        host = self.socket.getsockname()[0]
+        return f"[{host}]" if ":" in host else host
+
+    @property
     def url(self) -> str:
         """Address of the server for a browser on this machine."""
         host, port = self.socket.getsockname()[:2]
         is_any = ipaddress.ip_address(host.partition("%")[0]).is_unspecified
-        return f"http://{'localhost' if is_any else f'[{host}]' if ':' in host else host}:{port}"
+        return f"http://{'localhost' if is_any else self.host}:{port}"
+
+
+class _Connection(H11Protocol):
+    """HTTP connection that also answers a client that has sent all and ended its own direction, as `nc -N` does.
+
+    To a server a client that has left looks the same, until something is sent: its system refuses that.
+    """
+
+    _is_half_closed = False
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        self._is_half_closed = self._is_answering()
+        if self._is_half_closed:
+            self.loop.call_later(_PROBE_S, self._probe, _PROBE_S)
+        return self._is_half_closed
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()  # which begins to answer what else the client has sent
+        if self._is_half_closed and self._is_answering():
+            self.loop.call_later(_PROBE_S, self._probe, _PROBE_S)
+        elif self._is_half_closed:
+            self.transport.close()
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
+
+    def _probe(self, pause_s: float) -> None:
+        """Send what a client that has left refuses and others pass over, until the answer begins."""
+        cycle = self.cycle
+        if cycle.scope["http_version"] == "1.1" and not (cycle.response_started or self.transport.is_closing()):
+            self.transport.write(self.conn.send(h11.InformationalResponse(status_code=102, headers=[])) or b"")
+            self.loop.call_later(pause_s, self._probe, 2 * pause_s)
 
 
 class _Server(uvicorn.Server):
@@ -88,22 +131,27 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def config_of(app: ASGIApp) -> uvicorn.Config:
+    """Return how `app` is served."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        http=_Connection,
+        ws="none",
+        timeout_graceful_shutdown=int(GRACE_S) + 5,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+
+
 def run(llm: FusedLlama, address: Address, rules: Rules, ready: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM, which are raised again at the end.
 
     ready: called once the server accepts clients.
     """
     app = make_app(llm, rules)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        http="h11",  # httptools, where it is installed, sets headers no limit
-        timeout_graceful_shutdown=int(GRACE_S) + 5,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
-    server = _Server(config)
+    server = _Server(config_of(app))
     server.thread, server.ready = app.state.thread, ready
     try:
         server.run(sockets=[address.socket])
