@@ -22,7 +22,7 @@ from edge_dlf.engine.backend import Run
 from edge_dlf.evidence import tune as tuning
 from edge_dlf.evidence.answer_rows import AnswerLosses, evaluate
 from edge_dlf.evidence.examples import Example
-from edge_dlf.families.defaults import with_defaults
+from edge_dlf.families.defaults import with_settings
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.system.paths import shipped_dir
 
@@ -239,6 +239,27 @@ def test_the_command_prints_a_table_and_writes_the_recommendation(demo: Path, su
     assert again.stdout.splitlines()[3:-1] == result.stdout.splitlines()[3:-2]  # all members are compared anew
 
 
+def test_what_is_written_may_be_a_profile(demo: Path, sums: Path) -> None:
+    before = (demo / "family.toml").read_text()
+    result = run(sums, "-f", demo, "--write", "--profile", "adding")
+    assert result.exit_code == 0, result.output
+    assert f"To use it: edge-dlf chat -f {demo} --profile adding" in result.stdout
+    text = (demo / "family.toml").read_text()
+    assert text.startswith(before + '[profiles.adding]\nmethod = "weighted"\nweights = { large = ')
+    spec = FamilySpec.load(demo)
+    assert set(spec.profiles["adding"]["weights"]) == {"large", "sums"}
+    assert spec.defaults == {"temperature": 0.0, "method": "static"}
+    for names, message in (
+        (("--profile", "adding"), "--profile names what --write writes"),
+        (("--write", "--profile", "dynamic"), "a profile cannot be named 'dynamic'"),
+        (("--write", "--profile", "a b"), "a profile's name must have letters"),
+    ):
+        refused = run(sums, "-f", demo, *names)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert message in refused.stderr
+    assert (demo / "family.toml").read_text() == text
+
+
 def test_json_holds_what_a_request_takes(demo: Path, sums: Path) -> None:
     result = run(sums, "-f", demo, "--json")
     found = json.loads(result.stdout)
@@ -329,9 +350,24 @@ WEIGHTS = {"large": 0.5, "odd.name": -0.25}
     ],
 )
 def test_the_rest_of_a_file_stays_as_it_is(before: str, after: str | None) -> None:
-    assert with_defaults(before, {"method": "weighted", "weights": WEIGHTS}) == after
+    assert with_settings(before, {"method": "weighted", "weights": WEIGHTS}) == after
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("a = 1\n[b]\n", 'a = 1\n[b]\n[profiles."odd.name"]\ntop_k = 2\n'),
+        (
+            "[profiles.a]\ntop_k = 1\n[profiles . 'odd.name'] # x\ntop_k = 1\n[defaults]\ntop_k = 1\n",
+            "[profiles.a]\ntop_k = 1\n[profiles . 'odd.name'] # x\ntop_k = 2\n[defaults]\ntop_k = 1\n",
+        ),
+        ('profiles = { "odd.name" = { top_k = 1 } }\n', None),
+    ],
+)
+def test_a_profile_is_written_by_its_name(before: str, after: str | None) -> None:
+    assert with_settings(before, {"top_k": 2}, "odd.name") == after
 
 
 def test_a_setting_is_taken_out() -> None:
     text = '[defaults]\nmethod = "weighted"\nweights = { large = 1.0 }\n'
-    assert with_defaults(text, {"method": "sums", "weights": None}) == '[defaults]\nmethod = "sums"\n'
+    assert with_settings(text, {"method": "sums", "weights": None}) == '[defaults]\nmethod = "sums"\n'

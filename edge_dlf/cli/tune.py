@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import InvalidParameterError
 from ..params import show
 from .interrupts import interruptible
 from .opening import family_command, open_family
@@ -33,11 +34,25 @@ _MOST_WEIGHTED = 6
 @click.option("--system", help="System prompt.")
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 @click.option("--write", is_flag=True, help="Put what is recommended into the family's family.toml, as its default.")
+@click.option(
+    "--profile",
+    metavar="NAME",
+    allow_from_autoenv=False,
+    help="Let --write put it there as a profile, which other commands choose by --profile NAME.",
+)
 @click.option("--check", metavar="N", type=click.IntRange(min=1), help="Generate answers to N held-out examples too.")
 @reading_options
 @click.pass_context
 def tune(
-    ctx: click.Context, /, examples: Path, raw: bool, json: bool, write: bool, check: int | None, **values: Any
+    ctx: click.Context,
+    /,
+    examples: Path,
+    raw: bool,
+    json: bool,
+    write: bool,
+    profile: str | None,
+    check: int | None,
+    **values: Any,
 ) -> None:
     """Find what to run for a task: one member alone, static or dynamic fusion, or fusion with fitted weights.
 
@@ -52,9 +67,14 @@ def tune(
     from ..evidence.examples import read_rows, tokenized
     from ..evidence.tune import check as generate_answers
     from ..evidence.tune import distinct, tune_examples
-    from ..families.defaults import own_file, write_defaults
+    from ..families.defaults import own_file, write_settings
+    from ..families.spec import check_profile_name
     from .progress import ProgressLine
 
+    if profile is not None:
+        check_profile_name(profile)
+        if not write:
+            raise InvalidParameterError("--profile names what --write writes: give both")
     file = own_file(options.family) if write else None
     rows = list(read_rows(examples))
     with open_family(options, screen) as llm, interruptible(screen, llm.interrupt) as stop:
@@ -77,10 +97,11 @@ def tune(
         screen.show(dumps(result.as_json(), ensure_ascii=False))
     else:
         _show(screen, result)
-        screen.show(f"To use it: edge-dlf chat {_named(options)} {_flags(result.settings)}")
+        how = f"--profile {profile}" if profile else _flags(result.settings)
+        screen.show(f"To use it: edge-dlf chat {_named(options)} {how}")
     if file:
-        write_defaults(file, result.settings)
-        screen.say(f"written to [defaults] of {file}")
+        write_settings(file, {profile: result.settings})
+        screen.say(f"written to {f'[profiles.{profile}]' if profile else '[defaults]'} of {file}")
 
 
 def _for_all_members(options: Options) -> Options:
