@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -91,15 +92,19 @@ class FusedLlama:
         )
 
     @classmethod
-    def from_family(cls, family: str | Path | FamilySpec | FamilyFiles, **settings: Any) -> FusedLlama:
+    def from_family(
+        cls, family: str | Path | FamilySpec | FamilyFiles, *, profile: str | None = None, **settings: Any
+    ) -> FusedLlama:
         """Load the family that a `family.toml`, its folder, or a name in the models folder describes, or one that has
         been read or checked already. It loads the members that the method in its `[defaults]` needs. Others are loaded
         when a request needs them; that request raises OutOfMemoryError where memory does not suffice.
 
-        settings: the constructor's keyword arguments from `n_ctx` on. Its `[defaults]` hold for every request.
+        profile: name of settings in its `[profiles]`, which hold over its `[defaults]` for requests without a profile.
+        settings: the constructor's keyword arguments from `n_ctx` on.
         """
         llm = cls.__new__(cls)
-        llm._load(family if isinstance(family, FamilyFiles) else check_files(family), **settings)
+        files = family if isinstance(family, FamilyFiles) else check_files(family)
+        llm._load(replace(files, spec=files.spec.choosing(profile)) if profile else files, **settings)
         return llm
 
     def _load(
@@ -138,7 +143,13 @@ class FusedLlama:
             raise
         tokenizer = Tokenizer(self._members.vocabulary, files.n_vocab)
         self._open_preparer: Preparer | None = Preparer(
-            self.name, files.spec.defaults, ensemble, tokenizer, self._members.is_eog
+            self.name,
+            files.spec.defaults,
+            files.spec.profiles,
+            files.spec.profile,
+            ensemble,
+            tokenizer,
+            self._members.is_eog,
         )
         self._ensemble, self._driver = ensemble, Driver(decoder)
         n_ctx_train = files.models["large"].n_ctx_train
@@ -241,8 +252,8 @@ class FusedLlama:
         that repeats itself, runs ahead at each step, which changes the speed and not the tokens (but where two fused
         logits tie within what llama.cpp rounds batches by); "auto" chooses what pays, "off" is 0. grammar, json_schema:
         what the answer must look like, text of a GBNF grammar or JSON of a schema. trace: whether each token carries
-        why it was chosen. settings: fields of SamplingParams and FusionParams. Generation ends at any token that ends
-        generation for any member.
+        why it was chosen. settings: fields of SamplingParams and FusionParams, and `profile`, the name of such ones in
+        family.toml, over which these go. Generation ends at any token that ends generation for any member.
         Raises InvalidParameterError, ContextOverflowError (before anything is evaluated), TypeError for unknown names.
         """
         answer = self._preparer.answer(
@@ -352,7 +363,7 @@ class FusedLlama:
         """How likely given answers are: of each pair of a prompt and the tokens that follow it, its number, from 0, and
         its `Score`, as they are done, `n_parallel` at once.
 
-        Prompts that begin alike and follow one another are evaluated once. settings: fields of FusionParams.
+        Prompts that begin alike and follow one another are evaluated once. settings: fields of FusionParams, `profile`.
         Raises InvalidParameterError, ContextOverflowError, TypeError for unknown names.
         """
         scored = self._preparer.scorer(settings)

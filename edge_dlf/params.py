@@ -347,6 +347,7 @@ _ROWS = (
         _CLI | {"chat"},
         "Tokens that an expert runs ahead at each step: auto (what pays), a number, or off.",
     ),
+    Setting("profile", None, Text(), _CLI | {"chat", "body"}, "Settings that the family has under this name."),
 )
 SETTINGS: Mapping[str, Setting] = {row.name: row for row in _ROWS}
 DEFAULTS: Mapping[str, Any] = {row.name: row.default for row in _ROWS}
@@ -365,6 +366,13 @@ def params_of(settings: Mapping[str, Any]) -> tuple[SamplingParams, FusionParams
     return sampling, FusionParams(**{name: value for name, value in settings.items() if name in FUSION})
 
 
+def profile_of(profiles: Mapping[str, Mapping[str, Any]], name: str | None) -> Mapping[str, Any]:
+    """Return the settings of the profile `name`; of None, no settings. Raises InvalidParameterError."""
+    known = f"there are {', '.join(profiles)}" if profiles else "the family has none"
+    _require(name is None or (isinstance(name, str) and name in profiles), f"there is no profile {name!r:.60}; {known}")
+    return {} if name is None else profiles[name]
+
+
 def check_settings(settings: Mapping[str, Any], experts: Sequence[str]) -> None:
     """Raise InvalidParameterError where a family with these experts cannot use settings that are right one by one."""
     _, fusion = params_of(settings)
@@ -381,11 +389,6 @@ def check_names(fusion: FusionParams, experts: Sequence[str]) -> None:
     members = ("large", "base", *experts)
     unknown = [name for name in fusion.weights or () if name not in members]
     _require(not unknown, f"weights names {', '.join(map(repr, unknown))}; the members are {', '.join(members)}")
-
-
-def check_draft(draft: int | str) -> None:
-    """Raise InvalidParameterError unless `draft` is "auto", "off" or a number of tokens up to MAX_DRAFT."""
-    SETTINGS["draft"].read(draft)
 
 
 def show(value: Any) -> str:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edge_dlf import ContextOverflowError, RequestInterruptedError, Token
@@ -17,6 +18,7 @@ from edge_dlf.cli.conversation import Conversation
 from edge_dlf.cli.options import Options
 from edge_dlf.cli.screen import Screen
 from edge_dlf.cli.session import Session
+from edge_dlf.families.spec import FamilySpec, ModelSource
 from edge_dlf.params import METHODS
 
 if TYPE_CHECKING:
@@ -158,7 +160,16 @@ class Terminal(Screen):
         return nullcontext()
 
 
-def fake_session(llm: FakeLlama, *, system: str | None = None, **given: Any) -> Session:
-    """A chat over `llm` as on a terminal, with this system prompt and the given arguments of Session."""
-    arguments = {"settings": {}, "defaults": {}, "conversation": Conversation(system), **given}
+def fake_session(
+    llm: FakeLlama,
+    *,
+    system: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    profiles: Mapping[str, Mapping[str, Any]] | None = None,
+    **given: Any,
+) -> Session:
+    """A chat over `llm` as on a terminal, with this system prompt, settings of the family, and arguments of Session."""
+    file = ModelSource(Path("model.gguf"))
+    spec = FamilySpec(llm.name, file, file, (), defaults or {}, profiles or {})
+    arguments = {"settings": {}, "spec": spec, "conversation": Conversation(system), **given}
     return Session(cast("FusedLlama", llm), Terminal(), **arguments)

@@ -22,7 +22,7 @@ from edge_dlf.engine.backend import Run
 from edge_dlf.evidence import tune as tuning
 from edge_dlf.evidence.answer_rows import AnswerLosses, evaluate
 from edge_dlf.evidence.examples import Example
-from edge_dlf.families.defaults import with_defaults
+from edge_dlf.families.defaults import with_settings
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.system.paths import shipped_dir
 
@@ -239,6 +239,90 @@ def test_the_command_prints_a_table_and_writes_the_recommendation(demo: Path, su
     assert again.stdout.splitlines()[3:-1] == result.stdout.splitlines()[3:-2]  # all members are compared anew
 
 
+def test_what_is_written_may_be_a_profile(demo: Path, sums: Path) -> None:
+    before = (demo / "family.toml").read_text()
+    result = run(sums, "-f", demo, "--write", "--profile", "adding")
+    assert result.exit_code == 0, result.output
+    assert f"To use it: edge-dlf chat -f {demo} --profile adding" in result.stdout
+    text = (demo / "family.toml").read_text()
+    assert text.startswith(before + '[profiles.adding]\nmethod = "weighted"\nweights = { large = ')
+    spec = FamilySpec.load(demo)
+    assert set(spec.profiles["adding"]["weights"]) == {"large", "sums"}
+    assert spec.defaults == {"temperature": 0.0, "method": "static"}
+    for names, message in (
+        (("--profile", "adding"), "--profile names what --write writes"),
+        (("--write", "--profile", "dynamic"), "a profile cannot be named 'dynamic'"),
+        (("--write", "--profile", "a b"), "a profile's name must have letters"),
+    ):
+        refused = run(sums, "-f", demo, *names)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert message in refused.stderr
+    assert (demo / "family.toml").read_text() == text
+
+
+def test_several_tasks_are_compared_in_one_pass(tiny_llm: FusedLlama, tmp_path: Path) -> None:
+    one = drawn(tiny_llm, {"tuned": 1.0}, 24)
+    two = drawn(tiny_llm, {"large": 0.6, "tuned": 0.7}, 20)
+    seen: list[int] = []
+    both = tuning.tune_tasks(
+        tiny_llm, {"a": one, "b": [*two, *one[:2]]}, n_threads=1, folder=tmp_path / "both", tell=seen.append
+    )
+    assert seen[0] == 0
+    assert max(seen) == 44  # examples that tasks share are read once
+    assert len(list((tmp_path / "both").iterdir())) == 1
+    for task, examples in {"a": one, "b": [*two, *one[:2]]}.items():
+        alone = tuned(tiny_llm, examples, tmp_path / task)
+        assert both[task].verdict == alone.verdict
+        assert both[task].settings["method"] == alone.settings["method"]
+        for outcome, other in zip(both[task].outcomes, alone.outcomes, strict=True):
+            assert outcome.losses == pytest.approx(other.losses, rel=3e-2)  # rows are sampled by number
+    with pytest.raises(InvalidParameterError, match="task 'b': there is only one example"):
+        tuning.tune_tasks(tiny_llm, {"a": one, "b": two[:1]})
+
+
+def test_each_task_of_a_file_gets_a_table_and_a_profile(demo: Path, sums: Path, tmp_path: Path) -> None:
+    path, both = tmp_path / "two.jsonl", []
+    for row in map(json.loads, sums.read_text().splitlines()):
+        both += [{**row, "task": "adding"}, {**row, "answer": row["answer"].upper(), "task": "shouting"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in both))
+    result = run(path, "-f", demo, "--task-field", "task", "--write", "--check", "2")
+    assert result.exit_code == 0, result.output
+    for task in ("adding", "shouting"):
+        assert f"== {task}\nmine, {len(SUMS)} examples" in result.stdout
+        assert f"To use it: edge-dlf chat -f {demo} --profile {task}" in result.stdout
+    spec = FamilySpec.load(demo)
+    assert list(spec.profiles) == ["adding", "shouting"]
+    assert spec.defaults["method"] == "static"
+    found = json.loads(run(path, "-f", demo, "--task-field", "task", "--json").stdout)["tasks"]
+    assert {task: own["recommended"]["method"] for task, own in found.items()} == {
+        task: own["method"] for task, own in spec.profiles.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("tasks", "flags", "message"),
+    [
+        (["a", None], (), "examples.jsonl:2: the field 'task' must name the task, in text"),
+        (["a", 3], (), "examples.jsonl:2: the field 'task' must name the task"),
+        (["a", "a", "b"], (), "task 'b': there is only one example"),
+        (["a", "a", "b c", "b c"], ("--write",), "a profile's name must have letters"),
+        (["a", "a"], ("--write", "--profile", "b"), "--task-field gives each task's profile its name"),
+        ([], (), "there are no examples"),
+    ],
+)
+def test_bad_tasks_get_one_line_and_change_nothing(
+    demo: Path, tmp_path: Path, tasks: list[Any], flags: tuple[str, ...], message: str
+) -> None:
+    path = tmp_path / "examples.jsonl"
+    rows = [{"prompt": f"{n}", "answer": "b", "task": task} for n, task in enumerate(tasks)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = (demo / "family.toml").read_text()
+    result = run(path, "-f", demo, "--task-field", "task", *flags)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr.splitlines()[-1]
+    assert (demo / "family.toml").read_text() == before
+
+
 def test_json_holds_what_a_request_takes(demo: Path, sums: Path) -> None:
     result = run(sums, "-f", demo, "--json")
     found = json.loads(result.stdout)
@@ -329,9 +413,24 @@ WEIGHTS = {"large": 0.5, "odd.name": -0.25}
     ],
 )
 def test_the_rest_of_a_file_stays_as_it_is(before: str, after: str | None) -> None:
-    assert with_defaults(before, {"method": "weighted", "weights": WEIGHTS}) == after
+    assert with_settings(before, {"method": "weighted", "weights": WEIGHTS}) == after
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("a = 1\n[b]\n", 'a = 1\n[b]\n[profiles."odd.name"]\ntop_k = 2\n'),
+        (
+            "[profiles.a]\ntop_k = 1\n[profiles . 'odd.name'] # x\ntop_k = 1\n[defaults]\ntop_k = 1\n",
+            "[profiles.a]\ntop_k = 1\n[profiles . 'odd.name'] # x\ntop_k = 2\n[defaults]\ntop_k = 1\n",
+        ),
+        ('profiles = { "odd.name" = { top_k = 1 } }\n', None),
+    ],
+)
+def test_a_profile_is_written_by_its_name(before: str, after: str | None) -> None:
+    assert with_settings(before, {"top_k": 2}, "odd.name") == after
 
 
 def test_a_setting_is_taken_out() -> None:
     text = '[defaults]\nmethod = "weighted"\nweights = { large = 1.0 }\n'
-    assert with_defaults(text, {"method": "sums", "weights": None}) == '[defaults]\nmethod = "sums"\n'
+    assert with_settings(text, {"method": "sums", "weights": None}) == '[defaults]\nmethod = "sums"\n'

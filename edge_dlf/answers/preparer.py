@@ -10,7 +10,7 @@ from typing import Any
 from ..engine.ensemble import Ensemble
 from ..engine.generation import Generation, GenerationRequest
 from ..errors import ContextOverflowError, InvalidParameterError
-from ..params import FUSION, SAMPLING, FusionParams, SamplingParams, check_draft, params_of
+from ..params import FUSION, SAMPLING, SETTINGS, FusionParams, SamplingParams, params_of, profile_of
 from .completion import ChatCompletion, Completion
 from .requests import Request
 from .stream import Answer
@@ -22,21 +22,28 @@ logger = logging.getLogger(__name__)
 class Preparer:
     """Makes answers of arguments, for one family.
 
-    name: the family's. defaults: settings of its own. ends: whether a token ends an answer. Its methods raise
-    InvalidParameterError, ContextOverflowError, and TypeError for unknown names, on behalf of `function`.
+    name: the family's.
+    defaults: its own settings.
+    profiles: name -> settings that a request may choose by it, over the defaults.
+    profile: the one of requests that choose none.
+    ends: whether a token ends an answer.
+    Its methods raise InvalidParameterError, ContextOverflowError, and TypeError for unknown names, on behalf of
+    `function`.
     """
 
     def __init__(
         self,
         name: str,
         defaults: Mapping[str, Any],
+        profiles: Mapping[str, Mapping[str, Any]],
+        profile: str | None,
         ensemble: Ensemble,
         tokenizer: Tokenizer,
         ends: Callable[[int], bool],
     ) -> None:
         self.tokenizer = tokenizer
         self._name = name
-        self._defaults = defaults
+        self._defaults, self._profiles, self._profile = defaults, profiles, profile
         self._ensemble = ensemble
         self._ends = functools.cache(ends)
         self._piece = functools.cache(tokenizer.piece)
@@ -91,7 +98,7 @@ class Preparer:
 
     def scorer(self, settings: Mapping[str, Any]) -> Callable[[Prompt, Sequence[int]], Answer]:
         """Return what makes a prompt and the tokens of its answer ready to be scored."""
-        if unknown := sorted(set(settings) - FUSION):
+        if unknown := sorted(set(settings) - FUSION - {"profile"}):
             raise TypeError(f"score() got an unexpected keyword argument {unknown[0]!r}")
         _, fusion = self.params("score", settings)
         roles, n_ctx = self._ensemble.roles(fusion), self._ensemble.n_ctx
@@ -123,8 +130,10 @@ class Preparer:
         trace: bool,
         settings: Mapping[str, Any],
     ) -> Completion:
-        """Return the answer to a line of a batch or to a call of the server."""
-        arguments = {**settings, **request.settings}
+        """Return the answer to a line of a batch or to a call of the server. A profile that it names goes before
+        `settings`, what it sets by itself before both."""
+        named = profile_of(self._profiles, request.settings.get("profile"))
+        arguments = {**settings, **named, **request.settings}
         logprobs, n_top = arguments.pop("logprobs", None), arguments.pop("top_logprobs", 0)
         arguments["top_logprobs"] = (n_top if logprobs else 0) if request.is_chat else logprobs or 0
         prompt = self._content(request, raw=raw, system=system)
@@ -150,17 +159,19 @@ class Preparer:
         return self.tokenizer.conversation(content)
 
     def params(self, function: str, settings: Mapping[str, Any]) -> tuple[SamplingParams, FusionParams]:
-        """Return `settings` over the family's defaults. Raises TypeError for a name that is no setting."""
-        if unknown := sorted(set(settings) - SAMPLING - FUSION):
+        """Return `settings` over those of their profile and the family's defaults. Raises TypeError for a name that is
+        no setting."""
+        if unknown := sorted(set(settings) - SAMPLING - FUSION - {"profile"}):
             raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
-        merged = {**self._defaults, **settings}
+        named = profile_of(self._profiles, settings.get("profile") or self._profile)
+        merged = {**self._defaults, **named, **settings}
         if bias := merged.get("logit_bias"):
             merged["logit_bias"] = {self.tokenizer.known(int(token)): float(value) for token, value in bias.items()}
         return params_of(merged)
 
     def _n_draft(self, draft: int | str) -> int | None:
         """Return the tokens to draft at each step; None for "auto"."""
-        check_draft(draft)
+        SETTINGS["draft"].read(draft)
         if draft in ("off", 0):
             return 0
         if stuck := [name for name, member in self._ensemble.members.items() if not member.can_trim]:

@@ -58,7 +58,7 @@ def run_file(
     cannot be written or another run writes to it, and what `FusedLlama.batch` raises; what is finished stays.
     """
     spec = llm.files.spec
-    settings = {"seed": spec.defaults.get("seed", 0), "raw": True, "system": None, **settings}
+    settings = {"seed": spec.settings(settings.get("profile")).get("seed", 0), "raw": True, "system": None, **settings}
     type_k, type_v = llm.cache_types
     with (
         Path(input).open("rb") as file,
@@ -117,7 +117,15 @@ def run_rows(
 def manifest_of(files: FamilyFiles, settings: Mapping[str, Any], *, n_ctx: int, type_k: str, type_v: str) -> Manifest:
     """The family, and every parameter that can change an answer."""
     given = {name: value for name, value in settings.items() if name not in ("draft", "ordered", "trace")}
-    parameters = {**_DEFAULTS, "max_tokens": None, "stop": None, **files.spec.defaults, **given}
+    own = files.spec.settings(given.get("profile"))
+    parameters = {
+        **_DEFAULTS,
+        "max_tokens": None,
+        "stop": None,
+        **own,
+        **given,
+        "profiles": files.spec.profiles or None,
+    }
     return Manifest.of(files, {**parameters, "n_ctx": n_ctx, "type_k": type_k, "type_v": type_v})
 
 

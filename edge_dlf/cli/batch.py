@@ -111,7 +111,7 @@ def _settings(options: Options, *, raw: bool, ordered: bool) -> dict[str, Any]:
     """Return the arguments of `FusedLlama.batch`."""
     if raw and options.system:
         raise InvalidParameterError("a system prompt needs the chat template: leave out --raw or --system")
-    seed = options.spec.defaults.get("seed", 0)
+    seed = options.spec.settings().get("seed", 0)
     return {"seed": seed, **options.settings, "system": options.system, "raw": raw, "ordered": ordered}
 
 

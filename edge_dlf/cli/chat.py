@@ -38,7 +38,7 @@ def chat(ctx: click.Context, /, trace: Path | None, **shared: Any) -> None:
     options, screen = Options.of(ctx, shared), Screen()
     with tracing(trace, options.spec.name) as tracer, open_family(options, screen) as llm:
         conversation = Conversation(options.system)
-        session = Session(llm, screen, dict(options.settings), options.spec.defaults, conversation, tracer)
+        session = Session(llm, screen, dict(options.settings), options.spec, conversation, tracer)
         if not screen.is_terminal:
             ctx.exit(answer_lines(session))
         from .editor import Editor

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import InvalidParameterError
-from ..params import METHODS, Setting, check_settings, settable, show
+from ..params import METHODS, Setting, settable, show
 from . import conversation
 from .screen import one_line
 from .session import Session
@@ -108,9 +108,7 @@ def _known(name: str) -> Setting:
 
 def _choose(session: Session, name: str, text: str) -> None:
     """Set one setting, if the family can use it."""
-    changed = {**session.settings, name: _known(name).parse(text)}
-    check_settings({**session.defaults, **changed}, session.llm.experts)
-    session.settings = changed
+    session.change({**session.settings, name: _known(name).parse(text)})
 
 
 def _save(session: Session, file: str) -> None:
@@ -124,9 +122,8 @@ def _load(session: Session, file: str) -> None:
     if not file:
         raise InvalidParameterError("usage: /load FILE")
     loaded, saved = conversation.load(Path(file))
-    settings = {name: _known(name).read(value) for name, value in saved.items()}
-    check_settings({**session.defaults, **settings}, session.llm.experts)
-    session.conversation, session.settings = loaded, settings
+    session.change({name: _known(name).read(value) for name, value in saved.items()})
+    session.conversation = loaded
     session.screen.say(f"loaded {_count(len(session.conversation.messages), 'message')} and the settings from {file}")
 
 

@@ -112,7 +112,7 @@ def _variant(text: str, options: Options, experts: Sequence[str]) -> Variant:
             raise InvalidParameterError(
                 f"expected METHOD:SETTING=VALUE, not {text!r}; the settings are fewshot, {', '.join(known)}"
             )
-    check_settings({**options.spec.defaults, **settings}, experts)
+    check_settings({**options.spec.settings(), **settings}, experts)
     return Variant(text, settings, n_fewshot)
 
 
@@ -131,6 +131,6 @@ def _manifest(options: Options, settings: Mapping[str, Any]) -> Manifest:
     """The family, and every parameter that can change an answer or a score."""
     from ..families.manifest import Manifest
 
-    given = {**DEFAULTS, **options.spec.defaults, **settings}
+    given = {**DEFAULTS, **options.spec.settings(), **settings}
     fusion = {name: value for name, value in given.items() if name in FUSION}
     return Manifest.of(options.files, {**fusion, "system": options.system, **options.cache})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import FamilyError
+from ..params import show as shown
 from .opening import size
 from .screen import Screen, printable
 
@@ -145,7 +146,8 @@ def _about(spec: FamilySpec, entry: Entry | None) -> dict[str, Any]:
         for role, source, scale in spec.members
     ]
     about = {"name": spec.name, "complete": spec.is_downloaded, **_catalogued(entry)}
-    return {**about, "defaults": dict(spec.defaults), "members": members}
+    settings = {"defaults": dict(spec.defaults), "profiles": {name: dict(own) for name, own in spec.profiles.items()}}
+    return {**about, **settings, "members": members}
 
 
 def _measured(spec: FamilySpec, members: Sequence[dict[str, Any]], n_ctx: int) -> dict[str, Any]:
@@ -179,7 +181,9 @@ def _lines(about: dict[str, Any]) -> list[str]:
             ("template", f"{len(template):,} characters, by the large model" if template else "none"),
             ("context", f"{about['n_ctx_train']:,} tokens" if "n_ctx_train" in about else None),
         ]
-    facts.append(("defaults", ", ".join(f"{key} = {value}" for key, value in about["defaults"].items())))
+    for name, settings in (("defaults", about["defaults"]), *about["profiles"].items()):
+        label = name if name == "defaults" else f"profile {name}"
+        facts.append((label, ", ".join(f"{key} = {shown(value)}" for key, value in settings.items())))
     if memory := about.get("memory"):
         parts = [f"{name} {size(memory[name])}" for name in ("weights", "kv", "other") if name in memory]
         detail = f" ({', '.join(parts)})" if parts else ""

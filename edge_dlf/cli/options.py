@@ -72,7 +72,8 @@ class Options:
         spec = FamilySpec.load(family) if family else FamilySpec.from_files(values["large"], values["base"], experts)
         given = {name: value for name, value in values.items() if value not in (None, ())}
         settings = {name: s.read(given[name]) for name, s in settable("command line").items() if name in given}
-        check_settings({**spec.defaults, **settings}, [expert.name for expert in spec.experts])
+        spec = spec.choosing(settings.pop("profile", None))
+        check_settings({**spec.settings(), **settings}, [expert.name for expert in spec.experts])
         settings |= _form(values)
         loading = {_LOADING[name]: value for name, value in given.items() if name in _LOADING}
         ray = given.get("ray")
@@ -80,7 +81,7 @@ class Options:
 
     def methods(self, experts: Sequence[str]) -> tuple[str, ...]:
         """Return the methods to set side by side. "weighted" is one where the user or the family gives weights."""
-        has_weights = {**self.spec.defaults, **self.settings}.get("weights") is not None
+        has_weights = {**self.spec.settings(), **self.settings}.get("weights") is not None
         return ("large", *experts, "static", *(["weighted"] if has_weights else []), "dynamic")
 
     @cached_property
@@ -111,7 +112,7 @@ class Options:
         except ImportError as error:
             raise InvalidParameterError(f"--ray needs Ray: pip install 'edge-dlf[ray]' ({error})") from error
         # By its name, for a machine may keep the family in another folder.
-        load = partial(FusedLlama.from_family, self.family or self.spec)
+        load = partial(FusedLlama.from_family, self.family or self.spec, profile=self.spec.profile)
         return RayLlama(load, address=self.ray, **self.loading)
 
 

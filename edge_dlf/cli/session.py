@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..params import DEFAULTS
+from ..params import DEFAULTS, check_settings
 from .conversation import Conversation
 from .interrupts import interruptible
 from .paint import AlphaPaint, color_system
@@ -16,6 +16,7 @@ from .tracing import Tracer
 if TYPE_CHECKING:
     from ..answers.stream import Report
     from ..api import FusedLlama
+    from ..families.spec import FamilySpec
 
 _ROOM_FOR_ANSWER = 512
 
@@ -24,6 +25,7 @@ _ROOM_FOR_ANSWER = 512
 class Session:
     """State of a chat, on which its commands act.
 
+    spec: the family, with the profile that the command line chose.
     settings: choices of the user, which go before the family's own `defaults`.
     paints: whether tokens are coloured by their α.
     last: report of the last answer.
@@ -33,7 +35,7 @@ class Session:
     llm: FusedLlama
     screen: Screen
     settings: dict[str, Any]
-    defaults: Mapping[str, Any]
+    spec: FamilySpec
     conversation: Conversation
     tracer: Tracer = field(default_factory=lambda: Tracer(None, ""))
     paints: bool = False
@@ -41,9 +43,19 @@ class Session:
     n_answers: int = 0
     n_generated: int = 0
 
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Settings that hold where the user chooses none: the family's, or those of the profile in use."""
+        return {"profile": self.spec.profile, **self.spec.settings(self.settings.get("profile"))}
+
     def value(self, name: str) -> Any:
         """Value of the setting `name`: the user's choice, the family's, or the general default."""
         return self.settings.get(name, self.defaults.get(name, DEFAULTS[name]))
+
+    def change(self, settings: dict[str, Any]) -> None:
+        """Take other choices of the user, if the family can use them. Raises InvalidParameterError."""
+        check_settings({**self.spec.settings(settings.get("profile")), **settings}, self.llm.experts)
+        self.settings = settings
 
     def paint(self) -> AlphaPaint | None:
         """Colours of this family's experts; None where the terminal shows none."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import InvalidParameterError
 from ..params import show
 from .interrupts import interruptible
 from .opening import family_command, open_family
 from .options import Options, reading_options
 from .prompts import raw_option
-from .screen import Screen
+from .screen import Screen, one_line
 
 if TYPE_CHECKING:
     from ..evidence.held_out import Outcome
@@ -33,11 +36,31 @@ _MOST_WEIGHTED = 6
 @click.option("--system", help="System prompt.")
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 @click.option("--write", is_flag=True, help="Put what is recommended into the family's family.toml, as its default.")
+@click.option(
+    "--profile",
+    metavar="NAME",
+    allow_from_autoenv=False,
+    help="Let --write put it there as a profile, which other commands choose by --profile NAME.",
+)
+@click.option(
+    "--task-field",
+    metavar="FIELD",
+    help="Field of a row that names its task. Each task is compared by itself, and is the name of what --write writes.",
+)
 @click.option("--check", metavar="N", type=click.IntRange(min=1), help="Generate answers to N held-out examples too.")
 @reading_options
 @click.pass_context
 def tune(
-    ctx: click.Context, /, examples: Path, raw: bool, json: bool, write: bool, check: int | None, **values: Any
+    ctx: click.Context,
+    /,
+    examples: Path,
+    raw: bool,
+    json: bool,
+    write: bool,
+    profile: str | None,
+    task_field: str | None,
+    check: int | None,
+    **values: Any,
 ) -> None:
     """Find what to run for a task: one member alone, static or dynamic fusion, or fusion with fitted weights.
 
@@ -49,17 +72,53 @@ def tune(
     Examples that an expert was trained on flatter it: take others. Given again, a command that was stopped continues.
     """
     options, screen = _for_all_members(Options.of(ctx, {**values, "parallel": "auto"})), Screen()
-    from ..evidence.examples import read_rows, tokenized
-    from ..evidence.tune import check as generate_answers
-    from ..evidence.tune import distinct, tune_examples
-    from ..families.defaults import own_file, write_defaults
-    from .progress import ProgressLine
+    from ..evidence.examples import by_task, read_rows
+    from ..families.defaults import own_file, write_settings
+    from ..families.spec import check_profile_name
 
+    if profile is not None and (task_field or not write):
+        given = "--task-field gives each task's profile its name: leave one out"
+        raise InvalidParameterError(given if task_field else "--profile names what --write writes: give both")
     file = own_file(options.family) if write else None
     rows = list(read_rows(examples))
+    tasks = by_task(rows, task_field) if task_field else {"": rows}
+    profiles = {task: task or profile for task in tasks} if write else dict.fromkeys(tasks)
+    for name in profiles.values():
+        if name is not None:
+            check_profile_name(name)
+    results = _results(options, screen, tasks, raw=raw, n_checked=check)
+    if json:
+        found = {task: result.as_json() for task, result in results.items()}
+        screen.show(dumps({"tasks": found} if task_field else found[""], ensure_ascii=False))
+    else:
+        for task, result in results.items():
+            if task_field:
+                screen.show(f"== {one_line(task)}")
+            _show(screen, result)
+            how = f"--profile {profiles[task]}" if profiles[task] else _flags(result.settings)
+            screen.show(f"To use it: edge-dlf chat {_named(options)} {how}")
+    if file:
+        write_settings(file, {profiles[task]: result.settings for task, result in results.items()})
+        for name in profiles.values():
+            screen.say(f"written to {f'[profiles.{name}]' if name else '[defaults]'} of {file}")
+
+
+def _results(
+    options: Options,
+    screen: Screen,
+    tasks: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]],
+    *,
+    raw: bool,
+    n_checked: int | None,
+) -> dict[str, TuneResult]:
+    """Compare the methods on the rows of each task, and show how far it is. n_checked: answers to generate."""
+    from ..evidence.examples import tokenized
+    from ..evidence.tune import check, tune_tasks
+    from .progress import ProgressLine
+
     with open_family(options, screen) as llm, interruptible(screen, llm.interrupt) as stop:
-        read = distinct(tokenized(llm, rows, raw=raw, system=options.system))
-        progress = ProgressLine(len(read))
+        read = {name: tokenized(llm, rows, raw=raw, system=options.system) for name, rows in tasks.items()}
+        progress = ProgressLine(len(set(chain(*read.values()))))
         progress.unit = "examples"
 
         def tell(n_done: int) -> None:
@@ -70,17 +129,10 @@ def tune(
             stop.check()
 
         with progress.shown(screen):
-            result = tune_examples(llm, read, n_threads=options.loading.get("n_threads"), tell=tell)
-        if check:
-            result = generate_answers(llm, result, check)
-    if json:
-        screen.show(dumps(result.as_json(), ensure_ascii=False))
-    else:
-        _show(screen, result)
-        screen.show(f"To use it: edge-dlf chat {_named(options)} {_flags(result.settings)}")
-    if file:
-        write_defaults(file, result.settings)
-        screen.say(f"written to [defaults] of {file}")
+            results = tune_tasks(llm, read, n_threads=options.loading.get("n_threads"), tell=tell)
+        if n_checked:
+            results = {name: check(llm, result, n_checked) for name, result in results.items()}
+        return results
 
 
 def _for_all_members(options: Options) -> Options:

@@ -78,6 +78,13 @@ class AnswerLosses:
     losses: npt.NDArray[np.float32]
     right: npt.NDArray[np.bool_]
 
+    def take(self, numbers: Sequence[int]) -> AnswerLosses:
+        """The examples of these numbers, in this order."""
+        rows = np.concatenate([np.arange(self.starts[k], self.starts[k + 1]) for k in numbers])
+        kept = tuple(self.kept[k] for k in numbers)
+        starts = np.cumsum([0, *map(len, kept)])
+        return AnswerLosses(self.methods, self.rows.take(rows), starts, kept, self.losses[rows], self.right[rows])
+
 
 def fixed_methods(experts: Sequence[str]) -> tuple[Method, ...]:
     """Every member alone, static and dynamic. Of several experts, static gives each an equal share of α."""

@@ -41,6 +41,21 @@ def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise InvalidParameterError(f"{path}: {(error.strerror or str(error)).lower()}") from error
 
 
+def by_task(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], field: str
+) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
+    """The rows of each task, which their `field` names. Raises InvalidParameterError where it does not."""
+    tasks: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for where, row in rows:
+        task = row.get(field)
+        if not isinstance(task, str) or not task:
+            raise InvalidParameterError(f"{where}: the field {field!r} must name the task, in text")
+        tasks.setdefault(task, []).append((where, row))
+    if not tasks:
+        raise InvalidParameterError("there are no examples")
+    return tasks
+
+
 def tokenized(
     llm: FusedLlama, rows: Iterable[tuple[str, Mapping[str, Any]]], *, raw: bool, system: str | None
 ) -> list[Example]:

@@ -7,6 +7,7 @@ recommended.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from ..api import FusedLlama
 from ..errors import EdgeDLFError, InvalidParameterError
 from ..llama import default_n_threads
-from .answer_rows import evaluate
+from .answer_rows import AnswerLosses, evaluate
 from .examples import Example, tokenized
 from .held_out import SAME, HeldOut, Outcome
 from .stats import Estimate, Z, interval
@@ -63,7 +64,7 @@ class TuneResult:
     best: Outcome
     recommended: Outcome
     verdict: str
-    notes: Sequence[str]
+    notes: list[str]
     folds: npt.NDArray[np.int64]
     check: Check | None = None
 
@@ -146,9 +147,38 @@ def tune_examples(
     tell: Callable[[int], None] = lambda n_done: None,
 ) -> TuneResult:
     """Find what to run for the task of examples that are tokens already. Arguments as in `tune` and `evaluate`."""
-    different = distinct(examples)
+    (result,) = tune_tasks(llm, {"": examples}, n_threads=n_threads, folder=folder, tell=tell).values()
+    return result
+
+
+def tune_tasks(
+    llm: FusedLlama,
+    tasks: Mapping[str, Sequence[Example]],
+    *,
+    n_threads: int | None = None,
+    folder: Path | None = None,
+    tell: Callable[[int], None] = lambda n_done: None,
+) -> dict[str, TuneResult]:
+    """Find what to run for each of several tasks, in one pass over all of their examples."""
+    different = {task: _distinct(task, examples) for task, examples in tasks.items()}
+    everything = list(dict.fromkeys(itertools.chain(*different.values())))
     n_threads = n_threads or default_n_threads()
-    found = evaluate(llm, different, n_threads, folder, tell)
+    found = evaluate(llm, everything, n_threads, folder, tell)
+    numbers = {example: number for number, example in enumerate(everything)}
+    results = {}
+    for task, examples in different.items():
+        own = found.take([numbers[example] for example in examples])
+        result = _compared(llm, examples, own, n_threads, lambda: tell(len(everything)))
+        if n_repeated := len(tasks[task]) - len(examples):
+            result.notes.append(f"{n_repeated} examples are repeated; each counts once.")
+        results[task] = result
+    return results
+
+
+def _compared(
+    llm: FusedLlama, examples: Sequence[Example], found: AnswerLosses, n_threads: int, tell: Callable[[], None]
+) -> TuneResult:
+    """Compare all methods on the examples of one task, which have been read."""
     members = llm.driver.decoder.ensemble.members
     held_out = HeldOut(found, {name: member.n_bytes for name, member in members.items()}, n_threads)
     outcomes = list(held_out.fixed())
@@ -156,16 +186,14 @@ def tune_examples(
         raise InvalidParameterError("no member gives every token of the answers a probability")
     for outcome in held_out.weighted():
         outcomes.append(outcome)
-        tell(len(different))
+        tell()
     best = min(outcomes, key=_mean)
     recommended = _cheapest(outcomes, best)
     verdict, notes = _conclusion(outcomes, recommended)
-    if len(different) < len(examples):
-        notes.append(f"{len(examples) - len(different)} examples are repeated; each counts once.")
     return TuneResult(
         llm.name,
         llm.files.spec.defaults,
-        different,
+        examples,
         outcomes,
         best,
         recommended,
@@ -175,12 +203,13 @@ def tune_examples(
     )
 
 
-def distinct(examples: Sequence[Example]) -> list[Example]:
-    """The examples, each once. Raises InvalidParameterError unless there are two at least."""
+def _distinct(task: str, examples: Sequence[Example]) -> list[Example]:
+    """The examples, each once. Raises InvalidParameterError, which names the task, unless there are two at least."""
     different = list(dict.fromkeys(examples))
     if len(different) < 2:
         what = "there are no examples" if not examples else "there is only one example"
         what = "all examples are the same" if len(examples) > 1 else what
+        what = f"task {task!r}: {what}" if task else what
         raise InvalidParameterError(f"{what}; weights need at least two, and {_FEWEST} or more tell methods apart")
     return different
 

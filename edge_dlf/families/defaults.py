@@ -1,4 +1,4 @@
-"""Settings written into the [defaults] of a family.toml, with everything else of the file kept as it is."""
+"""Settings written into [defaults] or a profile of a family.toml, with everything else of the file kept as it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_HEADER = re.compile(r"\s*\[\s*defaults\s*\]\s*(#.*)?")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -33,8 +32,9 @@ def own_file(family: str | Path | None) -> Path:
     return path
 
 
-def write_defaults(path: Path, settings: Mapping[str, Any]) -> None:
-    """Put `settings` into the [defaults] of a family.toml; None takes a setting out.
+def write_settings(path: Path, tables: Mapping[str | None, Mapping[str, Any]]) -> None:
+    """Put the settings of each profile into its table of a family.toml, those of None into [defaults]. A setting that
+    is None is taken out.
 
     Raises InvalidParameterError, and leaves the file as it is, where it cannot be changed line by line.
     """
@@ -42,25 +42,29 @@ def write_defaults(path: Path, settings: Mapping[str, Any]) -> None:
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FamilyError(f"{path}: cannot be read ({error})") from error
-    changed = with_defaults(text, settings)
-    if changed is None:
-        lines = "; ".join(_line(name, value) for name, value in settings.items() if value is not None)
-        raise InvalidParameterError(f"{path}: cannot be changed line by line; put into its [defaults]: {lines}")
+    for profile, settings in tables.items():
+        changed = with_settings(text, settings, profile)
+        if changed is None:
+            lines = "; ".join(_line(name, value) for name, value in settings.items() if value is not None)
+            where = _header(profile)
+            raise InvalidParameterError(f"{path}: cannot be changed line by line; put into its {where}: {lines}")
+        text = changed
     try:
-        FamilySpec.from_table(tomllib.loads(changed), path.parent)
+        FamilySpec.from_table(tomllib.loads(text), path.parent)
     except InvalidParameterError as error:
         raise InvalidParameterError(f"{path}: is not changed, for then {error}") from error
     with replacing(path) as file:
-        file.write(changed.encode("utf-8"))
+        file.write(text.encode("utf-8"))
 
 
-def with_defaults(text: str, settings: Mapping[str, Any]) -> str | None:
-    """The text of a family.toml with `settings` in its [defaults]; None where lines are not enough to change it."""
+def with_settings(text: str, settings: Mapping[str, Any], profile: str | None = None) -> str | None:
+    """The text of a family.toml with `settings` in its profile, or in [defaults]; None where lines are not enough to
+    change it."""
     newline = "\r\n" if "\r\n" in text else "\n"
     lines = text.split(newline)
-    header = next((n for n, line in enumerate(lines) if _HEADER.fullmatch(line)), None)
+    header = next((n for n, line in enumerate(lines) if _begins(line, profile)), None)
     if header is None:
-        lines[len(lines) - (not lines[-1]) :] = ["[defaults]", ""]
+        lines[len(lines) - (not lines[-1]) :] = [_header(profile), ""]
         header = len(lines) - 2
     stop = next((n for n in range(header + 1, len(lines)) if lines[n].lstrip().startswith("[")), len(lines))
     section = lines[header + 1 : stop]
@@ -75,17 +79,37 @@ def with_defaults(text: str, settings: Mapping[str, Any]) -> str | None:
             section.insert(last + 1, _line(name, value))
     changed = newline.join([*lines[: header + 1], *section, *lines[stop:]])
     wanted = tomllib.loads(text)
-    kept = {name: value for name, value in wanted.get("defaults", {}).items() if name not in settings}
-    wanted["defaults"] = kept | {name: value for name, value in settings.items() if value is not None}
+    tables, key = (wanted, "defaults") if profile is None else (wanted.setdefault("profiles", {}), profile)
+    kept = {name: value for name, value in tables.get(key, {}).items() if name not in settings}
+    tables[key] = kept | {name: value for name, value in settings.items() if value is not None}
     try:
         return changed if tomllib.loads(changed) == wanted else None
     except tomllib.TOMLDecodeError:
         return None
 
 
+def _header(profile: str | None) -> str:
+    """The line that begins the table of a profile, or the defaults."""
+    return "[defaults]" if profile is None else f"[profiles.{_key(profile)}]"
+
+
+def _begins(line: str, profile: str | None) -> bool:
+    """Whether a line is the header of a profile's table, or of the defaults, however it is written."""
+    if not line.lstrip().startswith("["):
+        return False
+    try:
+        return bool(tomllib.loads(line) == ({"defaults": {}} if profile is None else {"profiles": {profile: {}}}))
+    except tomllib.TOMLDecodeError:
+        return False
+
+
+def _key(name: str) -> str:
+    return name if _BARE.fullmatch(name) else json.dumps(name)
+
+
 def _line(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
-        pairs = (f"{key if _BARE.fullmatch(key) else json.dumps(key)} = {number!r}" for key, number in value.items())
+        pairs = (f"{_key(key)} = {number!r}" for key, number in value.items())
         return f"{name} = {{ {', '.join(pairs)} }}"
     return f"{name} = {json.dumps(value)}"
 

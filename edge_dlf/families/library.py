@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,13 +142,20 @@ def write_family(spec: FamilySpec) -> Path:
     experts = [_expert_table(expert) for expert in spec.experts]
     table = {"name": spec.name, "large": _table(spec.large), "base": _table(spec.base), "experts": experts}
     if spec.defaults:
-        table["defaults"] = {
-            name: {str(key): each for key, each in value.items()} if isinstance(value, dict) else value
-            for name, value in spec.defaults.items()
-        }
+        table["defaults"] = _plain(spec.defaults)
+    if spec.profiles:
+        table["profiles"] = {name: _plain(settings) for name, settings in spec.profiles.items()}
     with replacing(folder / FILE_NAME) as file:
         tomli_w.dump(table, file)
     return folder / FILE_NAME
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as TOML holds them, with text for every key."""
+    return {
+        name: {str(key): each for key, each in value.items()} if isinstance(value, dict) else value
+        for name, value in settings.items()
+    }
 
 
 def _table(source: ModelSource) -> dict[str, Any]:

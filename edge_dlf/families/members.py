@@ -69,7 +69,7 @@ def plan_memory(
         machine,
         n_seqs=beside.n_seqs if beside else n_seqs,
         repacks=repacks_weights(),
-        names=names or Roles.of(params_of(files.spec.defaults)[1], tuple(files.models)).members,
+        names=names or Roles.of(params_of(files.spec.settings())[1], tuple(files.models)).members,
         beside=beside,
         **asked,
     )

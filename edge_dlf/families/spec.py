@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from ..errors import FamilyError, InvalidParameterError
 from ..gguf.shards import shard_names
-from ..params import METHODS, Number, check_settings, settable
+from ..params import METHODS, Number, check_settings, profile_of, settable
 from ..system.paths import CATALOGUE, expanded, models_dir, shipped_dir
 from .hub_cache import cached, check_names
 
@@ -81,7 +81,10 @@ class ExpertSpec:
 class FamilySpec:
     """One large model, one base and at least one expert.
 
-    defaults: fields of FusionParams and SamplingParams by name. examples: prompts that show what the family can do.
+    defaults: fields of FusionParams and SamplingParams by name.
+    profiles: name -> settings as in `defaults`, which hold where the profile is chosen.
+    profile: the one that is chosen for all requests.
+    examples: prompts that show what the family can do.
     origin: the name or path that it was loaded by.
     """
 
@@ -90,8 +93,22 @@ class FamilySpec:
     base: ModelSource
     experts: tuple[ExpertSpec, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    profiles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    profile: str | None = None
     examples: tuple[str, ...] = ()
     origin: str | None = field(default=None, compare=False)
+
+    def settings(self, profile: str | None = None) -> dict[str, Any]:
+        """Return the defaults, under the settings of `profile`, or else of the chosen one.
+
+        Raises InvalidParameterError for an unknown profile.
+        """
+        return {**self.defaults, **profile_of(self.profiles, profile or self.profile)}
+
+    def choosing(self, profile: str | None) -> FamilySpec:
+        """Return the family with another profile chosen. Raises InvalidParameterError for an unknown one."""
+        profile_of(self.profiles, profile)
+        return dataclasses.replace(self, profile=profile)
 
     @property
     def members(self) -> tuple[tuple[str, ModelSource, float | None], ...]:
@@ -141,7 +158,7 @@ class FamilySpec:
     @classmethod
     def from_table(cls, table: Table, folder: Path) -> FamilySpec:
         """Make a family of the contents of a `family.toml` in `folder`. Raises InvalidParameterError."""
-        _known(table, {"name", "large", "base", "experts", "defaults", "examples"}, "the file")
+        _known(table, {"name", "large", "base", "experts", "defaults", "profiles", "examples"}, "the file")
         name = table.get("name")
         _require(is_name(name), f"name must have {NAME_RULE}, not {name!r}")
         sources = {}
@@ -155,8 +172,8 @@ class FamilySpec:
         )
         names = [expert.get("name") for expert in experts]
         _check_names(names)
-        defaults = table.get("defaults", {})
-        _require(isinstance(defaults, dict), "defaults must be a table, [defaults]")
+        defaults = _settings(table.get("defaults", {}), "defaults")
+        check_settings(defaults, names)
         examples = table.get("examples", [])
         _require(isinstance(examples, list), "examples must be a list of prompts")
         return cls(
@@ -164,7 +181,8 @@ class FamilySpec:
             large=sources["large"],
             base=sources["base"],
             experts=tuple(_expert(expert, folder) for expert in experts),
-            defaults=_defaults(defaults, names),
+            defaults=defaults,
+            profiles=_profiles(table.get("profiles", {}), defaults, names),
             examples=tuple(_text(example, "an example") for example in examples),
         )
 
@@ -192,6 +210,12 @@ class FamilySpec:
 def is_name(text: Any) -> bool:
     """Whether `text` may be the name of a family or an expert."""
     return isinstance(text, str) and bool(_NAME.fullmatch(text))
+
+
+def check_profile_name(name: str) -> None:
+    """Raise InvalidParameterError for a name that no profile may have: a server's model is FAMILY:PROFILE."""
+    _require(is_name(name), f"a profile's name must have {NAME_RULE}, not {name!r:.60}")
+    _require(name not in METHODS, f"a profile cannot be named {name!r}: that is a role or a method")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -308,10 +332,23 @@ def _pairs(name: Any, files: Any) -> list[tuple[Any, float]]:
     return [(lora, Number().read(f"a scale of {where}", scale)) for lora, scale in files]
 
 
-def _defaults(table: Table, experts: Sequence[str]) -> Table:
-    """The table, each value checked and converted, and all of them usable together."""
+def _settings(table: Any, name: str) -> Table:
+    """The table of that name, each value checked and converted."""
+    _require(isinstance(table, dict), f"{name} must be a table, [{name}]")
     known = settable("family")
-    _known(table, set(known), "[defaults]")
-    defaults = {name: known[name].read(value) for name, value in table.items()}
-    check_settings(defaults, experts)
-    return defaults
+    _known(table, set(known), f"[{name}]")
+    return {name: known[name].read(value) for name, value in table.items()}
+
+
+def _profiles(table: Any, defaults: Table, experts: Sequence[str]) -> dict[str, Table]:
+    """The settings of each profile, which are usable over the defaults."""
+    _require(isinstance(table, dict), "profiles must be tables, [profiles.NAME]")
+    profiles = {}
+    for name, own in table.items():
+        check_profile_name(name)
+        profiles[name] = _settings(own, f"profiles.{name}")
+        try:
+            check_settings({**defaults, **profiles[name]}, experts)
+        except InvalidParameterError as error:
+            raise InvalidParameterError(f"[profiles.{name}]: {error}") from error
+    return profiles

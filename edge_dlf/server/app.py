@@ -104,15 +104,17 @@ def make_app(llm: FusedLlama, rules: Rules) -> Starlette:
 
 
 def models_of(llm: FusedLlama, settings: Mapping[str, Any]) -> dict[str, Dict]:
-    """Name of each model on offer, that of the family's own method first, and the settings that it stands for.
+    """Name of each model on offer, that of the family's own method first, and the fields of a body that it stands for.
 
-    settings: of the server, for requests that do not set them.
+    settings: of the server, for requests that do not set them. A profile goes before an expert of the same name.
     """
-    given = {**DEFAULTS, **llm.files.spec.defaults, **settings}
-    own = given["method"]
-    others = ["dynamic"] if own != "dynamic" else []
-    others += ["static", *(["weighted"] if given["weights"] else []), "large", *llm.experts]
-    return {llm.name: {"method": own}, **{f"{llm.name}:{name}": {"method": name} for name in others}}
+    spec = llm.files.spec
+    given = {**DEFAULTS, **spec.settings(), **settings}
+    methods = ["dynamic"] if given["method"] != "dynamic" else []
+    methods += ["static", *(["weighted"] if given["weights"] else []), "large", *llm.experts]
+    models: dict[str, Dict] = {name: {"edge_dlf": {"method": name}} for name in methods}
+    models |= {name: {"profile": name} for name in spec.profiles}
+    return {llm.name: {}, **{f"{llm.name}:{name}": fields for name, fields in models.items()}}
 
 
 class _JSON(Response):
@@ -159,13 +161,17 @@ class _Service:
         return _JSON(openapi.document(tuple(self.models)))
 
     async def list_models(self, request: Request) -> Response:
-        return _JSON({"object": "list", "data": [_model(name) for name in self.models]})
+        return _JSON({"object": "list", "data": list(map(self._model, self.models))})
 
     async def show_model(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name not in self.models:
             raise HTTPError(404, f"the model {name!r:.80} does not exist", "model_not_found")
-        return _JSON(_model(name))
+        return _JSON(self._model(name))
+
+    def _model(self, name: str) -> Dict:
+        about = {"id": name, "object": "model", "created": 0, "owned_by": "edge-dlf"}
+        return {**about, "experts": list(self.llm.experts)}
 
     async def answer(self, request: Request, *, is_chat: bool) -> Response:
         try:
@@ -235,10 +241,6 @@ async def _stream(call: Call, choices: list[Completion], ticket: Ticket) -> Asyn
 
 def _events(chunks: list[Dict]) -> bytes:
     return b"".join(b"data: " + encode(chunk) + b"\n\n" for chunk in chunks)
-
-
-def _model(name: str) -> Dict:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "edge-dlf"}
 
 
 async def _read(request: Request) -> bytes:

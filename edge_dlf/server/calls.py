@@ -35,7 +35,7 @@ class Call:
 
     @classmethod
     def parse(cls, raw: bytes, models: Mapping[str, Mapping[str, Any]], *, is_chat: bool) -> Call:
-        """Read a body. models: name -> settings of the fusion. Raises HTTPError or InvalidParameterError."""
+        """Read a body. models: name -> fields that it stands for. Raises HTTPError or InvalidParameterError."""
         try:
             body = parse_object(raw)
         except ValueError as error:
@@ -56,7 +56,8 @@ class Call:
         fusion = _typed(given, "edge_dlf", dict, {})
         trace = _typed(fusion, "trace", bool, False)
         own = {name: value for name, value in fusion.items() if name != "trace" and value is not None}
-        given["edge_dlf"] = {**models[model], **own}
+        given = {**models[model], **given}
+        given["edge_dlf"] = {**models[model].get("edge_dlf", {}), **own}
         prompts = [given.pop("prompt", None)] if is_chat else _prompts(given)
         if not 1 <= n * len(prompts) <= MAX_CHOICES:
             raise InvalidParameterError(f"n must be 1 or more, and give {MAX_CHOICES} choices at most")
