@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from .answers.batch import row_seed, run_batch
 from .answers.completion import ChatCompletion, Completion, Dict
 from .answers.preparer import Preparer
-from .answers.requests import Request, schema_of
+from .answers.requests import OF_TEMPLATE, Request
 from .answers.scoring import Score, run_scores
 from .answers.stream import Answer, Driver, TokenStream
-from .answers.template import Message
+from .answers.template import ChatPrompt, Message
 from .answers.tokenizer import Prompt, Tokenizer
 from .engine.decoder import Decoder
 from .engine.overlap import choose_overlap
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 ExpertFiles: TypeAlias = str | Path | Sequence[tuple[str | Path, float]]
 
 _MAX_OWN_CTX = 4096
-_FORM = frozenset(("max_tokens", "stop", "grammar", "json_schema"))
+_FORM = frozenset(("max_tokens", "stop", "grammar", "json_schema", "think", "think_budget", *OF_TEMPLATE))
 
 
 class FusedLlama:
@@ -226,10 +226,17 @@ class FusedLlama:
         """Text of `tokens`, names of control tokens included."""
         return self._tokenizer.detokenize(tokens)
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
+    def apply_chat_template(self, messages: Sequence[Message], **arguments: Any) -> ChatPrompt:
         """Prompt tokens for the assistant's answer to `messages`, by the large model's own chat template. No text in a
-        message can become a control token."""
-        return self._tokenizer.conversation(messages)
+        message can become a control token.
+
+        arguments: tools, tool_choice, parallel_tool_calls, chat_template_kwargs and think, as in
+            `create_chat_completion`.
+        The list remembers how an answer to it is taken apart: `stream` tells its thinking from its text.
+        """
+        if unknown := sorted(set(arguments) - {*OF_TEMPLATE, "think"}):
+            raise TypeError(f"apply_chat_template() got an unexpected keyword argument {unknown[0]!r}")
+        return self._preparer.chat(messages, arguments)
 
     def stream(
         self,
@@ -307,21 +314,21 @@ class FusedLlama:
         top_logprobs: int = 0,
         stream: bool = False,
         prompts: Mapping[str, Sequence[Message]] | None = None,
-        response_format: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> Dict | Iterator[Dict]:
         """Return an OpenAI-shaped answer to `messages`, or, with `stream`, an iterator of chunks.
 
         logprobs, top_logprobs: whether to list logprobs, and how many likely tokens beside each token's own.
         prompts: member -> messages of its own.
-        response_format: OpenAI's, in place of json_schema.
-        arguments: those of `stream`.
+        arguments: those of `stream`, and OpenAI's response_format, in place of json_schema, tools, tool_choice and
+            parallel_tool_calls; chat_template_kwargs: variables of the chat template; think: "on", "off" or "auto";
+            think_budget: most tokens of thinking.
+        Thinking is `reasoning_content` of the message, and calls are its `tool_calls`.
         """
-        if response_format is not None:
-            arguments["json_schema"] = schema_of(response_format)
-        own = {name: self.apply_chat_template(each) for name, each in (prompts or {}).items()}
+        of_template = {name: arguments[name] for name in (*OF_TEMPLATE, "think") if name in arguments}
+        own = {name: self.apply_chat_template(each, **of_template) for name, each in (prompts or {}).items()}
         n_top = top_logprobs if logprobs else 0
-        prompt = self.apply_chat_template(messages)
+        prompt = self._preparer.chat(messages, arguments)
         answer = self._preparer.answer("create_chat_completion", prompt, top_logprobs=n_top, prompts=own, **arguments)
         completion = ChatCompletion(answer, self.name, logprobs, self._tokenizer.name_bytes)
         tokens = self._start(answer)

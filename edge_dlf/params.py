@@ -201,6 +201,7 @@ body of a request or under its "edge_dlf", or in a method string of eval."""
 _FUSION: frozenset[Place] = frozenset(("chat", "family", "edge_dlf", "eval"))
 _SAMPLING: frozenset[Place] = frozenset(("chat", "family", "body"))
 _CLI: frozenset[Place] = frozenset(("command line",))
+_CHAT: frozenset[Place] = frozenset(("command line", "chat", "body"))
 
 
 @dataclass(frozen=True)
@@ -332,14 +333,10 @@ class SamplingParams:
 _FIELDS = (*dataclasses.fields(FusionParams), *dataclasses.fields(SamplingParams))
 _ROWS = (
     *(Setting(field.name, field.default, **field.metadata) for field in _FIELDS),
-    Setting(
-        "max_tokens",
-        None,
-        Number(1, is_whole=True),
-        _CLI | {"chat", "body"},
-        "Longest answer [to the end of the context].",
-    ),
-    Setting("stop", None, Texts(), _CLI | {"chat", "body"}, "Text that ends the answer."),
+    Setting("max_tokens", None, Number(1, is_whole=True), _CHAT, "Longest answer [to the end of the context]."),
+    Setting("stop", None, Texts(), _CHAT, "Text that ends the answer."),
+    Setting("think", "auto", Text(("auto", "on", "off")), _CHAT, "Think first; auto leaves it to the chat template."),
+    Setting("think_budget", None, Number(0, is_whole=True), _CHAT, "Tokens after which thinking is closed [none]."),
     Setting(
         "draft",
         "auto",

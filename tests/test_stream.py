@@ -8,6 +8,7 @@ import pytest
 
 from edge_dlf import EdgeDLFError, FusionParams, SamplingParams
 from edge_dlf.answers.completion import ChatCompletion, Completion
+from edge_dlf.answers.message import MessageStream
 from edge_dlf.answers.stream import Answer, Driver, TokenStream
 from edge_dlf.engine.ensemble import Roles
 from edge_dlf.engine.generation import Generation, GenerationRequest, StepResult
@@ -58,7 +59,7 @@ def run(script: list[int], *, max_tokens: int = 50, stop: tuple[str, ...] = ()) 
     request = GenerationRequest(
         roles, prompts, FusionParams(), SamplingParams(), max_tokens=max_tokens, is_end=EOG.__eq__
     )
-    answer = Answer(Generation(request), PIECES.__getitem__, stop)
+    answer = Answer(Generation(request), PIECES.__getitem__, MessageStream(stop))
     return TokenStream(Driver(ScriptedDecoder([*script, EOG])), answer)  # type: ignore[arg-type]
 
 

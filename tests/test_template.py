@@ -43,7 +43,7 @@ def tokens(messages: Sequence[Message], source: str = CHATML) -> list[int | str]
         TEMPLATES[source] = ChatTemplate(source, bos="<s>", eos="<|im_end|>", control=CONTROL, tokenize=tokenize), texts
     template, texts = TEMPLATES[source]
     texts.clear()
-    return [texts[-token - 1] if token < 0 else token for token in template.tokens(messages)]
+    return [texts[-token - 1] if token < 0 else token for token in template.prompt(messages)]
 
 
 def user(content: object) -> list[Message]:
@@ -235,7 +235,7 @@ def test_threads_and_forks_get_their_own_prompts() -> None:
 
     def own(name: str) -> bool:
         texts = [f"{name} {n}" for n in range(50)]
-        return all(template.tokens(user(text)) == list(map(ord, text)) for text in texts)
+        return all(template.prompt(user(text)) == list(map(ord, text)) for text in texts)
 
     child = os.fork()
     if child == 0:

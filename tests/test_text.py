@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_dlf.answers.stream import TextStream
+from edge_dlf.answers.text import TextStream
 
 
 def shown(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[str, bool]:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
+from .message import Delta
 from .stream import Answer, FinishReason
 from .token import Token
 from .trace_entry import token_entry
@@ -46,8 +47,7 @@ class Completion:
     def result(self, tokens: Sequence[Token]) -> Dict:
         """Return the dictionary of a whole answer."""
         report = self.answer.report
-        text = "".join(token.text for token in tokens)
-        choice = self._choice(text, self._logprobs_of(tokens), report.finish_reason)
+        choice = self._choice(_joined(tokens), self._logprobs_of(tokens), report.finish_reason)
         summary = report.summary()
         if traced := [token_entry(token, self._name) for token in tokens if token.trace]:
             summary["trace"] = {"alpha_max": report.alpha_max, "tokens": traced}
@@ -66,7 +66,7 @@ class Completion:
 
     def chunk(self, token: Token) -> Dict:
         """Return the chunk of the next token."""
-        return self._envelope(self.chunk_object, self._delta(token.text, self._logprobs_of([token]), None))
+        return self._envelope(self.chunk_object, self._delta(_joined([token]), self._logprobs_of([token]), None))
 
     def closing(self) -> Dict:
         """Return the chunk that tells why the answer ended."""
@@ -79,13 +79,13 @@ class Completion:
     def _envelope(self, kind: str, choice: Dict) -> Dict:
         return {**self._head, "object": kind, "choices": [choice]}
 
-    def _choice(self, text: str, logprobs: Dict | None, reason: FinishReason | None) -> Dict:
-        return {"text": text, "index": self._index, "logprobs": logprobs, "finish_reason": reason}
+    def _choice(self, said: Delta, logprobs: Dict | None, reason: FinishReason | None) -> Dict:
+        return {"text": said.text, "index": self._index, "logprobs": logprobs, "finish_reason": reason}
 
     _delta = _choice
 
     def _end(self, reason: FinishReason | None) -> Dict:
-        return self._choice("", None, reason)
+        return self._choice(Delta(), None, reason)
 
     def _name(self, token: int) -> str:
         return self._piece(token).decode("utf-8", "replace")
@@ -119,12 +119,24 @@ class ChatCompletion(Completion):
     chunk_object = "chat.completion.chunk"
     prefix = "chatcmpl"
 
-    def _choice(self, text: str, logprobs: Dict | None, reason: FinishReason | None) -> Dict:
-        message = {"role": "assistant", "content": text}
+    _n_calls = 0
+
+    def _choice(self, said: Delta, logprobs: Dict | None, reason: FinishReason | None) -> Dict:
+        message: Dict = {"role": "assistant", "content": said.text or (None if said.tool_calls else "")}
+        if said.reasoning:
+            message["reasoning_content"] = said.reasoning
+        if said.tool_calls:
+            message["tool_calls"] = [call.dictionary() for call in said.tool_calls]
         return {"index": self._index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
-    def _delta(self, text: str, logprobs: Dict | None, reason: FinishReason | None) -> Dict:
-        return {"index": self._index, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": reason}
+    def _delta(self, said: Delta, logprobs: Dict | None, reason: FinishReason | None) -> Dict:
+        delta: Dict = {"reasoning_content": said.reasoning} if said.reasoning else {}
+        if said.text or not (said.reasoning or said.tool_calls):
+            delta["content"] = said.text
+        if said.tool_calls:
+            delta["tool_calls"] = [call.dictionary(n) for n, call in enumerate(said.tool_calls, self._n_calls)]
+            self._n_calls += len(said.tool_calls)
+        return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def opening(self) -> Iterator[Dict]:
         choice = {"index": self._index, "delta": {"role": "assistant"}, "logprobs": None, "finish_reason": None}
@@ -148,3 +160,12 @@ class ChatCompletion(Completion):
 
     def _entry(self, token: int, logprob: float) -> Dict:
         return {"token": self._name(token), "bytes": list(self._piece(token)), "logprob": logprob}
+
+
+def _joined(tokens: Sequence[Token]) -> Delta:
+    """Return what tokens add to an answer together."""
+    return Delta(
+        "".join(token.text for token in tokens),
+        "".join(token.reasoning for token in tokens),
+        tuple(call for token in tokens for call in token.tool_calls),
+    )

@@ -54,14 +54,24 @@ class Schemas:
 
     def constraint(self, schema: Mapping[str, Any]) -> Constraint:
         """An answer that is JSON of this schema. Raises InvalidParameterError for one that cannot be kept to."""
+        return self.matcher(json.dumps({"grammars": [self.grammar(schema)]}))
+
+    @staticmethod
+    def grammar(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return llguidance's grammar of JSON of this schema. Raises InvalidParameterError."""
         from llguidance import LLMatcher
 
         try:
-            grammar = LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), defaults={"whitespace_pattern": _WHITESPACE}
-            )
+            text = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults={"whitespace_pattern": _WHITESPACE})
+            grammar: Mapping[str, Any] = json.loads(text)["grammars"][0]
         except (ValueError, TypeError, RecursionError) as error:
             raise InvalidParameterError(f"the JSON schema cannot be used: {error}") from None
+        return grammar
+
+    def matcher(self, grammar: str) -> Constraint:
+        """An answer that keeps to a grammar of llguidance. Raises InvalidParameterError."""
+        from llguidance import LLMatcher
+
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise InvalidParameterError(

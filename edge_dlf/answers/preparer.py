@@ -12,11 +12,16 @@ from ..engine.generation import Generation, GenerationRequest
 from ..errors import ContextOverflowError, InvalidParameterError
 from ..params import FUSION, SAMPLING, SETTINGS, FusionParams, SamplingParams, params_of, profile_of
 from .completion import ChatCompletion, Completion
-from .requests import Request
+from .message import MessageStream
+from .requests import Request, schema_of
 from .stream import Answer
+from .template import ChatPrompt, Message
 from .tokenizer import Prompt, Tokenizer
+from .tools import read_tools
 
 logger = logging.getLogger(__name__)
+
+_OF_THINKING = ("think", "think_budget")
 
 
 class Preparer:
@@ -62,9 +67,13 @@ class Preparer:
         grammar: str | None = None,
         json_schema: Mapping[str, Any] | None = None,
         trace: bool = False,
+        think: str = "auto",
+        think_budget: int | None = None,
         **settings: Any,
     ) -> Answer:
         """Check a request and return its answer, of which nothing has been evaluated yet."""
+        if not isinstance(prompt, ChatPrompt) and (think != "auto" or think_budget is not None):
+            raise InvalidParameterError("thinking needs messages for the chat template, not a raw prompt")
         sampling, fusion = self.params(function, settings)
         _require_count("max_tokens", max_tokens, least=1)
         _require_count("top_logprobs", top_logprobs, least=0)
@@ -93,8 +102,37 @@ class Preparer:
             n_draft=self._n_draft(draft),
             is_end=self._ends,
         )
-        constraint = self.tokenizer.constraint(grammar, json_schema, self._ends)
-        return Answer(Generation(request, constraint), self._piece, _stop_strings(stop))
+        stops = _stop_strings(stop)
+        if not isinstance(prompt, ChatPrompt):
+            constraint = self.tokenizer.constraint(grammar, json_schema, self._ends)
+            return Answer(Generation(request, constraint), self._piece, MessageStream(stops))
+        _require_count("think_budget", think_budget, least=0)
+        constraint = self.tokenizer.chat_constraint(prompt, grammar, json_schema, think_budget, self._ends)
+        one_call = prompt.tools is not None and prompt.tools.one_call
+        text = MessageStream(stops, prompt.parser(), one_call=one_call)
+        return Answer(Generation(request, constraint), self._pieces_of(prompt), text)
+
+    def chat(self, messages: Sequence[Message], arguments: dict[str, Any]) -> ChatPrompt:
+        """Return the prompt of a chat, by what concerns its template, which is taken out of `arguments`."""
+        if (response_format := arguments.pop("response_format", None)) is not None:
+            arguments["json_schema"] = schema_of(response_format)
+        tools = read_tools(*(arguments.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")))
+        variables = arguments.pop("chat_template_kwargs", None)
+        if not isinstance(variables, Mapping | None):
+            raise InvalidParameterError(f"chat_template_kwargs must be an object, not {variables!r:.60}")
+        think = SETTINGS["think"].read(arguments.get("think", "auto"))
+        return self.tokenizer.conversation(messages, tools, think, variables)
+
+    def _pieces_of(self, prompt: ChatPrompt) -> Callable[[int], bytes]:
+        """Return the bytes of each token, those of a control token that marks a part of the answer being its name."""
+        if not prompt.dialect.control or prompt.parser() is None:
+            return self._piece
+        marks = {mark.encode() for mark in prompt.dialect.control}
+
+        def piece(token: int) -> bytes:
+            return self._piece(token) or (name if (name := self.tokenizer.name_bytes(token)) in marks else b"")
+
+        return piece
 
     def scorer(self, settings: Mapping[str, Any]) -> Callable[[Prompt, Sequence[int]], Answer]:
         """Return what makes a prompt and the tokens of its answer ready to be scored."""
@@ -136,7 +174,9 @@ class Preparer:
         arguments = {**settings, **named, **request.settings}
         logprobs, n_top = arguments.pop("logprobs", None), arguments.pop("top_logprobs", 0)
         arguments["top_logprobs"] = (n_top if logprobs else 0) if request.is_chat else logprobs or 0
-        prompt = self._content(request, raw=raw, system=system)
+        prompt = self._content(request, arguments, raw=raw, system=system)
+        if not isinstance(prompt, ChatPrompt):  # what the caller says of thinking is about its chats
+            arguments = {n: v for n, v in arguments.items() if n not in _OF_THINKING or n in request.settings}
         answer = self.answer("prepare", prompt, draft=draft, trace=trace, **arguments)
         if request.is_chat:
             return ChatCompletion(answer, self._name, bool(logprobs), self.tokenizer.name_bytes)
@@ -147,7 +187,7 @@ class Preparer:
         text = prompt if isinstance(prompt, str) else self.tokenizer.detokenize(prompt)
         return Completion(answer, self._name, logprobs is not None, self.tokenizer.name_bytes, len(text))
 
-    def _content(self, request: Request, *, raw: bool, system: str | None) -> Prompt:
+    def _content(self, request: Request, arguments: dict[str, Any], *, raw: bool, system: str | None) -> Prompt:
         """Return the prompt of a batched request."""
         content: Any = request.content
         if not request.is_chat:
@@ -156,7 +196,7 @@ class Preparer:
             content = [{"role": "user", "content": content}]
         if system is not None and content[0].get("role") != "system":
             content = [{"role": "system", "content": system}, *content]
-        return self.tokenizer.conversation(content)
+        return self.chat(content, arguments)
 
     def params(self, function: str, settings: Mapping[str, Any]) -> tuple[SamplingParams, FusionParams]:
         """Return `settings` over those of their profile and the family's defaults. Raises TypeError for a name that is

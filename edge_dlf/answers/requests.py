@@ -17,6 +17,8 @@ IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "pr
 """Fields that OpenAI's clients send, and that change nothing here."""
 
 
+OF_TEMPLATE = ("tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs")
+"""Fields of a chat that its template uses."""
 _NOTHING = {"echo": False, "best_of": 1, "seed": -1, "max_tokens": -1, "max_completion_tokens": -1, "top_k": -1}
 """Values by which clients ask for nothing: the field is then as if it was not given."""
 _COUNT = Number(0, is_whole=True)
@@ -96,6 +98,9 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
     for name, setting in settable("body").items():
         if name in given:
             settings[name] = setting.read(given.pop(name))
+    if is_chat:
+        settings |= {name: given.pop(name) for name in OF_TEMPLATE if name in given}
+        _move_effort(given, settings)
     if "response_format" in given:
         settings["json_schema"] = schema_of(given.pop("response_format"))
     if "grammar" in given:
@@ -116,6 +121,17 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
     if given:
         raise InvalidParameterError(f"unknown field {min(given)!r}")
     return Request(is_chat, content, settings, is_raw)
+
+
+def _move_effort(given: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Make `reasoning_effort` what it stands for: a variable of the template, or no thinking."""
+    effort = given.pop("reasoning_effort", None)
+    if effort is None:
+        return
+    if Text().read("reasoning_effort", effort) == "none":
+        settings.setdefault("think", "off")
+    elif isinstance(settings.setdefault("chat_template_kwargs", {}), Mapping):
+        settings["chat_template_kwargs"] = {"reasoning_effort": effort, **settings["chat_template_kwargs"]}
 
 
 def schema_of(response_format: Any) -> Mapping[str, Any] | None:

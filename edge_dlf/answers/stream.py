@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import os
 import threading
@@ -15,59 +14,10 @@ from ..engine.generation import Counts, Generation, StepResult
 from ..engine.scheduler import Scheduler
 from ..errors import EdgeDLFError
 from ..fusion.records import Pick
+from .message import Delta, MessageStream
 from .token import Token
 
-FinishReason = Literal["stop", "length"]
-
-
-class TextStream:
-    """Decoder of the bytes of successive tokens into text that can be shown.
-
-    Text is held back while it ends inside a UTF-8 character, or while it may be the beginning of a stop string.
-
-    stop: texts that end the answer; they and all that follows are never shown.
-    stopped: whether a stop string has appeared.
-    """
-
-    def __init__(self, stop: Sequence[str] = ()) -> None:
-        self.stopped = False
-        self._stop = tuple(stop)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
-
-    def push(self, piece: bytes) -> str:
-        """Add the bytes of a token. Returns the text that can be shown now."""
-        return self._release(self._decoder.decode(piece))
-
-    def finish(self) -> str:
-        """End the text. Returns what was held back."""
-        shown = self._release(self._decoder.decode(b"", final=True)) + self._held
-        self._held = ""
-        return shown
-
-    @property
-    def holding(self) -> bool:
-        """Whether text is held back."""
-        return bool(self._held or self._decoder.getstate()[0])
-
-    def _release(self, text: str) -> str:
-        if self.stopped:
-            return ""
-        self._held += text
-        starts = [start for stop in self._stop if (start := self._held.find(stop)) >= 0]
-        if starts:
-            shown, self._held = self._held[: min(starts)], ""
-            self.stopped = True
-            return shown
-        n_held = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        cut = len(self._held) - n_held
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass
@@ -77,6 +27,7 @@ class Report:
     n_prompt: tokens of the prompt.
     alpha_max: the upper bound of α.
     finish_reason: None until the answer has ended.
+    n_reasoning: tokens of thinking, its tags included.
     counts: tokens, steps and seconds of the engine.
     """
 
@@ -86,6 +37,7 @@ class Report:
     alpha_max: float = 0.0
     finish_reason: FinishReason | None = None
     n_generated: int = 0
+    n_reasoning: int = 0
     alpha_sum: float = 0.0
     n_weighted: dict[str, int] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
@@ -119,10 +71,12 @@ class Report:
         return self.counts.n_decoded / self.counts.decode_s if self.counts.decode_s else 0.0
 
     def usage(self) -> dict[str, Any]:
+        thought = {"completion_tokens_details": {"reasoning_tokens": self.n_reasoning}} if self.n_reasoning else {}
         return {
             "prompt_tokens": self.n_prompt,
             "completion_tokens": self.n_generated,
             "total_tokens": self.n_prompt + self.n_generated,
+            **thought,
         }
 
     def summary(self) -> dict[str, Any]:
@@ -146,8 +100,10 @@ class Answer:
     error: why the answer cannot go on.
     """
 
-    def __init__(self, generation: Generation, piece: Callable[[int], bytes], stop: Sequence[str] = ()) -> None:
-        """piece: token -> bytes. stop: strings that end the answer."""
+    def __init__(
+        self, generation: Generation, piece: Callable[[int], bytes], text: MessageStream | None = None
+    ) -> None:
+        """piece: token -> bytes. text: what makes text of them."""
         request = generation.request
         self.generation = generation
         self.tokens: list[Token] = []
@@ -157,7 +113,7 @@ class Answer:
         self.report = Report(
             request.fusion.method, roles.experts, generation.n_prompt, alpha_max, counts=generation.counts
         )
-        self._text = TextStream(stop)
+        self._text = text or MessageStream()
         self._piece = piece
         self._held: Token | None = None
 
@@ -186,8 +142,10 @@ class Answer:
             self._finish("stop")
             return
         alphas = request.roles.alphas(pick.weights)
+        was_reasoning = text.is_reasoning
         token = self._token(pick, alphas, text.push(self._piece(pick.token)))
         self.report.add(token, alphas)
+        self.report.n_reasoning += was_reasoning or text.is_reasoning
         self.tokens += [self._held] if self._held else []
         self._held = token
         if text.stopped or self.report.n_generated == request.max_tokens:
@@ -197,18 +155,23 @@ class Answer:
             self._held = None
 
     def _finish(self, reason: FinishReason) -> None:
-        self.report.finish_reason = reason
         last, rest = self._held, self._text.finish()
+        self.report.finish_reason = "tool_calls" if reason == "stop" and self._text.n_calls else reason
         if last:
-            self.tokens.append(dataclasses.replace(last, text=last.text + rest))
+            text, reasoning = last.text + rest.text, last.reasoning + rest.reasoning
+            calls = (*last.tool_calls, *rest.tool_calls)
+            self.tokens.append(dataclasses.replace(last, text=text, reasoning=reasoning, tool_calls=calls))
 
-    def _token(self, pick: Pick, alphas: Sequence[float], text: str) -> Token:
+    def _token(self, pick: Pick, alphas: Sequence[float], delta: Delta) -> Token:
         """Return the pick with its text. Of several weighted experts it names the first of the most weighted."""
         experts = self.generation.request.roles.experts
         t = max(range(len(alphas)), key=alphas.__getitem__, default=None)
         alpha = 0.0 if t is None else alphas[t]
         expert = experts[t] if t is not None and alpha > 0 else None
-        return Token(pick.token, text, pick.logprob, alpha, expert, pick.from_draft, pick.top_logprobs, pick.trace)
+        return Token(
+            pick.token, delta.text, pick.logprob, alpha, expert, pick.from_draft, pick.top_logprobs, pick.trace,
+            delta.reasoning, delta.tool_calls,
+        )  # fmt: skip
 
 
 class Driver:

@@ -8,13 +8,36 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ..errors import InvalidParameterError
+from .dialects import Dialect, dialect_of
+from .message import MessageParser
 from .sandbox import TemplateProcess
+from .tools import Tools, with_read_arguments
 
 Message: TypeAlias = Mapping[str, Any]
 """An OpenAI-shaped chat message: `role`, and `content` as text or as a list of `{"type": "text", "text": …}`."""
 
+_OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
 _ROLES = ("system", "user", "assistant")
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+
+
+class ChatPrompt(list[int]):
+    """Prompt tokens that a chat template made, and how the answer to them is to be read.
+
+    tools: those that it may call. is_thinking: whether the prompt ends within thinking.
+    """
+
+    def __init__(self, tokens: Sequence[int], dialect: Dialect, tools: Tools | None, *, is_thinking: bool) -> None:
+        super().__init__(tokens)
+        self.dialect = dialect
+        self.tools = tools
+        self.is_thinking = is_thinking
+
+    def parser(self) -> MessageParser | None:
+        """Return what takes the answer apart; None where all of it is content."""
+        if not (self.tools or self.dialect.can_think):
+            return None
+        return MessageParser(self.dialect, self.tools.callable if self.tools else None, is_thinking=self.is_thinking)
 
 
 class ChatTemplate:
@@ -36,6 +59,7 @@ class ChatTemplate:
         control: Mapping[str, int],
         tokenize: Callable[[str], list[int]],
     ) -> None:
+        self.dialect = dialect_of(source)
         self._template = TemplateProcess(source)
         self._source = source
         self._bos, self._eos = bos, eos
@@ -47,11 +71,43 @@ class ChatTemplate:
         self._endings = {name[-n:] for name in names for n in range(2, len(name))}
         self._tokenize = tokenize
 
-    def tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Prompt for the assistant's next message. Raises InvalidParameterError if the template refuses it."""
-        plain = [self._with_known_role(_with_text_content(message)) for message in messages]
-        shield = _absent_noncharacter(plain)
-        text = self._render([self._shielded(message, shield) for message in plain])
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        think: str = "auto",
+        variables: Mapping[str, Any] | None = None,
+    ) -> ChatPrompt:
+        """Prompt for the assistant's next message.
+
+        think: whether it thinks before; "auto" leaves it to the template. variables: more variables of the template.
+        Raises InvalidParameterError if the template refuses the messages, or knows no tools or no thinking.
+        """
+        if tools and self.dialect.calls is None:
+            raise InvalidParameterError("the model's chat template knows no tools, or writes calls in an unknown way")
+        plain = [self._with_known_role(_with_text_content(with_read_arguments(message))) for message in messages]
+        given = {**self._switched(think), **_known_variables(variables)}
+        if tools:
+            given["tools"] = list(tools.definitions)
+        shield = _absent_noncharacter([*plain, given])
+        text = self._render([self._shielded(message, shield) for message in plain], self._shielded(given, shield))
+        tags = self.dialect.tags
+        is_thinking = tags is not None and text.rstrip().endswith(tags[0])
+        if tags and is_thinking and think == "off":
+            text, is_thinking = f"{text.rstrip()}\n\n{tags[1]}\n\n", False
+        return ChatPrompt(self._tokenize_rendered(text, shield), self.dialect, tools, is_thinking=is_thinking)
+
+    def _switched(self, think: str) -> dict[str, Any]:
+        """Return the variables by which templates switch thinking on or off."""
+        if think == "auto" or (think == "off" and not self.dialect.can_think):
+            return {}
+        if not self.dialect.can_think:
+            raise InvalidParameterError("the model's chat template knows no thinking")
+        if think == "off" and self.dialect.is_harmony:
+            raise InvalidParameterError("this model always thinks; reasoning_effort low makes it think less")
+        return {"enable_thinking": think == "on", "thinking": think == "on"}
+
+    def _tokenize_rendered(self, text: str, shield: str) -> list[int]:
         tokens: list[int] = []
         start = 0
         for match in self._pattern.finditer(text):
@@ -76,8 +132,9 @@ class ChatTemplate:
         """End the template's process. Calling it twice is no error."""
         self._template.close()
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        return self._template.render(messages, bos_token=self._bos, eos_token=self._eos, add_generation_prompt=True)
+    def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        own = {"bos_token": self._bos, "eos_token": self._eos, "add_generation_prompt": True}
+        return self._template.render(messages, **{**own, **variables})
 
     def _shielded(self, value: Any, shield: str) -> Any:
         """Return the value with every name of a control token broken by `shield`, in every text that it holds."""
@@ -110,13 +167,19 @@ def _with_text_content(message: Message) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidParameterError(f"a message must have a role and content, not {message!r:.80}")
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
+    if content is None and message["role"] == "assistant":
         content = ""
     if isinstance(content, Sequence) and not isinstance(content, str):
         content = "".join(map(_text_of, content))
     if not isinstance(content, str):
         raise InvalidParameterError(f"the content of a message must be text, not {message.get('content')!r:.80}")
     return {**message, "content": content}
+
+
+def _known_variables(variables: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if taken := next((name for name in variables or () if name in _OWN_VARIABLES), None):
+        raise InvalidParameterError(f"{taken} is no variable of chat_template_kwargs: it has a field of its own")
+    return variables or {}
 
 
 def _text_of(part: Any) -> str:
@@ -126,7 +189,7 @@ def _text_of(part: Any) -> str:
     return str(part["text"])
 
 
-def _absent_noncharacter(messages: list[dict[str, Any]]) -> str:
-    """Return a code point that is no character, and that no message contains."""
-    used = set(json.dumps(messages, ensure_ascii=False, default=str))
+def _absent_noncharacter(values: list[dict[str, Any]]) -> str:
+    """Return a code point that is no character, and that no text in `values` contains."""
+    used = set(json.dumps(values, ensure_ascii=False, default=str))
     return next((char for char in _NONCHARACTERS if char not in used), "\U0010ffff")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..fusion.records import Trace
+from .tools import ToolCall
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Token:
     from_draft: whether it was drafted and then accepted.
     top_logprobs: the most likely tokens of the step, (id, logprob), best first; empty unless asked for.
     trace: why it was chosen; None unless asked for.
+    reasoning: what it adds to the thinking before the answer, which is no part of `text`.
+    tool_calls: calls that are complete with this token.
     """
 
     id: int
@@ -27,3 +30,5 @@ class Token:
     from_draft: bool = False
     top_logprobs: tuple[tuple[int, float], ...] = ()
     trace: Trace | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()

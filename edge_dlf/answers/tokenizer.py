@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..engine.constraint import Constraint
 from ..errors import InvalidParameterError
+from .call_grammar import call_grammar
+from .dialects import Dialect
 from .json_schema import Schemas
-from .template import ChatTemplate, Message
+from .template import ChatPrompt, ChatTemplate, Message
 from .text import to_bytes
+from .thinking import AfterThinking, ThinkingTags
+from .tools import Tools
 
 if TYPE_CHECKING:
     from ..llama import Model
@@ -71,11 +75,64 @@ class Tokenizer:
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else [self.known(token) for token in prompt]
         return tokens or [self._bos()]
 
-    def conversation(self, messages: Sequence[Message]) -> list[int]:
-        """Prompt for the assistant's answer to `messages`, as in `FusedLlama.apply_chat_template`."""
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        think: str = "auto",
+        variables: Mapping[str, Any] | None = None,
+    ) -> ChatPrompt:
+        """Prompt for the assistant's answer to `messages`, as `ChatTemplate.prompt` makes it."""
         if self._template is None:
             self._template = self._compile_template()
-        return self._with_bos(self._template.tokens(messages))
+        prompt = self._template.prompt(messages, tools, think, variables)
+        self._with_bos(prompt)
+        return prompt
+
+    def chat_constraint(
+        self,
+        prompt: ChatPrompt,
+        grammar: str | None,
+        schema: Mapping[str, Any] | None,
+        budget: int | None,
+        ends: Callable[[int], bool],
+    ) -> Constraint | None:
+        """Constraint of an answer to `prompt`: its thinking is free up to `budget` tokens; what follows keeps to the
+        grammar, the schema, or those of the tools. Raises InvalidParameterError."""
+        tools, dialect = prompt.tools, prompt.dialect
+        calls = tools is not None and (tools.is_constrained or schema is not None)
+        if tools and grammar is not None:
+            raise InvalidParameterError("an answer that may call tools keeps to no grammar")
+        if budget is not None and not dialect.can_think:
+            raise InvalidParameterError("the model's chat template knows no thinking, which think_budget would limit")
+        if calls and tools and budget is not None and dialect.is_harmony:
+            raise InvalidParameterError("think_budget and tools that are held to a schema exclude each other here")
+        inner = self._calls(dialect, tools, schema, ends) if calls and tools else self.constraint(grammar, schema, ends)
+        if not dialect.can_think or (inner is None and budget is None) or (calls and dialect.is_harmony):
+            return inner
+        return AfterThinking(
+            self._thinking_tags(dialect),
+            self.name_bytes,
+            ends,
+            self.n_vocab,
+            is_thinking=prompt.is_thinking,
+            budget=budget,
+            inner=inner,
+        )
+
+    def _thinking_tags(self, dialect: Dialect) -> ThinkingTags:
+        opens, closes = dialect.tags or ("", "<|channel|>final<|message|>")
+        closing = f"\n{closes}\n\n" if dialect.tags else f"<|end|><|start|>assistant{closes}"
+        return ThinkingTags(
+            opens.encode(), closes.encode(), tuple(self._model.tokenize(closing.encode(), special=True))
+        )
+
+    def _calls(
+        self, dialect: Dialect, tools: Tools, answer: Mapping[str, Any] | None, ends: Callable[[int], bool]
+    ) -> Constraint:
+        control = {self._name(token): token for token in self._model.control_tokens()}
+        schemas = self._all_schemas(ends)
+        return schemas.matcher(call_grammar(dialect, tools, answer, control, schemas.grammar))
 
     def constraint(
         self, grammar: str | None, schema: Mapping[str, Any] | None, ends: Callable[[int], bool]
@@ -94,15 +151,17 @@ class Tokenizer:
             if not isinstance(grammar, str):
                 raise InvalidParameterError(f"grammar must be text of a GBNF grammar, not {grammar!r:.60}")
             return Grammar(self._model, grammar, self.n_vocab)
-        if schema is None:
-            return None
+        return None if schema is None else self._all_schemas(ends).constraint(schema)
+
+    def _all_schemas(self, ends: Callable[[int], bool]) -> Schemas:
+        """Return what makes constraints of JSON schemas. Raises InvalidParameterError."""
         if self._schemas is None:
             last = list(filter(ends, range(self.n_vocab)))
             if not last:
                 raise InvalidParameterError("this model has no token that ends an answer, which a JSON schema needs")
             pieces = list(map(self.piece, range(self.n_vocab)))
             self._schemas = Schemas(pieces, last, lambda text: self._model.tokenize(text, special=False))
-        return self._schemas.constraint(schema)
+        return self._schemas
 
     def known(self, token: int) -> int:
         """`token`, if it exists. Raises InvalidParameterError otherwise."""

@@ -97,11 +97,13 @@ def usage(call: Call, choices: Sequence[Completion]) -> Dict:
     reports = [choice.answer.report for choice in choices]
     prompts = reports[:: call.n]
     n_prompt, n_generated = sum(r.n_prompt for r in prompts), sum(r.n_generated for r in reports)
+    n_reasoning = sum(report.n_reasoning for report in reports)
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_generated,
         "total_tokens": n_prompt + n_generated,
         "prompt_tokens_details": {"cached_tokens": sum(r.n_cached for r in prompts)},
+        **({"completion_tokens_details": {"reasoning_tokens": n_reasoning}} if n_reasoning else {}),
     }
 
 

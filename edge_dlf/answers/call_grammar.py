@@ -1,0 +1,89 @@
+"""Grammars of tool calls, for llguidance: each call keeps to the JSON schema of its tool."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import InvalidParameterError
+from .dialects import QWEN_XML, CallSyntax, Dialect
+from .tools import Tools
+
+_ANY_TEXT = r"/(.|\n)*/"
+
+
+def call_grammar(
+    dialect: Dialect,
+    tools: Tools,
+    answer: Mapping[str, Any] | None,
+    control: Mapping[str, int],
+    json_grammar: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> str:
+    """Return the grammar of an answer that calls tools, or, unless it has to, may be text or JSON.
+
+    answer: JSON schema of an answer that is no call; None for any text.
+    control: name -> id of every control token.
+    json_grammar: JSON schema -> a grammar of llguidance.
+    Raises InvalidParameterError where calls of this family cannot be kept to a schema.
+    """
+    calls = dialect.calls
+    assert calls
+    if calls is QWEN_XML:
+        raise InvalidParameterError("this model writes arguments as tags: they cannot be kept to a JSON schema")
+
+    def literal(text: str) -> str:
+        marks = "|".join(map(re.escape, control)) or "(?!)"
+        parts = re.split(f"({marks})", text)
+        return " ".join(f"<[{control[part]}]>" if part in control else json.dumps(part) for part in parts if part)
+
+    schemas = dict(tools.callable)
+    if not tools.is_required:
+        schemas = {name: schema if name in tools.strict else {"type": "object"} for name, schema in schemas.items()}
+    rules = _rules(dialect, calls, tools, schemas, literal, has_answer=answer is not None)
+    grammars: list[Mapping[str, Any]] = [{"name": "calls", "lark_grammar": "%llguidance {}\n" + "\n".join(rules)}]
+    numbered = [*schemas.values(), *([answer] if answer is not None else [])]
+    grammars += [{**json_grammar(schema), "name": f"json_{n}"} for n, schema in enumerate(numbered)]
+    return json.dumps({"grammars": grammars})
+
+
+def _rules(
+    dialect: Dialect,
+    calls: CallSyntax,
+    tools: Tools,
+    names: Sequence[str] | Mapping[str, Any],
+    literal: Callable[[str], str],
+    *,
+    has_answer: bool,
+) -> list[str]:
+    """Return the rules. An answer that may be any text is text up to what calls open with, a call, and so on."""
+    suffix = calls.suffix.format()
+    prefixes = [calls.prefix.format(name=name) for name in names]
+    is_free = not (tools.is_required or has_answer)
+    is_marked = is_free and not calls.is_bare and not dialect.is_harmony
+    opened = len(calls.opens) if is_marked else 0
+    rules = [
+        "call: " + " | ".join(f"call_{n}" for n in range(len(prefixes))),
+        *(f"call_{n}: {literal(prefix[opened:])} @json_{n} {literal(suffix)}" for n, prefix in enumerate(prefixes)),
+    ]
+    one = tools.one_call or calls.between is None
+    several = "call" if one else f"call ({literal(calls.between or '')} call)*"
+    answer = f"@json_{len(prefixes)}" if has_answer else _ANY_TEXT
+    if dialect.is_harmony:
+        thinking = literal("<|channel|>analysis<|message|>") + " TEXT " + literal("<|end|><|start|>assistant")
+        final = f"{literal('<|channel|>final<|message|>')} {'TEXT' if is_free else answer}"
+        return [
+            f"start: (thinking)? ({several}{'' if tools.is_required else ' | final'})",
+            f"thinking: {thinking}", f"final: {final}", f"TEXT: {_ANY_TEXT}", *rules,
+        ]  # fmt: skip
+    if is_marked:
+        opens = literal(calls.opens)
+        # The text before a control token ends by itself; before other marks it is as short as can be.
+        before = f"TEXT {opens}" if opens.startswith("<[") else "BEFORE"
+        lazy = [] if opens.startswith("<[") else [f"BEFORE[lazy]: {_ANY_TEXT} {opens}"]
+        return [f"start: ({before} call)* TEXT", f"TEXT: {_ANY_TEXT}", *lazy, *rules]
+    if tools.is_required:
+        return [f"start: {several}", *rules]
+    text = answer if has_answer else "TEXT"
+    return [f"start: {several} | {text}", *([] if has_answer else [r"TEXT: /([^{\s](.|\n)*)?/"]), *rules]
