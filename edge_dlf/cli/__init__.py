@@ -25,6 +25,7 @@ from .pull import pull, rm
 from .screen import one_line
 from .serve import serve
 from .trace import trace
+from .train import train
 from .tune import tune
 
 
@@ -75,6 +76,7 @@ for _command in (
     batch,
     serve,
     tune,
+    train,
     evaluate,
     trace,
     bench,
