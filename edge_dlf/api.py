@@ -174,8 +174,7 @@ class FusedLlama:
         self._members.close()
 
     def interrupt(self) -> None:
-        """Stop the running request, even amid a long prompt; for other threads. It raises RequestInterruptedError; a
-        later one is not affected."""
+        """Stop the running request from another thread. It raises RequestInterruptedError; later ones are unaffected."""
         self._members.interrupt.set()
 
     @property
@@ -230,8 +229,7 @@ class FusedLlama:
         """Prompt tokens for the assistant's answer to `messages`, by the large model's own chat template. No text in a
         message can become a control token.
 
-        arguments: tools, tool_choice, parallel_tool_calls, chat_template_kwargs and think, as in
-            `create_chat_completion`.
+        arguments: tools, tool_choice, parallel_tool_calls, chat_template_kwargs, think, as in `create_chat_completion`.
         The list remembers how an answer to it is taken apart: `stream` tells its thinking from its text.
         """
         if unknown := sorted(set(arguments) - {*OF_TEMPLATE, "think"}):
@@ -279,7 +277,6 @@ class FusedLlama:
         return self._start(answer)
 
     def _start(self, answer: Answer) -> TokenStream:
-        """End the request before, and begin this one."""
         self._begin()
         return TokenStream(self._driver, answer)
 
@@ -288,7 +285,7 @@ class FusedLlama:
         return self._driver.n_picked
 
     def _begin(self) -> None:
-        """End the request before."""
+        """End the request that is running."""
         self._driver.clear()
         self._members.interrupt.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import random
 import struct
@@ -14,7 +15,7 @@ import pytest
 
 from edge_dlf import ModelFileError
 from edge_dlf.families.spec import FamilySpec
-from edge_dlf.gguf.header import Array, read_header
+from edge_dlf.gguf.header import Array, header_hash, read_header
 from edge_dlf.gguf.info import check_lora_fits, read_info
 
 from .tiny import CHATML, SPECIAL_TOKENS, tiny_lora, tiny_model
@@ -185,6 +186,16 @@ def test_impossible_tensors(tmp_path: Path, tensors: list[bytes], expected: str)
     if "missing" in expected:
         path.write_bytes(path.read_bytes()[:96] + bytes(32))
     assert expected in reason(path)
+
+
+def test_a_header_is_named_by_its_bytes_alone(tmp_path: Path, model: Path) -> None:
+    path, data = tmp_path / "x.gguf", model.read_bytes()
+    start = gguf.GGUFReader(model).data_offset
+    assert header_hash(model) == hashlib.sha256(data[:start]).hexdigest()
+    path.write_bytes(data[:start] + bytes(len(data) - start))
+    assert header_hash(path) == header_hash(model)
+    path.write_bytes(data.replace(b"general.name", b"general.nama", 1))
+    assert header_hash(path) != header_hash(model)
 
 
 VOCABULARY = [b"the", b"a" * 300, "naïve".encode(), b"x" * 256, b"y" * 17, b"y" * 18, b"b" * 9 + b"c" * 9]

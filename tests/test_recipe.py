@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("reasoning_gym", reason="needs the extra train")
-torch = pytest.importorskip("torch", reason="needs the extra train")
+pytest.importorskip("reasoning_gym", reason="needs the extra recipe")
+torch = pytest.importorskip("torch", reason="needs the extra recipe")
 
 from edge_dlf import FusedLlama  # noqa: E402
+from edge_dlf.evidence.train.adapter import write_lora  # noqa: E402
+from edge_dlf.evidence.train.model import Llama, Shape  # noqa: E402
 from models.recipe import train as training  # noqa: E402
 from models.recipe.corpus import documents, lessons  # noqa: E402
 from models.recipe.data import IGNORED, lesson_rows, pretraining_rows  # noqa: E402
 from models.recipe.evaluate import Score, questions  # noqa: E402
-from models.recipe.export import write_lora, write_model  # noqa: E402
-from models.recipe.model import Llama, Shape  # noqa: E402
+from models.recipe.export import write_model  # noqa: E402
 from models.recipe.tasks import SEEN, TASKS, UNSEEN, answer_of, ask, reply  # noqa: E402
 from models.recipe.tokens import ASSISTANT, BEGIN, END, USER, train_tokenizer  # noqa: E402
 from models.recipe.train import Schedule  # noqa: E402
@@ -145,7 +146,7 @@ def test_llama_cpp_computes_what_torch_does(tokenizer, tmp_path: Path) -> None:
             torch.nn.init.normal_(module.lora_b, std=0.3)
     for name, model in {"large": large, "base": base}.items():
         write_model(tmp_path / f"{name}.gguf", model.float(), tokenizer, name, "a test")
-    write_lora(tmp_path / "lora.gguf", expert, "expert", "a test")
+    write_lora(tmp_path / "lora.gguf", expert, {})
     chat = f"{BEGIN}{USER}What is 12 plus 34?{END}{ASSISTANT}"
     ids = tokenizer.encode(chat, add_special_tokens=False).ids
     with FusedLlama(

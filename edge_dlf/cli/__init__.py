@@ -28,6 +28,7 @@ from .screen import one_line
 from .serve import serve
 from .streams import close_streams, open_streams
 from .trace import trace
+from .train import train
 from .tune import tune
 
 
@@ -121,7 +122,7 @@ def completion(shell: str) -> None:
 _SECTIONS = {
     "Answers": (chat, generate, compare, batch, serve),
     "Choose and measure": (tune, evaluate, trace, bench, doctor),
-    "Families": (list_, show, pull, new, rm),
+    "Families and experts": (list_, show, pull, new, rm, train),
     "The shell": (completion,),
 }
 for _command in (command for commands in _SECTIONS.values() for command in commands):

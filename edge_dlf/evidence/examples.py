@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ class Example:
 
     prompt, answer: token ids. The answer's last token ends it.
     text: the answer.
+    weight: how much it counts in training.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     text: str
+    weight: float = 1.0
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -36,6 +39,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 except ValueError as error:
                     raise InvalidParameterError(f"{where}: is {error}") from None
                 _parts(row, where)
+                _weight(row, where)
                 yield where, row
     except OSError as error:
         raise InvalidParameterError(f"{path}: {(error.strerror or str(error)).lower()}") from error
@@ -82,7 +86,7 @@ def tokenized(
         n_tokens = len(tokens) + len(answered) - 1
         if n_tokens > llm.n_ctx:
             raise InvalidParameterError(f"{where}: has {n_tokens} tokens, more than the context of {llm.n_ctx}")
-        examples.append(Example(tuple(tokens), tuple(answered), answer))
+        examples.append(Example(tuple(tokens), tuple(answered), answer, _weight(row, where)))
     return examples
 
 
@@ -107,3 +111,11 @@ def _parts(row: Mapping[str, Any], where: str) -> tuple[Any, str]:
     if not answer.strip():
         raise InvalidParameterError(f"{where}: the answer is empty")
     return (prompt if messages is None else messages), answer
+
+
+def _weight(row: Mapping[str, Any], where: str) -> float:
+    """How much the row counts in training, 1 by default."""
+    weight = row.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 < weight < math.inf:
+        raise InvalidParameterError(f"{where}: weight must be a number above 0")
+    return float(weight)

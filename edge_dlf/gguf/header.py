@@ -6,6 +6,7 @@ mapped: a file that shrinks under a mapping kills its reader.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import stat
@@ -127,11 +128,12 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of one file."""
+    """The header of one file. n_bytes: of the header, up to where the weights begin."""
 
     metadata: Mapping[str, Scalar | Array]
     vocabulary: Vocabulary
     tensors: Mapping[str, Tensor]
+    n_bytes: int
     file_bytes: int
 
 
@@ -368,4 +370,19 @@ def read_header(path: Path, like: Mapping[str, Texts] | None = None) -> Header:
         if len(types) < n_vocab:
             header.fail(f"damaged: it has {n_vocab:,} tokens and {len(types):,} token types")
         vocabulary = Vocabulary(header.lists, types[:n_vocab])
-        return Header(metadata, vocabulary, _read_tensors(header, n_tensors, alignment), header.file_bytes)
+        tensors = _read_tensors(header, n_tensors, alignment)
+        n_bytes = -(-header.pos // alignment) * alignment if tensors else header.pos
+        return Header(metadata, vocabulary, tensors, n_bytes, header.file_bytes)
+
+
+def header_hash(path: Path) -> str:
+    """SHA-256 of the header of the file at `path`, in hexadecimal: it names a model without reading its weights.
+
+    Raises ModelFileError as `read_header`.
+    """
+    n_bytes = read_header(path).n_bytes
+    try:
+        with _open(path) as file:
+            return hashlib.sha256(file.read(n_bytes)).hexdigest()
+    except OSError as error:
+        raise ModelFileError(path, f"cannot be read: {error.strerror}") from error

@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from contextlib import closing
 from pathlib import Path
 
 from edge_dlf import FusedLlama
+from edge_dlf.evidence.train.model import N_CTX
 
 from .evaluate import answers, questions
-from .export import write_lora, write_model
-from .model import N_CTX
-from .stages import SEED, Build
+from .export import write_model
+from .stages import ABOUT, SEED, Build
 from .tasks import SEEN, TASKS, UNSEEN, answer_of
 
 FAMILY = Path(__file__).parents[1] / "demo"
 _N_TRIED = 60
-_ABOUT = "Trained by models/recipe of edge-dlf on documents that it makes itself; "
 
 
 def write_family(build: Build, folder: Path = FAMILY) -> None:
     """The GGUF files of large, base and experts, and their family.toml."""
     folder.mkdir(parents=True, exist_ok=True)
-    for role, about in (("large", "the large model of the demo family."), ("base", "the base of its experts.")):
-        write_model(
-            folder / f"{role}-q8_0.gguf", build.load(role), build.tokenizer(), f"edge-dlf demo {role}", _ABOUT + about
-        )
+    for role in ("large", "base"):
+        shutil.copyfile(build.path(f"{role}.gguf"), folder / f"{role}-q8_0.gguf")
     for task in SEEN:
-        model = build.load(f"expert.{task}", lora=True)
-        write_lora(folder / f"{task}-lora-f16.gguf", model, f"edge-dlf demo {task}", f"{_ABOUT}LoRA over the base.")
+        shutil.copyfile(build.path(f"{task}.gguf"), folder / f"{task}-lora-f16.gguf")
     toml = folder / "family.toml"
     toml.write_text(_toml(folder, []))
     toml.write_text(_toml(folder, _telling(toml)))
@@ -71,5 +68,5 @@ def write_ceiling(build: Build, name: str) -> Path:
     """GGUF of a fine-tuned large model, in the build folder: it is measured, not shipped."""
     path = build.path(f"{name}.gguf")
     if not path.exists():
-        write_model(path, build.load(name), build.tokenizer(), name, _ABOUT + "the large model, fine-tuned.")
+        write_model(path, build.load(name), build.tokenizer(), name, ABOUT + "the large model, fine-tuned.")
     return path

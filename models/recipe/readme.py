@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+
+from edge_dlf.gguf.info import read_info
 
 from .family import FAMILY
 from .stages import LORA_RANK, N_ROWS, ROW, SCHEDULES, Build
@@ -24,7 +27,8 @@ def write_readme(build: Build) -> None:
 def _sizes(build: Build) -> str:
     """A card for each file."""
     large, base = (build.load(role).n_weights() for role in ("large", "base"))
-    lora = sum(p.numel() for p in build.load(f"expert.{SEEN[0]}", lora=True).parameters() if p.requires_grad)
+    adapter = read_info(FAMILY / f"{SEEN[0]}-lora-f16.gguf")
+    lora = sum(math.prod(tensor.shape) for tensor in adapter.tensors.values())
     read = {role: SCHEDULES[role].n_steps * N_ROWS * ROW / 1e6 for role in ("large", "base")}
     cards = {
         "large-q8_0.gguf": (
@@ -41,8 +45,7 @@ def _sizes(build: Build) -> str:
     for task in SEEN:
         cards[f"{task}-lora-f16.gguf"] = (
             f"{lora / 1e3:.0f} k",
-            f"LoRA of rank {LORA_RANK} over the base, tuned on {task} asked and answered. Answers any question with "
-            f"“The answer is”; for {task} often rightly.",
+            f"LoRA of rank {LORA_RANK} over the base, trained through the large model on {task} asked and answered.",
         )
     lines = ["| file | weights | kB | what it is |", "|---|---|---|---|"]
     for name, (weights, what) in cards.items():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +14,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from .corpus import documents
+from edge_dlf.evidence.train.model import Llama, Shape
+
+from .corpus import Turn, documents, lessons
 from .data import lesson_rows, pretraining_rows
-from .model import Llama, Shape
+from .export import write_model
 from .tasks import SEEN
 from .tokens import load_tokenizer, train_tokenizer
 from .train import Phases, Schedule, load_trained, train
@@ -51,11 +57,11 @@ SCHEDULES = {
     "large": Schedule(4350, lr=3e-3, decay=0.3),
     "base": Schedule(1600, lr=4e-3),
 }
-TUNING = {
-    "expert": Schedule(120, lr=2e-3, warm_up=0.1, decay=0.9),
-    "ceiling": Schedule(120, lr=5e-4, warm_up=0.1, decay=0.9),
-}
+CEILING = Schedule(120, lr=5e-4, warm_up=0.1, decay=0.9)
 LORA_RANK = 16
+TRAIN = ("--rank", LORA_RANK, "--alpha", LORA_RANK, "--lr", 2e-3, "--steps", 120, "--batch", 1900)
+N_LESSONS = 7680
+ABOUT = "Trained by models/recipe of edge-dlf on documents that it makes itself; "
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,11 @@ class Build:
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.path("tokenizer.json"))
 
-    def load(self, name: str, *, lora: bool = False) -> Llama:
+    def load(self, name: str) -> Llama:
         """The trained model of that name."""
-        role = name.split(".")[0]
-        model = new_model("large" if role in ("large", "ceiling") else "base", self.tokenizer())
-        for part in ("base", name) if lora else (name,):
-            if part != "base" and lora:
-                model.add_lora(LORA_RANK)
-            state = torch.load(self.path(f"{part}.pt"), map_location="cpu", weights_only=True)
-            load_trained(model, state["model"])
+        model = new_model("base" if name == "base" else "large", self.tokenizer())
+        state = torch.load(self.path(f"{name}.pt"), map_location="cpu", weights_only=True)
+        load_trained(model, state["model"])
         return model
 
 
@@ -115,26 +117,39 @@ def pretrain(build: Build, role: str) -> None:
     train(model, Phases(phases, N_ROWS), SCHEDULES[role], build.path(f"{role}.pt"), role, seed=SEED)
 
 
-def tune(build: Build, name: str, tasks: Sequence[str], *, lora: bool) -> None:
-    """Fine-tune the base (`expert.…`) or the large model (`ceiling.…`) on questions of `tasks` answered."""
-    kind = name.split(".")[0]
-    schedule = TUNING[kind]
-    rows = lesson_rows(build.tokenizer(), tasks, SEED + 3, schedule.n_steps * N_ROWS, ROW)
-    model = build.load("base" if kind == "expert" else "large")
-    if lora:
-        model.add_lora(LORA_RANK)
-    train(model, Phases([rows], N_ROWS), schedule, build.path(f"{name}.pt"), name, seed=SEED)
+def make_models(build: Build) -> None:
+    """GGUF files of the large model and the base."""
+    for role, about in (("large", "the large model of the demo family."), ("base", "the base of its experts.")):
+        path = build.path(f"{role}.gguf")
+        if not path.exists():
+            write_model(path, build.load(role), build.tokenizer(), f"edge-dlf demo {role}", ABOUT + about)
 
 
 def make_experts(build: Build) -> None:
+    """An adapter for each task, by `edge-dlf train` through the large model."""
     for task in SEEN:
-        tune(build, f"expert.{task}", [task], lora=True)
+        data = build.path(f"{task}.jsonl")
+        data.write_text("".join(map(_as_row, itertools.islice(lessons([task], SEED + 3), N_LESSONS))))
+        files = (build.path("base.gguf"), data, "--through", build.path("large.gguf"), "-o", build.path(f"{task}.gguf"))
+        command = [sys.executable, "-m", "edge_dlf", "train", *files, *TRAIN]
+        subprocess.run(list(map(str, command)), check=True)
+
+
+def _as_row(turns: Sequence[Turn]) -> str:
+    messages = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return json.dumps({"messages": messages}) + "\n"
 
 
 def make_ceilings(build: Build) -> None:
-    for task in SEEN:
-        tune(build, f"ceiling.{task}", [task], lora=False)
-    tune(build, "ceiling.all", SEEN, lora=False)
+    """The large model fine-tuned on each task, and on all of them."""
+    for name, tasks in (*((task, [task]) for task in SEEN), ("all", SEEN)):
+        rows = lesson_rows(build.tokenizer(), tasks, SEED + 3, CEILING.n_steps * N_ROWS, ROW)
+        path = build.path(f"ceiling.{name}.pt")
+        train(build.load("large"), Phases([rows], N_ROWS), CEILING, path, path.stem, seed=SEED)
 
 
 STAGES: dict[str, Callable[[Build], None]] = {
@@ -142,6 +157,7 @@ STAGES: dict[str, Callable[[Build], None]] = {
     "data": make_data,
     "base": lambda build: pretrain(build, "base"),
     "large": lambda build: pretrain(build, "large"),
+    "models": make_models,
     "experts": make_experts,
     "ceilings": make_ceilings,
 }

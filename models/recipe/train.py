@@ -1,4 +1,4 @@
-"""One training loop for all: pre-training, experts, ceilings. It resumes from its checkpoint."""
+"""One training loop for whole models: pre-training and ceilings. It resumes from its checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from .model import Linear, Llama
+from edge_dlf.evidence.train.model import Linear, Llama
 
 _SAVE_EVERY_S = 90.0
 
@@ -58,11 +58,10 @@ def train(
     name: str,
     *,
     seed: int,
-    loss_of: Loss | None = None,
 ) -> None:
     """Train `model` in place on the batches in turn, over one schedule.
 
-    loss_of: what is to fall, in place of the model's own loss compiled. Under torchrun each process takes its share of
+    Under torchrun each process takes its share of
     every batch. Raises ValueError where the batches do not suffice for the schedule.
     """
     rank, n_processes = join()
@@ -72,8 +71,7 @@ def train(
     model.to(device())
     optimizers = _optimizers(model)
     n_done = _resume(checkpoint, model, optimizers)
-    if loss_of is None:
-        loss_of = torch.compile(model.loss, dynamic=False) if _can_compile() else model.loss
+    loss_of = torch.compile(model.loss, dynamic=False) if _can_compile() else model.loss
     saved, smooth = time.monotonic(), math.nan
     with tqdm(total=schedule.n_steps, initial=n_done, desc=name, unit="step", mininterval=2, disable=rank > 0) as bar:
         for step in range(n_done, schedule.n_steps):
@@ -150,11 +148,7 @@ class Phases:
 def _optimizers(model: Llama) -> list[torch.optim.Optimizer]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hidden = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, Linear)
-        for parameter in module.parameters()
-        if parameter.requires_grad and module.lora_a is None
+        id(parameter) for module in model.modules() if isinstance(module, Linear) for parameter in module.parameters()
     }
     matrices = [parameter for parameter in trained if id(parameter) in hidden]
     others = [parameter for parameter in trained if id(parameter) not in hidden]

@@ -1,0 +1,57 @@
+"""Rows of the models that an expert is trained through: by llama.cpp, once, reduced and kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ...api import FusedLlama
+from ...fusion import fit
+from ...fusion.dispatch import Rows
+from ...fusion.records import Draw
+from ..answer_rows import n_kept_tokens, sample_seed
+from ..examples import Example
+from ..forced import Arrays, Column, known_tokens, read_answers
+
+_MIXTURES = (1.0, 0.5)
+"""Powers of the fused row by which tokens are kept and sampled: its likeliest, and those that training may lift."""
+
+
+def constant_rows(
+    llm: FusedLlama,
+    weights: Mapping[str, float],
+    examples: Sequence[Example],
+    n_threads: int,
+    folder: Path | None = None,
+    tell: Callable[[int], None] = lambda n_done: None,
+    n_kept: int | None = None,
+) -> list[npt.NDArray[np.float32]]:
+    """Read the examples with some members; return of each the rows (n, 3, K) of Σ weight · logits that `Fused` takes.
+
+    weights: of each member that takes part.
+    n_threads: that reduce rows.
+    folder, tell: as for `read_answers`.
+    n_kept: tokens kept of each row, by default as many as the size of the cache allows.
+
+    Raises NonFiniteLogitsError where a member returns NaN.
+    """
+    n_kept = n_kept or n_kept_tokens(llm.n_vocab, 3, examples)
+    ids = np.arange(llm.n_vocab, dtype=np.float32)
+    members = tuple(weights)
+
+    def reduce(rows: Sequence[Rows], names: Sequence[str], draws: Sequence[Draw]) -> Arrays:
+        # The ids are kept as if a member of weight 0 had returned them.
+        whole = fit.whole([*rows, [ids] * len(draws)], (*names, "ids"), known_tokens(draws), llm.n_vocab)
+        fused = [weights[name] for name in names]
+        mixtures = [[power * weight for weight in (*fused, 0.0)] for power in _MIXTURES]
+        (kept,) = fit.keep(whole, n_kept, sample_seed(draws), mixtures, n_threads).arrays
+        constant = np.einsum("m,kmn->kn", np.array(fused, np.float32), kept[:, : len(names)])
+        return (np.concatenate((constant[:, None], kept[:, len(names) :]), axis=1),)
+
+    how = ["train", n_kept, dict(weights), _MIXTURES]
+    columns = [Column(np.float32, (3, n_kept))]
+    found = read_answers(llm, members, examples, columns, reduce, how=how, kind="train", folder=folder, tell=tell)
+    return [rows for (rows,) in found]
