@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import lm_eval
+from datasets.exceptions import DatasetGenerationError
 from lm_eval.api.model import CachingLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -189,8 +190,8 @@ def _empty_choice(error: Exception) -> str | None:
 
 
 def _reason(error: BaseException | None) -> str:
-    """The first words that an error, or what caused it, has for a reason."""
-    while error and not str(error).strip() and error.__cause__:
+    """What an error says, or its cause where it says nothing of its own."""
+    while error and error.__cause__ and (isinstance(error, DatasetGenerationError) or not str(error).strip()):
         error = error.__cause__
     return str(error).strip() or type(error).__name__
 
