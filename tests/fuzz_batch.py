@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -118,6 +119,7 @@ def main() -> None:
         total.update(kinds)
         n["batches"] += 1
 
+    logging.disable(logging.WARNING)  # notices about every cut
     with tempfile.TemporaryDirectory() as name:
         models, folder = Path(name, "models"), Path(name, "batch")
         models.mkdir()
