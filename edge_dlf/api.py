@@ -341,6 +341,7 @@ class FusedLlama:
         seed: int = 0,
         draft: int | Literal["auto", "off"] = "auto",
         trace: bool = False,
+        exact: bool = False,
         **settings: Any,
     ) -> Iterator[Dict]:
         """Results of many requests, `n_parallel` decoded at once, as they are done, or, if `ordered`, in their order.
@@ -350,18 +351,24 @@ class FusedLlama:
         as there is room. raw: a prompt of the short form is taken raw, otherwise as a user's message; system: the
         message before messages that have none.
         settings: arguments of `stream`, for requests that do not set them. A sampled request without a seed of its own
-        gets one from `seed` and its id, so that its result depends neither on the others nor on the order.
+        gets one from `seed` and its id, so that its result depends neither on the others nor on the order, but for
+        rounding: llama.cpp rounds a batch by its size. exact: without that, for it decodes one request at a time,
+        without drafts, each with empty KV caches; it needs n_parallel=1.
         Results are OpenAI's: `custom_id` and `response` with `body`, or `error` with `code` and `message`: a request
         that cannot be answered ends no other one. Raises what concerns them all.
         """
         self._preparer.params("batch", {name: value for name, value in settings.items() if name not in _FORM})
+
+        if exact and self._driver.n_parallel > 1:
+            raise InvalidParameterError("exact needs n_parallel=1: one request at a time")
+        draft = "off" if exact else draft
 
         def prepare(request: Request, custom_id: str) -> Completion:
             own = {"seed": row_seed(seed, custom_id), **settings}
             return self.prepare(request, raw=raw, system=system, draft=draft, trace=trace, **own)
 
         self._begin()
-        return run_batch(self._driver, requests, prepare, ordered)
+        return run_batch(self._driver, requests, prepare, ordered=ordered, exact=exact)
 
     def score(self, pairs: Iterable[tuple[Prompt, Sequence[int]]], **settings: Any) -> Iterator[tuple[int, Score]]:
         """How likely given answers are: of each pair of a prompt and the tokens that follow it, its number, from 0, and

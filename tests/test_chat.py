@@ -277,10 +277,11 @@ class TestFiles:
 
     def test_saving_over_a_file_is_all_or_nothing(self, tmp_path: Path) -> None:
         file = tmp_path / "chat.json"
-        file.write_text("before")
+        Conversation().save(file, "fake", {})
+        before = file.read_bytes()
         with pytest.raises(TypeError):
             Conversation().save(file, "fake", {"seed": object()})
-        assert file.read_text() == "before"
+        assert file.read_bytes() == before
         assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
 
     @pytest.mark.parametrize("name", ["", "missing/chat.json", "."])

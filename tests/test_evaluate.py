@@ -388,3 +388,100 @@ def test_the_paper_s_tasks(
     assert lm.prompts[0] == prompt
     columns = {metric: list(own.values()) for (_, metric), own in evaluate._values(found).items()}
     assert columns == {metric: pytest.approx(own) for metric, own in values.items()}
+
+
+class TestFiles:
+    """Tasks and data as people write, replace and misname them."""
+
+    @pytest.fixture
+    def run(self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+        monkeypatch.chdir(tmp_path)
+
+        def run(tasks: str, *args: str, output: str = "out", methods: str = "large") -> Result:
+            common = ["eval", str(tiny), "--threads", "1", "--ctx-size", "256", "-o", output, "--methods", methods]
+            return CliRunner().invoke(main, [*common, "--tasks", tasks, *args])
+
+        return run
+
+    def definition(self, name: str, **changed: Any) -> None:
+        task: dict[str, Any] = {
+            "task": "mine",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": "data.jsonl"}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{q}}",
+            "doc_to_choice": "{{c}}",
+            "doc_to_target": "{{l}}",
+        }
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(json.dumps({**task, **changed}))
+
+    def data(self, *rows: dict[str, Any]) -> None:
+        Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def test_two_tasks_of_one_name(self, run: Callable[..., Result]) -> None:
+        self.data({"q": "the", "c": [" cat", " hen"], "l": 0})
+        self.definition("m.yaml")
+        self.definition("sub/m.yaml", doc_to_text="a {{q}}")
+        result = run("m.yaml,sub/m.yaml")
+        assert (result.exit_code, result.stderr) == (
+            2, "edge-dlf: m.yaml and sub/m.yaml are both named 'mine'; rename one of them\n"
+        )  # fmt: skip
+        self.definition("sub/m.yaml", task="paper_gsm8k")
+        assert "are both named 'paper_gsm8k'" in run("paper_gsm8k,sub/m.yaml").stderr
+        assert run("m.yaml,m.yaml").exit_code == 0
+
+    def test_data_that_were_replaced_with_their_old_time(self, run: Callable[..., Result]) -> None:
+        self.definition("m.yaml")
+        means = []
+        for right in (0, 1):
+            self.data({"q": "the", "c": [" cat", " hen"], "l": right})
+            os.utime("data.jsonl", (1e9, 1e9))
+            assert run("m.yaml", output=f"out{right}").exit_code == 0
+            table = json.loads(Path(f"out{right}/results.json").read_text())["tables"][0]
+            means.append(table["means"]["large"]["mean"])
+        assert sorted(means) == [0.0, 1.0]
+
+    @pytest.mark.parametrize("place", [0, 1])
+    @pytest.mark.parametrize("form", [[], ["--chat"]])
+    def test_an_empty_choice_is_named(self, run: Callable[..., Result], place: int, form: list[str]) -> None:
+        rows = [{"q": "the", "c": [" cat", " hen"], "l": 0}] * 2
+        rows[place] = {"q": "a", "c": [" cat", ""], "l": 0}
+        self.data(*rows)
+        self.definition("m.yaml")
+        result = run("m.yaml", *form)
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1].startswith("edge-dlf: ")
+        assert f"example {place} of mine has an empty choice: {{'q': 'a'" in result.stderr
+
+    def test_empty_data(self, run: Callable[..., Result]) -> None:
+        self.definition("m.yaml")
+        self.data()
+        result = run("m.yaml")
+        assert (result.exit_code, result.stderr) == (2, "edge-dlf: data.jsonl: is empty\n")
+        assert run("paper_gsm8k", "--data", "paper_gsm8k=data.jsonl").stderr == "edge-dlf: data.jsonl: is empty\n"
+
+    def test_a_file_in_place_of_the_folder(self, run: Callable[..., Result]) -> None:
+        self.data({"q": "the", "c": [" cat", " hen"], "l": 0})
+        self.definition("m.yaml")
+        Path("file").write_text("mine")
+        for output in ("file", "file/below"):
+            result = run("m.yaml", output=output)
+            assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert Path("file").read_text() == "mine"
+
+    @pytest.mark.parametrize("name", ["results.json", "results.md"])
+    def test_results_of_something_else_stay(self, run: Callable[..., Result], name: str) -> None:
+        self.data({"q": "the", "c": [" cat", " hen"], "l": 0})
+        self.definition("m.yaml")
+        Path("out").mkdir()
+        Path("out", name).write_text('{"mine": 1}')
+        assert run("m.yaml").exit_code == 2
+        assert Path("out", name).read_text() == '{"mine": 1}'
+
+    def test_a_task_that_is_no_yaml(self, run: Callable[..., Result]) -> None:
+        Path("m.yaml").write_text("task: [")
+        result = run("m.yaml")
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert result.stderr.startswith("edge-dlf: m.yaml: is no task (")

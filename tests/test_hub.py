@@ -19,7 +19,7 @@ from edge_dlf.families import hub, hub_cache
 
 from .hub_server import FakeRepo, HubServer, sha256
 
-CONTENT = os.urandom(300_000)
+CONTENT = b"GGUF" + os.urandom(299_996)
 REPO, NAME = "o/r-GGUF", "x-Q4_K_M.gguf"
 
 
@@ -100,7 +100,7 @@ def test_a_server_that_gives_no_parts_begins_anew(server: HubServer) -> None:
     assert hub.download(the_file()).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("left", [b"what another file began with", CONTENT + b"too long"])
+@pytest.mark.parametrize("left", [b"GGUF as another file began", CONTENT + b"too long"])
 def test_a_torn_rest_of_an_earlier_download_is_no_harm(server: HubServer, left: bytes) -> None:
     file = the_file()
     partial = hub_cache.folder(REPO) / "blobs" / f"{file.blob}.incomplete"
@@ -111,6 +111,65 @@ def test_a_torn_rest_of_an_earlier_download_is_no_harm(server: HubServer, left: 
             hub.download(file)
         assert on_disk() == {}
     assert hub.download(file).read_bytes() == CONTENT
+
+
+WRONG = [
+    b"<html>please log in</html>\n",
+    b"<!doctype html>" + b" " * 400_000,
+    b"\x1f\x8b",
+    b'{"error": 1}',
+    b"\0" * 9,
+    b"GGU!",
+]
+"""What proxies, hotels and broken stores send in place of a file."""
+
+
+@pytest.mark.parametrize("page", WRONG)
+def test_a_page_in_place_of_a_file_leaves_nothing_behind(server: HubServer, page: bytes) -> None:
+    file = the_file()
+    server.lies[sha256(CONTENT)] = page
+    with pytest.raises(DownloadError, match="came as something that is no GGUF and begins with .*; nothing of it was"):
+        hub.download(file)
+    assert set(on_disk().values()) <= {0}
+    server.lies.clear()
+    assert hub.download(file).read_bytes() == CONTENT
+
+
+def test_a_page_in_the_middle_leaves_what_has_come(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page is an answer to a request for the rest, which says that it is the whole."""
+    file = the_file()
+    partial = hub_cache.folder(REPO) / "blobs" / f"{file.blob}.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(CONTENT[:200_000])
+    server.lies[sha256(CONTENT)], server.ranges = WRONG[0], False
+    with pytest.raises(DownloadError, match="no GGUF"):
+        hub.download(file)
+    assert partial.read_bytes() == CONTENT[:200_000]
+    server.lies.clear()
+    server.ranges = True
+    assert hub.download(file).read_bytes() == CONTENT
+    assert server.downloads[-1] == "bytes=200000-"
+
+
+@pytest.mark.parametrize("page", WRONG)
+def test_a_page_that_an_earlier_version_left_is_no_beginning(server: HubServer, page: bytes) -> None:
+    file = the_file()
+    partial = hub_cache.folder(REPO) / "blobs" / f"{file.blob}.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(page)
+    assert hub.download(file).read_bytes() == CONTENT
+    assert server.downloads == [None]
+
+
+def test_a_device_in_place_of_a_download_stays(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    file = the_file()
+    monkeypatch.setattr(hub.HubFile, "partial", tmp_path / "fifo")
+    with pytest.raises(DownloadError):
+        hub.download(file)
+    assert (tmp_path / "fifo").is_fifo()
 
 
 def test_wrong_content_is_refused_and_removed(server: HubServer) -> None:
@@ -320,7 +379,7 @@ class TestRemoving:
         assert not hub_cache.folder(REPO).exists()
 
     def test_another_file_stays(self, server: HubServer) -> None:
-        server.repos[REPO] = FakeRepo({NAME: CONTENT, "y.gguf": b"other"})
+        server.repos[REPO] = FakeRepo({NAME: CONTENT, "y.gguf": b"GGUF other"})
         repo = hub.read_repo(REPO)
         paths = [hub.download(file) for file in repo.files.values()]
         assert hub_cache.remove(REPO, NAME, repo.commit) == len(CONTENT)

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError, NonFiniteLogitsError
 from .completion import Completion, Dict
 from .requests import Request, parse_line, request_id
+from .sandbox import NoTemplateError
 from .stream import Answer, Driver
 
 LATER = object()
@@ -34,18 +35,27 @@ class _Row:
 
 
 def run_batch(
-    driver: Driver, requests: Iterable[Any], prepare: Callable[[Request, str], Completion], ordered: bool
+    driver: Driver,
+    requests: Iterable[Any],
+    prepare: Callable[[Request, str], Completion],
+    *,
+    ordered: bool = False,
+    exact: bool = False,
 ) -> Iterator[Dict]:
     """Yield results of `requests` as they are done, or in their order; see `FusedLlama.batch`.
 
     requests: pulled as there is room for them, one more than are decoded at once. It may give LATER and is asked again
         after a step then.
-    prepare: request and its id -> its answer, not begun. An EdgeDLFError that it raises is that request's result.
+    prepare: request and its id -> its answer, not begun. An EdgeDLFError that it raises is that request's result, but
+        for NoTemplateError, which ends the batch.
+    exact: let each answer begin with empty KV caches.
     """
     numbered = enumerate(requests, 1)
     running: dict[Answer, _Row] = {}
     unreported: deque[_Row] = deque()
     is_exhausted = False
+    if exact:
+        driver.forget()
     try:
         while True:
             while not is_exhausted and len(running) <= driver.n_parallel and len(unreported) < _n_ahead(driver):
@@ -66,6 +76,8 @@ def run_batch(
                 for answer in driver.step():
                     if answer.has_ended:
                         _end(running.pop(answer))
+                        if exact:
+                            driver.forget()
             elif is_exhausted and not unreported:
                 return
     finally:
@@ -81,6 +93,8 @@ def _begin(line: Any, number: int, prepare: Callable[[Request, str], Completion]
     row = _Row(request_id(line, number))
     try:
         row.completion = prepare(parse_line(line), row.custom_id)
+    except NoTemplateError:  # all rows that need the template would fail alike
+        raise
     except EdgeDLFError as error:
         row.result = failure(row.custom_id, error)
     return row

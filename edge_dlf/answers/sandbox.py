@@ -31,10 +31,14 @@ _MIN_LIMIT = 4 << 20  # characters; more than any context holds
 _SERVE = f"from {__name__} import serve; serve()"
 
 
+class NoTemplateError(InvalidParameterError):
+    """The model has no chat template that can be used: no message at all can be answered."""
+
+
 class TemplateProcess:
     """A compiled template in a process of its own, which is started again after it had to be killed.
 
-    Raises InvalidParameterError where the template cannot be compiled.
+    Raises NoTemplateError where the template cannot be compiled.
     """
 
     def __init__(self, source: str) -> None:
@@ -77,7 +81,9 @@ class TemplateProcess:
         answer = self._ask({"source": self._source}, _START_S)
         if "error" in answer:
             self.close()
-            raise InvalidParameterError(f"the model's chat template is not valid: {answer['error']}")
+            raise NoTemplateError(
+                f"the model's chat template is not valid: {answer['error']}; raw prompts (--raw) need none"
+            )
 
     def _ask(self, question: dict[str, Any], patience_s: float) -> dict[str, Any]:
         """The answer of the process. Where there is none, the process is ended, and "error" says why."""

@@ -10,6 +10,7 @@ from ..errors import InvalidParameterError
 from .call_grammar import call_grammar
 from .dialects import Dialect
 from .json_schema import Schemas
+from .sandbox import NoTemplateError
 from .template import ChatPrompt, ChatTemplate, Message
 from .text import to_bytes
 from .thinking import AfterThinking, ThinkingTags
@@ -190,7 +191,7 @@ class Tokenizer:
     def _compile_template(self) -> ChatTemplate:
         source = self._model.chat_template
         if source is None:
-            raise InvalidParameterError("the large model has no chat template; give it a raw prompt instead")
+            raise NoTemplateError("the large model has no chat template; give it a raw prompt (--raw) instead")
         return ChatTemplate(
             source,
             bos=self._name(self._model.bos),

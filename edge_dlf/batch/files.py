@@ -9,16 +9,35 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from ..errors import EdgeDLFError, InvalidParameterError
 from ..families.manifest import Manifest
+from ..system.durable import new_name
 from ..system.jsonl import read_lines
+from ..system.paths import expanded
 from .intake import fingerprint
-from .ledger import Ledger, locked, resume
+from .ledger import Ledger, arrange, lock_name, locked, resume
 
-STDIO = "-"
+_STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 _AGAIN = "; give the same again, or --restart, which keeps the earlier file and begins anew"
+
+
+class _Place(NamedTuple):
+    """A file by its path, where it has one, and its status, where it is there already."""
+
+    role: str
+    path: Path | None
+    status: os.stat_result | None
+
+    @classmethod
+    def of(cls, role: str, path: Path) -> _Place:
+        return cls(role, path, status_of(path))
+
+    def is_same(self, other: _Place) -> bool:
+        """Whether both are one file, or would become one."""
+        is_one = self.status and other.status and os.path.samestat(self.status, other.status)
+        return bool((self.path and self.path == other.path) or (is_one and _is_regular(self.status)))
 
 
 @dataclass(frozen=True)
@@ -33,22 +52,38 @@ class Targets:
     errors: Path | None
 
     @classmethod
-    def of(cls, output: str, errors: str | None, input: IO[bytes]) -> Targets:
-        """Raises InvalidParameterError where two of them and the input are one file."""
-        if errors == STDIO:
+    def of(cls, output: str, errors: str | None, input: IO[bytes], trace: Path | None = None) -> Targets:
+        """Raises InvalidParameterError where two of them, the trace, the input or the files beside them are one."""
+        if errors in _STDOUT:
             raise InvalidParameterError("--errors must be a file")
-        targets = cls(_real(output) if output != STDIO else None, _real(errors) if errors else None)
-        reading, writing = status_of(input), status_of(targets.output or sys.stdout)
+        targets = cls(None if output in _STDOUT else _real(output), _real(errors) if errors else None)
         for path in filter(None, (targets.output, targets.errors)):
             if path.is_dir():
                 raise InvalidParameterError(f"{path}: is a folder")
-            if _same(reading, status_of(path)):
-                raise InvalidParameterError(f"{path}: is the input; write the answers elsewhere")
-        if targets.output is None and _same(reading, writing):
-            raise InvalidParameterError("stdout is the input; write the answers elsewhere")
-        if targets.errors and (targets.errors == targets.output or _same(writing, status_of(targets.errors))):
-            raise InvalidParameterError(f"{targets.errors}: is both the output and the file of errors")
+        writing = [
+            _Place("the output", targets.output, status_of(targets.output or sys.stdout)),
+            *(_Place.of("the file of errors", path) for path in [targets.errors] if path),
+            *(_Place.of("the trace", _real(path)) for path in [trace] if path),
+        ]
+        reading, beside = _Place("the input", None, status_of(input)), list(targets.beside())
+        for number, place in enumerate(writing):
+            if place.is_same(reading):
+                raise InvalidParameterError(f"{place.path or 'stdout'}: is the input; write the answers elsewhere")
+            for other in [*writing[:number], *beside]:
+                if place.is_same(other):
+                    raise InvalidParameterError(f"{place.path or 'stdout'}: is both {other.role} and {place.role}")
+        for place in beside:
+            if place.is_same(reading):
+                raise InvalidParameterError(f"{place.path}: is both the input and {place.role}; choose another output")
         return targets
+
+    def beside(self) -> Iterator[_Place]:
+        """The files that a run makes beside its output and errors."""
+        if self.can_resume:
+            yield _Place.of("the manifest", self.manifest)
+        for path in self.files:
+            yield _Place.of("a lock", lock_name(path))
+            yield _Place.of("a file on its way", new_name(path))
 
     @property
     def can_resume(self) -> bool:
@@ -84,9 +119,12 @@ def open_outputs(
     *,
     restart: bool,
     retry_errors: bool,
+    ordered: bool,
     notice: Callable[[str], None],
 ) -> Iterator[tuple[Ledger, int | None]]:
     """Lock the files, compare them with this run's `manifest`, and open them at their ends.
+
+    At the end of a run that is `ordered`, the rows of earlier runs get their places in the order of the input.
 
     Yields a ledger that knows the rows of earlier runs, and how many rows the input has, None if it is a stream.
     Raises EdgeDLFError where another run writes to them, InvalidParameterError where they are not this run's.
@@ -103,13 +141,17 @@ def open_outputs(
         elif begun:
             raise InvalidParameterError(f"{begun[0]}: exists; --restart keeps it under another name")
 
-        def opened(path: Path | None) -> Callable[[bytes], None]:
-            if path and _is_file(path):
-                return stack.enter_context(resume(ledger, path, retry_errors=retry_errors, notice=notice)).append
-            return _stream(stack, path)
+        with ExitStack() as files:
 
-        ledger.write_to(opened(targets.output), opened(targets.errors) if targets.errors else None)
-        yield ledger, n_rows
+            def opened(path: Path | None) -> Callable[[bytes], None]:
+                if path and _is_file(path):
+                    return files.enter_context(resume(ledger, path, retry_errors=retry_errors, notice=notice)).append
+                return _stream(files, path)
+
+            ledger.write_to(opened(targets.output), opened(targets.errors) if targets.errors else None)
+            yield ledger, n_rows
+        for path in begun if ordered else ():
+            arrange(path, ledger.ids)
 
 
 def _compare(targets: Targets, begun: list[Path], input: IO[bytes], now: Manifest) -> int | None:
@@ -117,14 +159,15 @@ def _compare(targets: Targets, begun: list[Path], input: IO[bytes], now: Manifes
     assert targets.output
     errors = os.path.relpath(targets.errors, targets.output.parent) if targets.errors else None
     now = replace(now, parameters={**now.parameters, "errors": errors})
-    before = Manifest.load(targets.manifest) if begun else None
+    found = Manifest.load(targets.manifest)  # also where nothing is begun: a file of another kind is not replaced
+    before = found if begun else None
     if begun and not before:
         raise InvalidParameterError(
             f"{begun[0]}: is no output of edge-dlf batch, for there is no {targets.manifest.name}; choose another "
             "name, or --restart, which keeps the file as it is under another name"
         )
-    if before and (found := before.differences(now)):
-        raise InvalidParameterError(f"{targets.output}: was begun with something else: {'; '.join(found)}{_AGAIN}")
+    if before and (changed := before.differences(now)):
+        raise InvalidParameterError(f"{targets.output}: was begun with something else: {'; '.join(changed)}{_AGAIN}")
     n_rows, earlier = None, before.input if before else None
     if _is_regular(status_of(input)) and input is not sys.stdin.buffer:
         if earlier and fingerprint(input, earlier["bytes"]) != earlier:
@@ -161,8 +204,11 @@ def _stream(stack: ExitStack, path: Path | None) -> Callable[[bytes], None]:
     return append
 
 
-def _real(name: str) -> Path:
-    return Path(os.path.realpath(Path(name).expanduser()))
+def _real(name: str | Path) -> Path:
+    """The path with its links resolved, but for one that leads to a pipe or a device, which has no other name."""
+    path = expanded(name)
+    status = status_of(path)
+    return path if status and not _is_regular(status) else Path(os.path.realpath(path))
 
 
 def _manifest(output: Path) -> Path:
@@ -175,7 +221,7 @@ def _numbered(path: Path, number: int) -> Path:
 
 def status_of(file: Any) -> os.stat_result | None:
     """Status of a path or an open file; None if there is no such file of the system's."""
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, ValueError):  # a name may be too long, or hold a NUL
         return file.stat() if isinstance(file, Path) else os.fstat(file.fileno())
     return None
 
@@ -188,7 +234,3 @@ def _is_file(path: Path) -> bool:
     """Whether it is a file that stays, or nothing yet."""
     status = status_of(path)
     return status is None or _is_regular(status)
-
-
-def _same(one: os.stat_result | None, other: os.stat_result | None) -> bool:
-    return _is_regular(one) and other is not None and os.path.samestat(one, other)  # type: ignore[arg-type]

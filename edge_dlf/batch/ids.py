@@ -16,7 +16,7 @@ class Ids:
 
     def __init__(self) -> None:
         self._finished: set[int] = set()
-        self._shown: set[int] = set()
+        self._shown: dict[int, int] = {}
 
     def finish(self, id: str | int) -> bool:
         """Enter the id of a row that is finished; returns whether it is new."""
@@ -29,8 +29,12 @@ class Ids:
         digest = _digest(id)
         if digest in self._shown:
             return "repeated"
-        self._shown.add(digest)
+        self._shown[digest] = len(self._shown)
         return "finished" if digest in self._finished else "new"
+
+    def place(self, id: str | int) -> int:
+        """Return where the input has shown an id; -1 for one that it has not."""
+        return self._shown.get(_digest(id), -1)
 
 
 def _digest(id: str | int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import IO, Any
@@ -9,6 +10,8 @@ from typing import IO, Any
 from ..system.jsonl import MAX_LINE_BYTES, Line, parse_object
 from .ids import Ids
 
+INCOMPLETE = "incomplete_line"
+"""Code of the error of a last line that whoever writes the input may not have finished."""
 _BLOCK_BYTES = 1 << 20
 _OPENAI = {"custom_id", "url", "body"}
 
@@ -25,17 +28,22 @@ def fingerprint(file: IO[bytes], n_bytes: int | None = None) -> dict[str, Any]:
 
 
 class Intake:
-    """Iterates over the requests in `lines` that have no finished row in `ids`.
+    """Iterates over the requests in `lines` that have no finished row in `ids`, and hands over rows to `finish`.
 
-    A request without an id gets the number of its line, as text. Lines that are no requests are given to `reject` as
-    rows with an error.
+    A request without an id gets the number of its line, as text. Lines that are no requests become rows with an error.
+    With `ordered`, for requests that are finished in the order of the lines, such a row waits for those before it.
     """
 
-    def __init__(self, lines: Iterable[Line], ids: Ids, reject: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self, lines: Iterable[Line], ids: Ids, finish: Callable[[Mapping[str, Any]], None], *, ordered: bool = False
+    ) -> None:
         self._lines = lines
         self._ids = ids
-        self._reject = reject
+        self._finish = finish
+        self._ordered = ordered
         self._running: dict[str, int] = {}
+        self._n_given = 0
+        self._refused: deque[tuple[int, Mapping[str, Any]]] = deque()  # with the number of requests before each
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for line in self._lines:
@@ -48,10 +56,12 @@ class Intake:
                 if self._ids.meet(line.number) == "new":
                     id, error = f"batch_req_line_{line.number}", {"code": reason.code, "message": str(reason)}
                     row = {"id": id, "custom_id": None, "response": None, "error": {**error, "line": line.number}}
-                    self._reject(row)
+                    self._refused.append((self._n_given, row))
+                    self._hand_over()
                 continue
             if found == "new":
                 self._running[id] = line.number
+                self._n_given += 1
                 yield request
 
     @property
@@ -59,10 +69,17 @@ class Intake:
         """Requests given out whose rows are not finished."""
         return len(self._running)
 
-    def finished(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The row of a request that has been run; an error gets the number of its line."""
+    def finished(self, row: Mapping[str, Any]) -> None:
+        """Hand over the row of a request that has been run; an error gets the number of its line."""
         number = self._running.pop(row["custom_id"])
-        return {**row, "error": {**row["error"], "line": number}} if row["error"] else row
+        self._finish({**row, "error": {**row["error"], "line": number}} if row["error"] else row)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Hand over the refused rows whose turn it is."""
+        n_finished = self._n_given - len(self._running)
+        while self._refused and not (self._ordered and self._refused[0][0] > n_finished):
+            self._finish(self._refused.popleft()[1])
 
 
 class _RowError(Exception):
@@ -78,6 +95,8 @@ def _request(line: Line) -> tuple[str, dict[str, Any]]:
     try:
         request = parse_object(line.content)
     except ValueError as error:
+        if not line.is_whole:
+            raise _RowError(INCOMPLETE, f"{error}; no line break ends it, so it is read again next time") from None
         raise _RowError("invalid_json", str(error)) from None
     name = "custom_id" if request.keys() & _OPENAI else "id"
     id = request.get(name)

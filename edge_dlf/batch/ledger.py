@@ -13,6 +13,7 @@ from ..errors import EdgeDLFError, InvalidParameterError
 from ..system.durable import Appender, file_error, new_name, replacing
 from ..system.jsonl import Line, dump_line, parse_object, read_lines
 from .ids import Ids
+from .intake import INCOMPLETE
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -43,6 +44,11 @@ class Ledger:
         self.n_failed += bool(row["error"])
 
 
+def lock_name(path: Path) -> Path:
+    """The file by which a run keeps others away from `path`; it may stay."""
+    return path.with_name(f".{path.name}.lock")
+
+
 @contextmanager
 def locked(paths: Sequence[Path]) -> Iterator[None]:
     """Keep other runs away from these files. Raises EdgeDLFError, at once, where one of them is in use."""
@@ -51,7 +57,7 @@ def locked(paths: Sequence[Path]) -> Iterator[None]:
             if not path.parent.is_dir():  # the lock would make it
                 raise InvalidParameterError(f"{path}: there is no folder {path.parent}")
             try:
-                stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), timeout=0, thread_local=False))
+                stack.enter_context(FileLock(lock_name(path), timeout=0, thread_local=False))
             except Timeout:
                 raise EdgeDLFError(f"{path}: another run is writing to it") from None
             except OSError as error:
@@ -63,17 +69,18 @@ def resume(ledger: Ledger, path: Path, *, retry_errors: bool, notice: Callable[[
     """Enter the rows of an earlier run into the ledger, and open the file at their end.
 
     A torn last line is cut off. The file is replaced by one without lines that are no rows, without rows whose id is
-    repeated, and, with `retry_errors`, without rows with an error.
+    repeated, and, with `retry_errors`, without rows with an error. So are the marks that other editors leave: a byte
+    order mark, blank lines, and the line breaks of Windows.
     """
     new_name(path).unlink(missing_ok=True)
     try:
         with path.open("rb") as file:
-            end, dropped = _enter(ledger, file, retry_errors, lambda what: notice(f"{path}: {what}"))
-            if dropped:
+            end, dropped, is_clean = _enter(ledger, file, retry_errors, lambda what: notice(f"{path}: {what}"))
+            if dropped or not is_clean:
                 file.seek(0)
                 with replacing(path) as new:
                     lines = (line for line in read_lines(file) if line.is_whole and line.number not in dropped)
-                    new.writelines(line.content or b"" for line in lines)
+                    new.writelines((line.content or b"").strip() + b"\n" for line in lines)
                     end = new.tell()
     except FileNotFoundError:
         end = 0
@@ -82,17 +89,35 @@ def resume(ledger: Ledger, path: Path, *, retry_errors: bool, notice: Callable[[
     return Appender(path, end)
 
 
-def _enter(ledger: Ledger, file: IO[bytes], retry_errors: bool, notice: Callable[[str], None]) -> tuple[int, set[int]]:
-    """Enter the rows of `file`; returns where the last whole line ends, and the numbers of lines to leave out."""
+def arrange(path: Path, ids: Ids) -> None:
+    """Bring the rows of a file into the order in which the input has shown their `ids`. Others come first."""
+    with path.open("rb") as file:
+        rows = ((_row(line), line) for line in read_lines(file))
+        places = [(ids.place(_id(row)), line.start, line.n_bytes) for row, line in rows if row]
+        if (ordered := sorted(places)) == places:
+            return
+        with replacing(path) as new:
+            for _, start, n_bytes in ordered:
+                file.seek(start)
+                new.write(file.read(n_bytes))
+
+
+def _enter(
+    ledger: Ledger, file: IO[bytes], retry_errors: bool, notice: Callable[[str], None]
+) -> tuple[int, set[int], bool]:
+    """Enter the rows of `file`. Returns where the last whole line ends, the numbers of lines to leave out, and whether
+    the others lie there as they were written."""
     end = n_damaged = 0
     dropped: set[int] = set()
+    is_clean = True
     for line in read_lines(file):
         if not line.is_whole:
             notice("the last line was torn; its row runs again")
             break
+        is_clean = is_clean and line.start == end and len((line.content or b"").strip()) + 1 == line.n_bytes
         end = line.start + line.n_bytes
         row = _row(line)
-        is_retried = row is not None and row["error"] and retry_errors
+        is_retried = row is not None and row["error"] and (retry_errors or row["error"].get("code") == INCOMPLETE)
         if row is not None and not is_retried and ledger.ids.finish(_id(row)):
             ledger.count(row)
         else:
@@ -100,7 +125,7 @@ def _enter(ledger: Ledger, file: IO[bytes], retry_errors: bool, notice: Callable
             n_damaged += not is_retried
     if n_damaged:
         notice(f"{n_damaged} damaged or repeated rows are left out; what is missing runs again")
-    return end, dropped
+    return end, dropped, is_clean
 
 
 def _row(line: Line) -> Row | None:

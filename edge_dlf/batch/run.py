@@ -68,6 +68,7 @@ def run_file(
             lambda: manifest_of(llm.files, settings, n_ctx=llm.n_ctx, type_k=type_k, type_v=type_v),
             restart=restart,
             retry_errors=retry_errors,
+            ordered=settings.get("ordered", False),
             notice=logger.warning,
         ) as (ledger, n_rows),
     ):
@@ -104,14 +105,15 @@ def run_rows(
     waiting: entered while a line is waited for.
     """
     pipe = Pipe(input.fileno()) if is_stream and status_of(input) else None
-    intake = Intake(_each(waiting, read_lines(pipe or input)), ledger.ids, finish)
+    lines, ordered = _each(waiting, read_lines(pipe or input)), settings.get("ordered", False)
+    intake = Intake(lines, ledger.ids, finish, ordered=ordered)
     requests = _as_they_come(intake, pipe) if pipe and takes_later else iter(intake)
     first = next(requests, None)
     if first is None:
         return
     with load() as llm:
         for row in llm.batch(chain([first], requests), **settings):
-            finish(intake.finished(row))
+            intake.finished(row)
 
 
 def manifest_of(files: FamilyFiles, settings: Mapping[str, Any], *, n_ctx: int, type_k: str, type_v: str) -> Manifest:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--output", "-o", metavar="FILE|-", required=True, help="Where the answers go, one line a row.")
 @click.option("--errors", metavar="FILE", help="Where rows that failed go, in place of the output.")
 @click.option("--ordered", is_flag=True, help="Write rows in the order of the input, not as they finish.")
+@click.option("--exact", is_flag=True, help="Decode one row at a time, so that no other row changes its rounding.")
 @click.option("--parallel", type=PARALLEL, default="auto", help="Rows at once [auto: 16, or 32 on a GPU].")
 @click.option(
     "--ray",
@@ -54,6 +55,7 @@ def batch(
     output: str,
     errors: str | None,
     ordered: bool,
+    exact: bool,
     retry_errors: bool,
     restart: bool,
     raw: bool,
@@ -72,9 +74,9 @@ def batch(
     from .progress import ProgressLine
 
     options, screen = Options.of(ctx, shared), Screen()
-    settings = _settings(options, raw=raw, ordered=ordered)
+    settings = _settings(options, raw=raw, ordered=ordered, exact=exact)
     file = ctx.with_resource(click.open_file(input, "rb"))
-    targets, status, progress = Targets.of(output, errors, file), "failed", None
+    targets, status, progress = Targets.of(output, errors, file, trace), "failed", None
     try:
         with (
             tracing(trace, options.spec.name) as tracer,
@@ -84,6 +86,7 @@ def batch(
                 lambda: manifest_of(options.files, settings, **options.cache),
                 restart=restart,
                 retry_errors=retry_errors,
+                ordered=ordered,
                 notice=lambda what: None if quiet else screen.say(f"note: {what}"),
             ) as (ledger, n_rows),
         ):
@@ -107,12 +110,23 @@ def batch(
         ctx.exit(1)
 
 
-def _settings(options: Options, *, raw: bool, ordered: bool) -> dict[str, Any]:
+def _settings(options: Options, *, raw: bool, ordered: bool, exact: bool) -> dict[str, Any]:
     """Return the arguments of `FusedLlama.batch`."""
     if raw and options.system:
         raise InvalidParameterError("a system prompt needs the chat template: leave out --raw or --system")
+<<<<<<< HEAD
     seed = options.spec.settings().get("seed", 0)
     return {"seed": seed, **options.settings, "system": options.system, "raw": raw, "ordered": ordered}
+=======
+    seed = options.spec.defaults.get("seed", 0)
+    settings = {"seed": seed, **options.settings, "system": options.system, "raw": raw, "ordered": ordered}
+    if not exact:
+        return settings
+    if options.ray or options.loading["n_parallel"] not in ("auto", 1):
+        raise InvalidParameterError("--exact decodes one row at a time here: leave out --parallel and --ray")
+    options.loading["n_parallel"] = 1
+    return {**settings, "exact": True}
+>>>>>>> da58ba6 (Batches: bad rows keep their place, a torn last line is read again, no file is written onto another)
 
 
 def _run(

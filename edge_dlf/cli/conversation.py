@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ContextOverflowError, EdgeDLFError
-from ..system.durable import replacing
+from ..system.durable import replacing, require_own
 
 _FORMAT = "edge-dlf chat 1"
 
@@ -99,6 +99,7 @@ class Conversation:
             target = path.expanduser().resolve()
         except (OSError, RuntimeError, ValueError) as error:
             raise EdgeDLFError(f"{path}: cannot be written ({error})") from error
+        require_own(target, lambda beginning: _FORMAT.encode() in beginning[:80], "saved conversation")
         with replacing(target, 0o600) as file:  # what is said is nobody else's business
             file.write(json.dumps(content, indent=1).encode())
 

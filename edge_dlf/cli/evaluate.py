@@ -13,6 +13,7 @@ import click
 
 from ..errors import InvalidParameterError
 from ..params import DEFAULTS, FUSION, check_settings, settable
+from ..system.paths import expanded
 from .interrupts import interruptible
 from .opening import family_command, open_family
 from .options import Options, family_argument, shared_options
@@ -74,6 +75,7 @@ def evaluate(
         from ..evidence.evaluate import Plan, run
     except ImportError as error:
         raise InvalidParameterError(f"eval needs the harness: pip install 'edge-dlf[eval]' ({error})") from error
+    output = expanded(output)
     plan = Plan([task for task in tasks.split(",") if task], _data(data), limit, fewshot, chat, options.system)
     experts = [expert.name for expert in options.spec.experts]
     chosen = methods.split() if methods else options.methods(experts)

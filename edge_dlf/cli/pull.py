@@ -37,9 +37,10 @@ def pull(target: str, offline: bool) -> None:
     from ..families.catalogue import read_catalogue
     from ..families.library import is_installed, parse_repo, write_family
     from ..families.spec import FILE_NAME, FamilySpec, find_family
+    from ..system.paths import expanded
 
     screen, offline = Screen(), offline or constants.HF_HUB_OFFLINE
-    path = Path(target).expanduser()
+    path = expanded(target)
     is_path = path.is_file() or (path / FILE_NAME).is_file()
     repo, catalogue = parse_repo(target), read_catalogue()
     with notices("huggingface_hub", Notices(screen)):

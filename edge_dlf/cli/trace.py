@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,14 @@ def trace(file: Path, output: Path | None) -> None:
     The page holds everything that it needs: it opens from the disk, without a network.
     """
     from ..evidence.trace import read_trace
-    from ..evidence.trace_page import write_page
-    from ..system.durable import replacing
+    from ..evidence.trace_page import is_page, write_page
+    from ..system.durable import replacing, require_own
+    from ..system.paths import expanded
 
-    output = output or file.with_suffix(".html")
-    if output.exists() and output.samefile(file):
+    output = expanded(output or file.with_suffix(".html"))
+    if os.path.exists(output) and output.samefile(file):  # noqa: PTH110  # a name that is too long is no error here
         raise InvalidParameterError(f"{output}: is the trace; write the page elsewhere with -o")
+    require_own(output, is_page, "page of a trace")
     with replacing(output) as page:
         totals = write_page(read_trace(file), file.name, page)
     screen = Screen()

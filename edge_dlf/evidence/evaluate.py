@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
@@ -17,7 +19,9 @@ from typing import Any, TypeAlias
 
 import datasets
 import lm_eval
+from datasets.exceptions import DatasetGenerationError
 from lm_eval.api.model import CachingLM
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -25,12 +29,16 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from ..api import FusedLlama
 from ..errors import EdgeDLFError, InvalidParameterError
 from ..families.manifest import Manifest
-from ..system.durable import replacing
+from ..system.durable import file_error, replacing, require_own
 from .harness import HarnessModel
 from .stats import Estimate, interval, paired
 
 TASKS = Path(__file__).with_name("tasks")
 """The paper's tasks, by the names of their files."""
+
+_FORMAT = "edge-dlf eval 1"
+_LOCAL = frozenset({"json", "csv", "parquet", "text", "arrow", "xml"})
+"""Kinds of data that `datasets` reads from files on this machine."""
 
 Column: TypeAlias = tuple[str, str]
 """A task, and a metric of it, with the name of its filter where it has several."""
@@ -114,11 +122,13 @@ def run(
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    manager = _manager(plan.tasks)
-    specs = [_spec(manager, task, plan.data.get(task, ())) for task in plan.tasks]
+    tasks = list(dict.fromkeys(plan.tasks))
+    manager = _manager(tasks)
+    specs = [_spec(manager, task, plan.data.get(task, ())) for task in tasks]
+    _require_distinct(tasks, specs)
     if unknown := sorted(set(plan.data) - set(plan.tasks)):
         raise InvalidParameterError(f"there is data for {unknown[0]!r}, which is none of the tasks")
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     values: dict[str, Mapping[Column, Values]] = {}
     text = ""
     for variant in variants:
@@ -127,7 +137,7 @@ def run(
         values[variant.name] = _values(_measure(plan, variant, load, cache, specs, manager))
         tables = [table(column, values) for column in dict.fromkeys(chain.from_iterable(values.values()))]
         text = markdown(tables)
-        results = {"format": "edge-dlf eval 1", "tables": tables}
+        results = {"format": _FORMAT, "tables": tables}
         _write(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1))
         _write(folder / "results.md", text)
     return text
@@ -162,8 +172,40 @@ def _measure(
     except EdgeDLFError:
         raise
     except Exception as error:
-        raise EdgeDLFError(f"the harness failed on {', '.join(plan.tasks)}: {error}") from error
+        reason = _empty_choice(error) or _reason(error)
+        raise EdgeDLFError(f"the harness failed on {', '.join(plan.tasks)}: {reason}") from error
     return found
+
+
+def _empty_choice(error: Exception) -> str | None:
+    """The first example with an empty choice of the task at which the harness failed, for it does not say so itself."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        task = frame.f_locals.get("self")
+        if isinstance(task, ConfigurableTask) and task.OUTPUT_TYPE == "multiple_choice":
+            with suppress(Exception):  # of its template, which may be what the harness failed on
+                for number, doc in enumerate(task.eval_docs):
+                    if "" in map(str, task.doc_to_choice(doc)):
+                        return f"example {number} of {task.config.task} has an empty choice: {doc!r:.200}"
+    return None
+
+
+def _reason(error: BaseException | None) -> str:
+    """What an error says, or its cause where it says nothing of its own."""
+    while error and error.__cause__ and (isinstance(error, DatasetGenerationError) or not str(error).strip()):
+        error = error.__cause__
+    return str(error).strip() or type(error).__name__
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder of the results, before anything is measured. Raises InvalidParameterError or EdgeDLFError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InvalidParameterError(f"{folder}: is a file; results need a folder") from None
+    except OSError as error:
+        raise file_error(folder, error) from error
+    require_own(folder / "results.json", lambda content: _FORMAT.encode() in content[:80], "results of eval")
+    require_own(folder / "results.md", lambda content: content.startswith(b"### "), "results of eval")
 
 
 def _manager(tasks: Sequence[str]) -> TaskManager:
@@ -179,14 +221,14 @@ def _is_file(task: str) -> bool:
 
 
 def _spec(manager: TaskManager, task: str, data: Sequence[Path]) -> str | dict[str, Any]:
-    """What the harness loads a task by: its name or file, or its definition with other data."""
+    """What the harness loads a task by: its name or file, or its definition with other data or with local files."""
     is_file = _is_file(task)
     if is_file and not Path(task).is_file():
         raise InvalidParameterError(f"{task}: no such file")
     if not is_file and task not in manager.task_index:
         raise InvalidParameterError(f"there is no task {task!r}; `lm_eval ls tasks` lists those of the harness")
     if not data:
-        return task
+        return _with_own_files(task) if is_file else task
     path = Path(task) if is_file else manager.task_index[task].yaml_path
     if path is None:
         raise InvalidParameterError(f"the task {task!r} is not defined by a file, so that it takes no other data")
@@ -199,12 +241,47 @@ def _spec(manager: TaskManager, task: str, data: Sequence[Path]) -> str | dict[s
         **load_yaml(path),
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": splits},
+        "dataset_kwargs": _read_anew(splits),
         "test_split": "test",
         "validation_split": None,
         "training_split": few,
         "fewshot_split": few,
     }
+
+
+def _with_own_files(task: str) -> str | dict[str, Any]:
+    """The definition in a file, where its data are local files; else the file's name."""
+    try:
+        definition = load_yaml(task)
+    except Exception as error:  # whatever YAML raises
+        raise InvalidParameterError(f"{task}: is no task ({_reason(error)})") from error
+    kwargs = definition.get("dataset_kwargs") or {}
+    if definition.get("dataset_path") not in _LOCAL or "data_files" not in kwargs:
+        return task
+    return {**definition, "dataset_kwargs": {**kwargs, **_read_anew(kwargs["data_files"])}}
+
+
+def _read_anew(files: Any) -> dict[str, Any]:
+    """Arguments by which `datasets` reads local files as they are: it takes those of the same time for the same.
+
+    Raises InvalidParameterError for a file that holds nothing.
+    """
+    named = files.values() if isinstance(files, Mapping) else [files]
+    for file in chain.from_iterable([each] if isinstance(each, str) else each for each in named):
+        if Path(file).is_file() and not Path(file).stat().st_size:
+            raise InvalidParameterError(f"{file}: is empty")
+    return {"data_files": files, "download_mode": "force_redownload"}
+
+
+def _require_distinct(tasks: Sequence[str], specs: Sequence[str | dict[str, Any]]) -> None:
+    """Raise InvalidParameterError where two tasks have one name: the harness would keep the last of them."""
+    seen: dict[str, str] = {}
+    for task, spec in zip(tasks, specs, strict=True):
+        definition = load_yaml(task) if spec == task and _is_file(task) else spec
+        name = str(definition.get("task", definition.get("group")) if isinstance(definition, dict) else task)
+        if name in seen:
+            raise InvalidParameterError(f"{seen[name]} and {task} are both named {name!r}; rename one of them")
+        seen[name] = task
 
 
 def _values(found: Mapping[str, Any]) -> Mapping[Column, Values]:

@@ -100,6 +100,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         n_leading = len(self.llm.tokenize("")) if add_special_tokens is False else 0
         return tokens[n_leading:]
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Raises EdgeDLFError for an answer without any text, which has no likelihood."""
+        for request in requests:
+            if not request.args[1].strip():  # a delimiter alone is no choice either
+                where = f"example {request.doc_id} of {request.task_name}"
+                raise EdgeDLFError(f"{where} has an empty choice: {request.doc!r:.200}")
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return found
+
     def _loglikelihood_tokens(
         self,
         requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],

@@ -31,6 +31,8 @@ class TraceFile(Appender):
         n_bytes = 0
         try:
             if path.exists():
+                if not path.is_file():
+                    raise InvalidParameterError(f"{path}: is no regular file")
                 with path.open("rb") as file:
                     for line in read_lines(file):
                         if line.number == 1:

@@ -43,6 +43,11 @@ def write_page(entries: Iterable[Entry], title: str, file: BinaryIO) -> Totals:
     return totals
 
 
+def is_page(beginning: bytes) -> bool:
+    """Whether a file that begins so is the page of a trace."""
+    return " · edge-dlf trace</title>".encode() in beginning
+
+
 def _write(
     file: BinaryIO, title: str, totals: Totals, overview: list[list[float]], first: bytes, rest: IO[bytes]
 ) -> None:

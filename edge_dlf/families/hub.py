@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,10 +21,12 @@ from ..gguf.shards import shard_names
 from .hub_cache import COMMIT, check_names, folder, snapshot
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
     from huggingface_hub.errors import HfHubHTTPError
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _CHUNK_BYTES = 1 << 20
+_MAGIC = b"GGUF"
 _TIMEOUT_S = 30.0
 _GOES_ON = "the same command later goes on where it stopped"
 
@@ -183,13 +187,14 @@ def _fetch(file: HubFile) -> None:
             f"{file.name} of {file.repo} is larger than the hub sends in one piece; bring it by "
             f"`hf download {file.repo} {file.name}`, then try again"
         )
-    if file.partial.exists() and file.partial.stat().st_size > file.n_bytes:
+    if file.partial.is_file() and (file.partial.stat().st_size > file.n_bytes or not _begins_well(file.partial)):
         file.partial.unlink()
     url = hf_hub_url(file.repo, file.name, revision=file.commit, endpoint=constants.ENDPOINT)
     headers = build_hf_headers(library_name="edge-dlf")
     # http_get itself resumes after most errors; the loop is for the rest, such as a connection that is reset.
     named = {"expected_size": file.n_bytes, "displayed_filename": file.name}
-    with file.partial.open("ab") as target:
+    with _Growing(file) as target:
+        target.seek(0, os.SEEK_END)
         while (had := target.tell()) < file.n_bytes:
             try:
                 http_get(url, target, resume_size=had, headers=headers, **named)  # type: ignore[arg-type]
@@ -203,6 +208,41 @@ def _fetch(file: HubFile) -> None:
             f"was removed; try again"
         )
     file.partial.replace(file.stored)
+
+
+class _Growing(io.FileIO):
+    """The part of a file that is here, to which `http_get` adds.
+
+    It takes no beginning but a GGUF's: a proxy that asks for a password, or a page about an error, must neither become
+    the beginning of a download nor replace one. So what http_get takes back is only given up when more has come.
+    """
+
+    def __init__(self, file: HubFile) -> None:
+        super().__init__(os.open(file.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        self._what = f"{file.name} of {file.repo}"
+
+    def truncate(self, size: int | None = None, /) -> int:
+        return self.tell() if size is None else size
+
+    def write(self, chunk: ReadableBuffer, /) -> int:
+        begun = bytes(memoryview(chunk)[: len(_MAGIC)])
+        if self.tell() == 0 and not _MAGIC.startswith(begun):
+            raise DownloadError(
+                f"{self._what} came as something that is no GGUF and begins with {begun!r}, as a proxy's login page "
+                "does; nothing of it was kept"
+            )
+        if os.fstat(self.fileno()).st_size > self.tell():
+            super().truncate(self.tell())
+        n_bytes = memoryview(chunk).nbytes
+        n_written = super().write(chunk)
+        while n_written < n_bytes:  # a disk that is filling up; the next call says why
+            n_written += super().write(memoryview(chunk)[n_written:])
+        return n_bytes
+
+
+def _begins_well(path: Path) -> bool:
+    with path.open("rb") as content:
+        return _MAGIC.startswith(content.read(len(_MAGIC)))
 
 
 def _is_intact(path: Path, file: HubFile) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import BinaryIO
 from ..errors import EdgeDLFError, InvalidParameterError
 
 _SYNC_S = 1.0
+_BEGINNING_BYTES = 1 << 12
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _WRONG_PATH = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
@@ -100,10 +102,19 @@ class Appender(AbstractContextManager["Appender"]):
 
 @contextmanager
 def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """Write a file that replaces `path` at the end, all at once; an exception before the end changes nothing.
+    """Write a file that replaces `path` at the end, all at once; an exception before the end changes nothing. A link
+    keeps leading to it. A pipe or a device is written to as it is.
 
     mode: permissions of a new file, less those that the umask takes away. A file that is replaced keeps its own.
     """
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("wb") as file:
+                yield file
+            return
+        path = Path(os.path.realpath(path))
+    except OSError as error:
+        raise file_error(path, error) from error
     new = new_name(path)
     try:
         with open(new, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
@@ -120,6 +131,20 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
             raise file_error(path, error) from error
         raise
     sync_folder(path.parent)
+
+
+def require_own(path: Path, is_own: Callable[[bytes], bool], what: str) -> None:
+    """Raise InvalidParameterError where `path` is a file that this program has not written, and that would be replaced.
+
+    is_own: whether a file of this program begins with such bytes. what: what is written, for the message.
+    """
+    try:
+        with path.open("rb") if path.is_file() else io.BytesIO() as file:
+            beginning = file.read(_BEGINNING_BYTES)
+    except (OSError, ValueError):
+        return  # whoever writes it says what is wrong
+    if beginning and not is_own(beginning):
+        raise InvalidParameterError(f"{path}: is another file, no {what}, and stays; choose another name")
 
 
 def new_name(path: Path) -> Path:

@@ -10,9 +10,19 @@ import select
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, NamedTuple, NoReturn
 
+from ..errors import InvalidParameterError
+
 MAX_LINE_BYTES = 64 << 20
 BOM = b"\xef\xbb\xbf"
-
+_UTF16 = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"PK\3\4": "zip",
+}
+"""The first bytes of a compressed file -> its kind."""
 _LINE_BREAKS = re.compile("[\x85\u2028\u2029]")  # for readers that split lines as Python's str.splitlines does
 
 
@@ -33,8 +43,9 @@ class Line(NamedTuple):
 class Pipe:
     """A pipe or terminal to read lines from, which tells whether there is anything to read."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, name: str = "stdin") -> None:
         self._fd = fd
+        self.name = name
         self._held = bytearray()
 
     def would_wait(self) -> bool:
@@ -57,7 +68,10 @@ class Pipe:
 
 
 def read_lines(file: IO[bytes] | Pipe) -> Iterator[Line]:
-    """The lines of `file` that are not blank, holding no more than one of them; a byte order mark is left out."""
+    """The lines of `file` that are not blank, holding no more than one of them; a byte order mark is left out.
+
+    Raises InvalidParameterError for a file that is UTF-16, or compressed.
+    """
     number = start = 0
     while content := file.readline(MAX_LINE_BYTES):
         number += 1
@@ -67,10 +81,20 @@ def read_lines(file: IO[bytes] | Pipe) -> Iterator[Line]:
             is_short = False
             content = b""
         if number == 1:
+            _require_text(content, getattr(file, "name", "the input"))
             content = content.removeprefix(BOM)
         if content.strip() or not is_short:
             yield Line(number, start, n_bytes, content if is_short else None, (last or content).endswith(b"\n"))
         start += n_bytes
+
+
+def _require_text(beginning: bytes, name: object) -> None:
+    """Raise InvalidParameterError for what is no text in UTF-8 as a whole, so that no line of it is worth an error."""
+    for magic, kind in _COMPRESSED.items():
+        if beginning.startswith(magic):
+            raise InvalidParameterError(f"{name}: is compressed ({kind}); unpack it first")
+    if beginning.startswith(_UTF16):
+        raise InvalidParameterError(f"{name}: is UTF-16, not UTF-8; `iconv -f UTF-16 -t UTF-8` converts it")
 
 
 def parse_object(content: bytes) -> dict[str, Any]:

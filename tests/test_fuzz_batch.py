@@ -1,0 +1,18 @@
+"""A few of the batches of `fuzz_batch.py`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from edge_dlf import FusedLlama
+
+from .fuzz_batch import property_of
+
+
+def test_every_line_has_one_row_whatever_it_holds_and_wherever_a_run_is_cut(tiny: Path, tmp_path: Path) -> None:
+    kinds: Counter[str] = Counter()
+    with FusedLlama.from_family(tiny, n_ctx=64, n_threads=1) as llm:
+        property_of(llm, tmp_path, 40, kinds.update)
+    assert kinds["answered"] > 3
+    assert {"invalid_request", "invalid_json"} <= set(kinds)
