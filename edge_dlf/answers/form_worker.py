@@ -97,9 +97,7 @@ def _answer(matcher: LLMatcher, ends: frozenset[int], taken: list[int], ahead: l
     is_allowed = matcher.is_accepting() if token in ends else bool(matcher.validate_tokens([token]))
     bits = b"" if is_allowed or matcher.is_error() else matcher.compute_bitmask()
     if matcher.is_error():
-        return ERROR + (
-            _DEAD_END if "NoExtension" in matcher.get_error() else _one_line(matcher.get_error()).encode()
-        )
+        return ERROR + (_DEAD_END if "NoExtension" in matcher.get_error() else _one_line(matcher.get_error()).encode())
     if bits and not matcher.is_accepting():
         allowed = bytearray(bits)
         for end in ends:

@@ -92,9 +92,6 @@ class Form:
         self._banned: dict[tuple[int, ...], Tokens] = {}
         """What is known of the tokens after some text, which includes those that the worker was not told."""
 
-    def __del__(self) -> None:
-        self._worker.close()
-
     def banned(self, ahead: Sequence[int], token: int, patience_s: float | None) -> Tokens | None:
         question = (*self._told[self._n_told :], *ahead), token
         while not self._is_known(question):

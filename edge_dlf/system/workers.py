@@ -33,15 +33,23 @@ class WorkerEndedError(Exception):
 
 
 class Connection:
-    """Messages of bytes between a worker and whoever gave it its job. Used by one thread at a time on each side."""
+    """Messages of bytes between a worker and whoever gave it its job. Used by one thread at a time on each side.
 
-    def __init__(self, end: socket.socket) -> None:
-        self._end = end
+    fd: this end of a pair of sockets, which is closed with the connection, at the latest when nobody holds it any more.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __del__(self) -> None:
+        self.close()
 
     def send(self, *messages: bytes) -> None:
         """Send messages in one go. Raises WorkerEndedError where the other side has ended."""
+        left = memoryview(b"".join(part for each in messages for part in (_LENGTH.pack(len(each)), each)))
         try:
-            self._end.sendall(b"".join(part for each in messages for part in (_LENGTH.pack(len(each)), each)))
+            while left:
+                left = left[os.write(self._fd, left) :]
         except OSError:
             raise WorkerEndedError from None
 
@@ -54,17 +62,20 @@ class Connection:
         """Wait so long for a message, or for the other side's end. Returns whether `receive` would return at once, as
         far as can be told: a message comes in one go."""
         poll = select.poll()
-        poll.register(self._end, select.POLLIN)
+        poll.register(self._fd, select.POLLIN)
         return bool(poll.poll(None if patience_s is None else patience_s * 1000))
 
     def close(self) -> None:
-        self._end.close()
+        """Calling it twice is no error."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
     def _exactly(self, length: int) -> bytes:
         content = bytearray()
         while len(content) < length:
             try:
-                part = self._end.recv(min(length - len(content), 1 << 20))
+                part = os.read(self._fd, min(length - len(content), 1 << 20))
             except OSError:
                 raise WorkerEndedError from None
             if not part:
@@ -100,7 +111,7 @@ class Workers:
                 with suppress(OSError):
                     socket.send_fds(self._control, [b"."], [theirs.fileno()])
                     break
-        return Connection(ours)
+        return Connection(ours.detach())
 
     def close(self) -> None:
         """End the process. Workers end with their connections. Calling it twice is no error."""
@@ -122,8 +133,8 @@ class Workers:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        with suppress(WorkerEndedError):  # told by the next worker, which has no process to come from
-            Connection(self._control).send(self._material)
+        with suppress(OSError):  # a process that has ended is told of by the worker that does not come
+            self._control.sendall(_LENGTH.pack(len(self._material)) + self._material)
 
 
 @contextmanager
@@ -147,10 +158,11 @@ def limit_memory(n_bytes: int) -> None:
 def serve(control_fd: int, prepare: str) -> None:
     """Fork a worker for each connection that comes, until whoever sends them has ended."""
     control = socket.socket(fileno=control_fd)
-    connection = Connection(control)
+    connection = Connection(os.dup(control_fd))
     module, _, name = prepare.partition(":")
     with suppress(WorkerEndedError):
         work: Callable[[Connection], None] = getattr(importlib.import_module(module), name)(connection.receive())
+        connection.close()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no worker is left as a zombie
         gc.collect()
         gc.freeze()
@@ -160,7 +172,7 @@ def serve(control_fd: int, prepare: str) -> None:
                 return
             if os.fork() == 0:
                 control.close()
-                _be_worker(work, Connection(socket.socket(fileno=fds[0])))
+                _be_worker(work, Connection(fds[0]))
             os.close(fds[0])
 
 
