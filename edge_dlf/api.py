@@ -174,7 +174,7 @@ class FusedLlama:
         self._members.close()
 
     def interrupt(self) -> None:
-        """Stop the running request from another thread. It raises RequestInterruptedError; later ones are unaffected."""
+        """Stop the running request, from another thread: it raises RequestInterruptedError, later ones run."""
         self._members.interrupt.set()
 
     @property

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from edge_dlf import FusionParams, NonFiniteLogitsError, SamplingParams
-from edge_dlf.engine.constraint import Constraint
+from edge_dlf.engine.constraint import Constraint, StillComputingError
 from edge_dlf.engine.decoder import Decoder
 from edge_dlf.engine.ensemble import Ensemble
 from edge_dlf.engine.generation import Generation, GenerationRequest
@@ -82,20 +82,29 @@ def step(decoder: Decoder, generation: Generation) -> list[Pick]:
 
 
 class EachThird:
-    """A constraint: at each place of the answer another third of the tokens may stand."""
+    """A constraint: at each place of the answer another third of the tokens may stand.
 
-    def __init__(self) -> None:
+    n_asks: how often a question has to be asked until it is answered.
+    """
+
+    def __init__(self, n_asks: int = 1) -> None:
         self.taken: list[int] = []
+        self.n_asks = n_asks
+        self.asked: list[tuple[list[int], int]] = []
 
-    def allows(self, guesses: Sequence[int], token: int) -> bool:
-        return (len(self.taken) + len(guesses) + token) % 3 == 0
-
-    def banned(self, guesses: Sequence[int]) -> npt.NDArray[np.int64]:
-        return np.array([token for token in range(N_VOCAB) if not self.allows(guesses, token)])
+    def banned(self, ahead: Sequence[int], token: int, patience_s: float | None) -> npt.NDArray[np.int64] | None:
+        self.asked.append(([*self.taken, *ahead], token))
+        if patience_s is not None and self.asked.count(self.asked[-1]) % self.n_asks:
+            raise StillComputingError
+        allowed = (len(self.taken) + len(ahead) + np.arange(N_VOCAB)) % 3 == 0
+        return None if allowed[token] else np.flatnonzero(~allowed)
 
     def accept(self, token: int) -> None:
-        assert self.allows([], token)
+        assert (len(self.taken) + token) % 3 == 0
         self.taken.append(token)
+
+    def is_computing(self, patience_s: float) -> bool:
+        return False
 
 
 def plain(
@@ -315,12 +324,14 @@ def test_plausibility_asks_the_experts_of_a_positive_weight(weights: dict[str, f
 
 
 @pytest.mark.parametrize("fusion", METHODS, ids=label)
+@pytest.mark.parametrize("n_asks", [1, 2, 3])
 @pytest.mark.parametrize("n_draft", [0, None, 3])
-def test_a_constraint_is_kept_to_by_every_method(fusion: FusionParams, n_draft: int | None) -> None:
-    """The token at each place is the one that the oracle picks among those that are allowed."""
+def test_a_constraint_is_kept_to_by_every_method(fusion: FusionParams, n_draft: int | None, n_asks: int) -> None:
+    """The token at each place is the one that the oracle picks among those that are allowed, however long it takes to
+    tell which these are."""
     sampling = SamplingParams(seed=3, temperature=0.9, top_k=0, top_p=1.0, min_p=0.0)
     members = alike(1, 0.8)
-    picks = generate(members, [1, 2], 15, fusion, sampling, constraint=EachThird(), n_draft=n_draft)
+    picks = generate(members, [1, 2], 15, fusion, sampling, constraint=EachThird(n_asks), n_draft=n_draft)
     text = [1, 2]
     for n, pick in enumerate(picks[:15]):
         fused = naive.fused_row({name: member.row(text)[:N_VOCAB] for name, member in members.items()}, fusion)

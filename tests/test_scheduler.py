@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edge_dlf import EdgeDLFError, FusionParams, NonFiniteLogitsError, SamplingParams
+from edge_dlf.engine.constraint import StillComputingError, Tokens
 from edge_dlf.engine.decoder import Decoder
 from edge_dlf.engine.ensemble import Ensemble
 from edge_dlf.engine.generation import Generation, GenerationRequest
@@ -17,7 +18,7 @@ from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.fusion.records import Pick
 
 from .fake_backend import FakeBackend
-from .test_decode import N_VOCAB, family, generate
+from .test_decode import N_VOCAB, EachThird, family, generate
 
 FUSIONS = [
     FusionParams(),
@@ -333,3 +334,41 @@ def test_a_prefix_is_the_last_to_be_forgotten_for_room() -> None:
     scheduler.add(late)
     scheduler.step()
     assert members["large"].n_evaluated - before == 20 + 1
+
+
+class Stuck(EachThird):
+    """A constraint that computes until it is freed."""
+
+    is_free = False
+
+    def banned(self, ahead: Sequence[int], token: int, patience_s: float | None) -> Tokens | None:
+        if not self.is_free and self.taken:
+            assert patience_s is not None
+            raise StillComputingError
+        return super().banned(ahead, token, patience_s)
+
+    def is_computing(self, patience_s: float) -> bool:
+        return not self.is_free and bool(self.taken)
+
+
+def test_a_constraint_that_computes_keeps_no_other_generation_waiting() -> None:
+    scheduler, greedy = scheduler_of(family(1, n_seq_max=3)), SamplingParams(temperature=0.0)
+    stuck = Stuck()
+    slow = Generation(make(scheduler, [1, 2], FUSIONS[0], greedy).request, stuck)
+    scheduler.add(slow)
+    scheduler.step()
+    scheduler.step()
+    assert slow.n_picked == 1
+    assert scheduler.step() == []
+    others = [make(scheduler, prompt, FUSIONS[0], greedy) for prompt in ([1, 3, 4], [5])]
+    for other in others:
+        scheduler.add(other)
+    for _ in range(9):
+        assert {result.generation for result in scheduler.step()} == {*others}
+    assert [other.n_picked for other in others] == [9, 9]
+    assert slow.n_picked == 1
+    stuck.is_free = True
+    for _ in range(4):
+        scheduler.step()
+    expected = generate(family(1), [1, 2], 5, FUSIONS[0], greedy, constraint=EachThird())
+    assert slow.tokens[2:] == [pick.token for pick in expected]

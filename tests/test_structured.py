@@ -16,7 +16,6 @@ import pytest
 from edge_dlf import FusedLlama, InvalidParameterError
 from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.fusion.records import Draw
-from edge_dlf.llama import Grammar
 from edge_dlf.params import FusionParams, SamplingParams
 
 # Random weights end nothing by themselves: each schema is bounded, so that an answer ends.
@@ -104,17 +103,24 @@ def test_drafting_gives_the_same_answer(llm: FusedLlama, draft: Any) -> None:
 
 def test_what_a_draft_holds_beyond_an_end_is_never_used(llm: FusedLlama) -> None:
     model = llm._members.vocabulary
-    grammar = Grammar(model, 'root ::= "ab"', llm.n_vocab)
     a, b, end = *model.tokenize(b"ab", special=False), model.eos
     assert end is not None
-    assert [grammar.allows([], token) for token in (a, b, end)] == [True, False, False]
-    assert [grammar.allows([a], token) for token in (a, b, end)] == [False, True, False]
-    assert set(range(llm.n_vocab)) - set(grammar.banned([a, b]).tolist()) >= {end}
-    assert grammar.allows([b], a)
-    assert not len(grammar.banned([a, b, end]))
-    for token in (a, b, end, a, a):
-        grammar.accept(token)
-    assert grammar.allows([a], a)
+    form = llm._preparer.tokenizer._forms_of(llm._members.is_eog).grammar('root ::= "ab"')
+
+    def allows(ahead: list[int], token: int) -> bool:
+        return form.banned(ahead, token, None) is None
+
+    assert [allows([], token) for token in (a, b, end)] == [True, False, False]
+    assert [allows([a], token) for token in (a, b, end)] == [False, True, False]
+    banned = form.banned([a, b], a, None)
+    assert banned is not None
+    assert end not in banned.tolist()
+    assert {a, b} <= {*banned.tolist()}
+    assert allows([b], a)
+    assert allows([a, b, end], a)
+    for token in (a, b):
+        form.accept(token)
+    assert [allows([], token) for token in (a, b, end)] == [False, False, True]
 
 
 def test_rows_of_a_batch_each_keep_to_their_own(llm: FusedLlama) -> None:
@@ -163,19 +169,20 @@ def test_probabilities_are_those_of_the_models(llm: FusedLlama) -> None:
 @pytest.mark.parametrize(
     ("form", "complaint"),
     [
-        ({"grammar": ""}, "empty"),
+        ({"grammar": ""}, "no rule root"),
         ({"grammar": 3}, "must be text"),
         ({"grammar": "root = x"}, "expecting ::="),
         ({"grammar": 'foo ::= "a"'}, "root"),
-        ({"grammar": "root ::= missing"}, "Undefined rule identifier 'missing'"),
-        ({"grammar": 'root ::= root "a"'}, "left recursion"),
-        ({"grammar": "root ::= " + "(" * 100_000}, "nested too deeply"),
+        ({"grammar": "root ::= missing"}, "undefined rule 'missing'"),
+        ({"grammar": 'root ::= root "a"'}, "no text that ends"),
+        ({"grammar": "root ::= " + "(" * 100_000}, "a ( without its )"),
+        ({"grammar": "root ::= " + "(" * 60_000 + '"1" "2"' + ")?" * 60_000}, "nested too deeply"),
         ({"json_schema": {"type": "banana"}}, "banana"),
         ({"json_schema": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
         ({"json_schema": {"$ref": "https://example.com/x"}}, "example.com"),
         ({"json_schema": {"type": "string"}, "grammar": GRAMMAR}, "not to both"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_what_cannot_be_kept_to_is_refused(
     llm: FusedLlama, capfd: pytest.CaptureFixture[str], form: dict[str, Any], complaint: str

@@ -9,6 +9,8 @@ from typing import Any
 
 from ..errors import InvalidParameterError
 from .dialects import QWEN_XML, CallSyntax, Dialect
+from .forms import json_grammar
+from .gbnf import OPTIONS
 from .tools import Tools
 
 _ANY_TEXT = r"/(.|\n)*/"
@@ -19,13 +21,11 @@ def call_grammar(
     tools: Tools,
     answer: Mapping[str, Any] | None,
     control: Mapping[str, int],
-    json_grammar: Callable[[Mapping[str, Any]], Mapping[str, Any]],
 ) -> str:
     """Return the grammar of an answer that calls tools, or, unless it has to, may be text or JSON.
 
     answer: JSON schema of an answer that is no call; None for any text.
     control: name -> id of every control token.
-    json_grammar: JSON schema -> a grammar of llguidance.
     Raises InvalidParameterError where calls of this family cannot be kept to a schema.
     """
     calls = dialect.calls
@@ -42,7 +42,7 @@ def call_grammar(
     if not tools.is_required:
         schemas = {name: schema if name in tools.strict else {"type": "object"} for name, schema in schemas.items()}
     rules = _rules(dialect, calls, tools, schemas, literal, has_answer=answer is not None)
-    grammars: list[Mapping[str, Any]] = [{"name": "calls", "lark_grammar": "%llguidance {}\n" + "\n".join(rules)}]
+    grammars: list[Mapping[str, Any]] = [{"name": "calls", "lark_grammar": OPTIONS + "\n".join(rules)}]
     numbered = [*schemas.values(), *([answer] if answer is not None else [])]
     grammars += [{**json_grammar(schema), "name": f"json_{n}"} for n, schema in enumerate(numbered)]
     return json.dumps({"grammars": grammars})

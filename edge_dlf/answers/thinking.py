@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from ..engine.constraint import Constraint
+from ..engine.constraint import Constraint, Tokens
 
 _Phase: TypeAlias = Literal["start", "thinking", "gap", "answer"]
 _MAX_SPACE = 4
@@ -62,33 +61,34 @@ class AfterThinking:
     ) -> None:
         self._tags, self._name, self._is_end, self._n_vocab = tags, name, is_end, n_vocab
         self._budget, self._inner = budget, inner
+        self._patience_s: float | None = None
         self._state = _State("thinking" if is_thinking or not tags.opens else "start")
 
-    def allows(self, guesses: Sequence[int], token: int) -> bool:
-        state = self._after(guesses)
-        return state is None or self._step(state, token) is not None
-
-    def banned(self, guesses: Sequence[int]) -> npt.NDArray[np.int64]:
-        state = self._after(guesses)
-        if state is None or (self._inner is None and not self._must_close(state)):
-            return np.empty(0, np.int64)
+    def banned(self, ahead: Sequence[int], token: int, patience_s: float | None) -> Tokens | None:
+        self._patience_s = patience_s
+        state = self._after(ahead)
+        if state is None or self._step(state, token) is not None:
+            return None
         if self._must_close(state):
             return np.delete(np.arange(self._n_vocab), self._tags.closing[state.n_closing])
         if state.phase == "thinking":
             return np.array([token for token in range(self._n_vocab) if self._step(state, token) is None], np.int64)
-        assert self._inner
-        banned = self._inner.banned(state.ahead)
-        if state.phase == "answer":
+        banned = self._inner.banned(state.ahead, token, patience_s) if self._inner else None
+        if state.phase == "answer" or banned is None:
             return banned
         return np.array([token for token in banned.tolist() if self._before_answer(state, token) is None], np.int64)
 
     def accept(self, token: int) -> None:
+        self._patience_s = None
         state = self._step(self._state, token)
         if state is None:
             return
         if state.ahead and self._inner:
             self._inner.accept(token)
         self._state = state._replace(ahead=())
+
+    def is_computing(self, patience_s: float) -> bool:
+        return self._inner is not None and self._inner.is_computing(patience_s)
 
     def _after(self, guesses: Sequence[int]) -> _State | None:
         """Return the state after `guesses`; None where they may not follow."""
@@ -105,7 +105,7 @@ class AfterThinking:
         """Return the state after one more token; None where it may not follow."""
         if state.phase == "thinking":
             return self._think(state, token)
-        if self._inner and self._inner.allows(state.ahead, token):
+        if self._inner and self._inner.banned(state.ahead, token, self._patience_s) is None:
             return _State("answer", ahead=(*state.ahead, token))
         if state.phase == "answer":
             return None if self._inner else state

@@ -9,7 +9,7 @@ from ..engine.constraint import Constraint
 from ..errors import InvalidParameterError
 from .call_grammar import call_grammar
 from .dialects import Dialect
-from .json_schema import Schemas
+from .forms import Forms
 from .sandbox import NoTemplateError
 from .template import ChatPrompt, ChatTemplate, Message
 from .text import to_bytes
@@ -32,7 +32,7 @@ class Tokenizer:
         self.n_vocab = n_vocab
         self._model = model
         self._template: ChatTemplate | None = None
-        self._schemas: Schemas | None = None
+        self._forms: Forms | None = None
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text` as a raw prompt, as in `FusedLlama.tokenize`."""
@@ -132,8 +132,7 @@ class Tokenizer:
         self, dialect: Dialect, tools: Tools, answer: Mapping[str, Any] | None, ends: Callable[[int], bool]
     ) -> Constraint:
         control = {self._name(token): token for token in self._model.control_tokens()}
-        schemas = self._all_schemas(ends)
-        return schemas.matcher(call_grammar(dialect, tools, answer, control, schemas.grammar))
+        return self._forms_of(ends).calls(call_grammar(dialect, tools, answer, control))
 
     def constraint(
         self, grammar: str | None, schema: Mapping[str, Any] | None, ends: Callable[[int], bool]
@@ -145,24 +144,21 @@ class Tokenizer:
         Raises InvalidParameterError.
         """
         if grammar is not None:
-            from ..llama import Grammar
-
             if schema is not None:
                 raise InvalidParameterError("an answer keeps to a grammar or to a JSON schema, not to both")
             if not isinstance(grammar, str):
                 raise InvalidParameterError(f"grammar must be text of a GBNF grammar, not {grammar!r:.60}")
-            return Grammar(self._model, grammar, self.n_vocab)
-        return None if schema is None else self._all_schemas(ends).constraint(schema)
+            return self._forms_of(ends).grammar(grammar)
+        return None if schema is None else self._forms_of(ends).schema(schema)
 
-    def _all_schemas(self, ends: Callable[[int], bool]) -> Schemas:
-        """Return what makes constraints of JSON schemas. Raises InvalidParameterError."""
-        if self._schemas is None:
+    def _forms_of(self, ends: Callable[[int], bool]) -> Forms:
+        """Return forms over the vocabulary, which are made once. Raises InvalidParameterError if no answer can end."""
+        if self._forms is None:
             last = list(filter(ends, range(self.n_vocab)))
             if not last:
-                raise InvalidParameterError("this model has no token that ends an answer, which a JSON schema needs")
-            pieces = list(map(self.piece, range(self.n_vocab)))
-            self._schemas = Schemas(pieces, last, lambda text: self._model.tokenize(text, special=False))
-        return self._schemas
+                raise InvalidParameterError("this model has no token that ends an answer, which a form needs")
+            self._forms = Forms(list(map(self.piece, range(self.n_vocab))), last)
+        return self._forms
 
     def known(self, token: int) -> int:
         """`token`, if it exists. Raises InvalidParameterError otherwise."""
@@ -171,7 +167,9 @@ class Tokenizer:
         return int(token)
 
     def close(self) -> None:
-        """End the process that renders the template. Calling it twice is no error."""
+        """End the processes that render the template and read forms. Calling it twice is no error."""
+        if self._forms is not None:
+            self._forms.close()
         if self._template is not None:
             self._template.close()
 

@@ -114,11 +114,7 @@ def _settings(options: Options, *, raw: bool, ordered: bool, exact: bool) -> dic
     """Return the arguments of `FusedLlama.batch`."""
     if raw and options.system:
         raise InvalidParameterError("a system prompt needs the chat template: leave out --raw or --system")
-<<<<<<< HEAD
     seed = options.spec.settings().get("seed", 0)
-    return {"seed": seed, **options.settings, "system": options.system, "raw": raw, "ordered": ordered}
-=======
-    seed = options.spec.defaults.get("seed", 0)
     settings = {"seed": seed, **options.settings, "system": options.system, "raw": raw, "ordered": ordered}
     if not exact:
         return settings
@@ -126,7 +122,6 @@ def _settings(options: Options, *, raw: bool, ordered: bool, exact: bool) -> dic
         raise InvalidParameterError("--exact decodes one row at a time here: leave out --parallel and --ray")
     options.loading["n_parallel"] = 1
     return {**settings, "exact": True}
->>>>>>> da58ba6 (Batches: bad rows keep their place, a torn last line is read again, no file is written onto another)
 
 
 def _run(

@@ -10,20 +10,26 @@ which. Text, stop strings and limits are the caller's matter; the scheduler choo
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from ..errors import EdgeDLFError
 from ..fusion.records import N_CANDIDATES, Draw, Pick, Trace
 from .backend import N_ROWS, Logits, Run
+from .constraint import StillComputingError, Tokens
 from .drafting import Draft, Drafting
 from .ensemble import Ensemble
 from .generation import Generation, StepResult
 
 if TYPE_CHECKING:
     from ..fusion.fuser import Fuser
+
+_PATIENCE_S, _PATIENCE_ALONE_S = 0.025, 0.25
+"""Seconds that a step waits for constraints: beside other generations, and with none."""
 
 
 @dataclass
@@ -64,6 +70,7 @@ class Decoder:
         self.ensemble = ensemble
         self.fuser = fuser
         self.drafting = Drafting(ensemble, self._pick_alone)
+        self._patience_s = 0.0
 
     def begin(self, generation: Generation) -> None:
         """Give the sequence `generation.seq` to a generation, new or interrupted. Cached tokens are kept."""
@@ -98,6 +105,7 @@ class Decoder:
             fit into a batch. Generations that come first are served first.
         on_decode: called just before the members compute.
         """
+        self._patience_s = _PATIENCE_S if len(generations) > 1 else _PATIENCE_ALONE_S
         started, n_tokens = self.ensemble.clock(), [len(generation.tokens) for generation in generations]
         for generation in generations:
             generation.advance_constraint()
@@ -199,24 +207,46 @@ class Decoder:
         draws = [generation.draw(ahead) for generation, ahead in places]
         weights = [roles.weights or ()] * len(draws)
         picks = self.fuser.pick(rows, roles.members, fusion, weights, draws)
+        stopped = set()
         for k, (generation, ahead) in enumerate(places):
-            if picks[k].error:
-                continue
-            if (banned := generation.banned(ahead, picks[k].token)) is not None:
+            if generation in stopped:
+                picks[k] = picks[k]._replace(error=StillComputingError())
+            picks[k], banned = self._judged(generation, ahead, picks[k])
+            own = [member[k : k + 1] for member in rows]
+            if banned is not None:
                 found, draw = picks[k], dataclasses.replace(draws[k], banned=banned)
                 again = dataclasses.replace(fusion, method="static") if found.choice else fusion
-                own = [member[k : k + 1] for member in rows]
                 (picks[k],) = self.fuser.pick(own, roles.members, again, [found.weights], [draw])
                 picks[k] = picks[k]._replace(choice=found.choice)
-            if generation.request.traced:
-                picks[k] = self._traced(generation, [member[k : k + 1] for member in rows], draws[k], picks[k])
+            if picks[k].error:
+                stopped.add(generation)
+            elif generation.request.traced:
+                picks[k] = self._traced(generation, own, draws[k], picks[k])
         return picks
+
+    def _judged(self, generation: Generation, ahead: Sequence[int], pick: Pick) -> tuple[Pick, Tokens | None]:
+        """Return the pick, with the error that the constraint makes of it, and all banned tokens if it is one of them.
+
+        All picks of a step share the time that they wait for constraints: those that take longer are picked later.
+        """
+        if pick.error or not generation.is_constrained:
+            return pick, None
+        # What cannot be taken back cannot be picked again.
+        can_wait = all(self.ensemble.members[name].can_trim for name in generation.members)
+        started = time.perf_counter()
+        try:
+            return pick, generation.banned(ahead, pick.token, max(0.0, self._patience_s) if can_wait else None)
+        except EdgeDLFError as error:
+            return pick._replace(error=error), None
+        finally:
+            self._patience_s -= time.perf_counter() - started
 
     def _pick_alone(self, generation: Generation, name: str, row: Logits, ahead: Sequence[int]) -> Pick:
         """Pick as the member `name` alone would after the text and `ahead`, from its row (width,)."""
         draw = generation.draw(ahead)
         (pick,) = self.fuser.pick([[row]], (name,), generation.request.fusion, [()], [draw])
-        if pick.error is None and (banned := generation.banned(ahead, pick.token)) is not None:
+        pick, banned = self._judged(generation, ahead, pick)
+        if banned is not None:
             draw = dataclasses.replace(draw, banned=banned)
             (pick,) = self.fuser.pick([[row]], (name,), generation.request.fusion, [()], [draw])
         return pick
@@ -241,7 +271,7 @@ class Decoder:
         generation = each.generation
         for pick in picks[generation]:
             if pick.error:
-                if not results[generation].picks:
+                if not results[generation].picks and not isinstance(pick.error, StillComputingError):
                     results[generation] = StepResult(generation, error=pick.error)
                 self._trim(generation, each.draft)
                 return False

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..errors import EdgeDLFError
 from ..fusion.records import N_CANDIDATES, Draw, Pick
 from ..params import FusionParams, SamplingParams
-from .constraint import Constraint
+from .constraint import Constraint, Tokens
 from .ensemble import Roles
 
 _NO_TOKENS = np.empty(0, np.int32)
@@ -151,12 +151,20 @@ class Generation:
                 self._constraint.accept(token)
                 self._n_constrained += 1
 
-    def banned(self, ahead: Sequence[int], token: int) -> npt.NDArray[np.int64] | None:
-        """Return None if `token` may follow the text and `ahead`, otherwise all tokens that may not."""
+    @property
+    def is_constrained(self) -> bool:
+        """Whether some tokens may not follow."""
+        return self._constraint is not None
+
+    def banned(self, ahead: Sequence[int], token: int, patience_s: float | None) -> Tokens | None:
+        """Return None if `token` may follow the text and `ahead`, or else all tokens that may not; as `Constraint`."""
         if self._constraint is None:
             return None
-        before = [*self._unconstrained(), *ahead]
-        return None if self._constraint.allows(before, token) else self._constraint.banned(before)
+        return self._constraint.banned([*self._unconstrained(), *ahead], token, patience_s)
+
+    def is_waiting(self, patience_s: float = 0.0) -> bool:
+        """Whether a pick has to wait for the constraint, which is given so long to come to an end."""
+        return self._constraint is not None and self._constraint.is_computing(patience_s)
 
     def _unconstrained(self) -> list[int]:
         return self.tokens[self.n_prompt + self._n_constrained :]

@@ -19,6 +19,8 @@ WORTH_WAITING = 16
 """Tokens of a common prefix for which a generation waits until another has evaluated it."""
 HEADROOM = 16
 """Positions kept free for each generation that is being decoded when another one joins."""
+_IDLE_S = 0.05
+"""Seconds to wait for a constraint while there is nothing else to decode."""
 
 FEW = 8
 """Tokens that a text may differ by at the end from the one that it goes on with: what ends an answer is not kept."""
@@ -81,7 +83,12 @@ class Scheduler:
         if self._ensemble.has_streams:
             self._pack()
         n_most = n_room if n_prefill is None else min(n_room, n_prefill)
-        results = self.decoder.step(self._active, n_most, on_decode) if self._active else []
+        ready = [active for active in self._active if not active.is_waiting()]
+        if self._active and not ready:
+            if on_decode:
+                on_decode()
+            self._active[0].is_waiting(_IDLE_S)
+        results = self.decoder.step(ready, n_most, on_decode) if ready else []
         elapsed = self._ensemble.clock() - started
         for result in results:
             result.generation.count_step(len(result.picks), elapsed)

@@ -8,7 +8,6 @@ from ..engine.backend import N_BATCH as N_BATCH
 from .amx import amx_crashes as amx_crashes
 from .context import LlamaBackend as LlamaBackend
 from .device import copy_bytes_s as copy_bytes_s
-from .grammar import Grammar as Grammar
 from .model import Model as Model
 from .runtime import AMX_REBUILD as AMX_REBUILD
 from .runtime import Interrupt as Interrupt

@@ -1,0 +1,153 @@
+"""Answers that keep to a form, JSON of a schema or a GBNF grammar: each is kept to it by a process of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from ..engine.constraint import StillComputingError, Tokens
+from ..errors import InvalidParameterError
+from ..system.workers import Connection, WorkerEndedError, Workers
+from .form_worker import ERROR, MEMORY_BYTES, NO, READING_S, TOKEN_S, YES, prepare
+from .gbnf import OPTIONS
+
+_START = {"name": "start", "lark_grammar": f"{OPTIONS}start: @json"}
+_WHITESPACE = r"\x20|\n[\x20\t]{0,20}"
+"""Between the parts of JSON: without a bound, a model may go on with it for ever."""
+_PREPARE = f"{prepare.__module__}:{prepare.__name__}"
+
+
+def json_grammar(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return llguidance's grammar of JSON of a schema."""
+    return {"json_schema": {"x-guidance": {"whitespace_pattern": _WHITESPACE}, **schema}}
+
+
+_Question: TypeAlias = tuple[tuple[int, ...], int]
+"""Tokens after those of the answer that the worker knows, and the token in question."""
+_T = TypeVar("_T")
+
+
+class Forms:
+    """Forms over one vocabulary.
+
+    pieces: bytes of each token, none for those that stand for no text. ends: tokens that end an answer.
+    """
+
+    def __init__(self, pieces: Sequence[bytes], ends: Sequence[int]) -> None:
+        self._n_vocab = len(pieces)
+        material = {"pieces": [piece.hex() for piece in pieces], "ends": list(ends)}
+        self._workers = Workers(_PREPARE, json.dumps(material).encode())
+
+    def grammar(self, text: str) -> Form:
+        """Return the form of a GBNF grammar. Raises InvalidParameterError for one that cannot be kept to."""
+        return self._form("grammar", text)
+
+    def schema(self, schema: Mapping[str, Any]) -> Form:
+        """Return the form of JSON of a schema. Raises InvalidParameterError for one that cannot be kept to."""
+        try:
+            text = json.dumps({"grammars": [_START, {**json_grammar(schema), "name": "json"}]})
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InvalidParameterError(f"the JSON schema cannot be used: {error}") from None
+        return self._form("JSON schema", text)
+
+    def calls(self, grammar: str) -> Form:
+        """Return the form of a grammar of llguidance that `call_grammar` made. Raises InvalidParameterError."""
+        return self._form("JSON schema", grammar)
+
+    def close(self) -> None:
+        """End the process that they come from. Calling it twice is no error."""
+        self._workers.close()
+
+    def _form(self, kind: str, text: str) -> Form:
+        worker = self._workers.worker()
+        try:
+            worker.send(kind.encode(), text.encode("utf-8", "replace"))
+            reply = worker.receive()
+        except WorkerEndedError:
+            worker.close()
+            raise InvalidParameterError(
+                f"the {kind} cannot be used: it is nested too deeply, or takes more than {READING_S:g} s or "
+                f"{MEMORY_BYTES >> 20} MiB to read"
+            ) from None
+        if reply.startswith(ERROR):
+            worker.close()
+            raise InvalidParameterError(f"the {kind} cannot be used: {reply[1:].decode()}")
+        return Form(kind, worker, self._n_vocab)
+
+
+class Form:
+    """A `Constraint` that another process keeps to, with the state of one answer."""
+
+    def __init__(self, kind: str, worker: Connection, n_vocab: int) -> None:
+        self._kind, self._worker, self._n_vocab = kind, worker, n_vocab
+        self._told: list[int] = []
+        """Tokens of the answer, of which the worker knows `_n_told`."""
+        self._n_told = 0
+        self._asked: _Question | None = None
+        """The question that the worker has not answered."""
+        self._allowed: set[_Question] = set()
+        self._banned: dict[tuple[int, ...], Tokens] = {}
+        """What is known of the tokens after some text, which includes those that the worker was not told."""
+
+    def banned(self, ahead: Sequence[int], token: int, patience_s: float | None) -> Tokens | None:
+        question = (*self._told[self._n_told :], *ahead), token
+        while not self._is_known(question):
+            if self._asked is None:
+                self._ask(ahead, token)
+                question = tuple(ahead), token
+            if not self._worker.has_come(patience_s):
+                raise StillComputingError
+            self._hear()
+        return None if question in self._allowed else self._banned[question[0]]
+
+    def accept(self, token: int) -> None:
+        self._told.append(token)
+
+    def is_computing(self, patience_s: float) -> bool:
+        return self._asked is not None and not self._worker.has_come(patience_s)
+
+    def _is_known(self, question: _Question) -> bool:
+        """Tell whether the answer to a question is known, maybe from all tokens that are banned there."""
+        text, token = question
+        if text in self._banned:
+            banned = self._banned[text]
+            at = int(np.searchsorted(banned, token))
+            if at == len(banned) or banned[at] != token:
+                self._allowed.add(question)
+        return question in self._allowed or text in self._banned
+
+    def _ask(self, ahead: Sequence[int], token: int) -> None:
+        new = self._told[self._n_told :]
+        self._n_told = len(self._told)
+        if new:
+            self._allowed.clear()
+            self._banned.clear()
+        self._asked = tuple(ahead), token
+        self._worker_does(
+            lambda: self._worker.send(json.dumps({"taken": new, "ahead": [*ahead], "token": token}).encode())
+        )
+
+    def _hear(self) -> None:
+        """Take in the answer to the question. Raises InvalidParameterError if the answer cannot go on."""
+        assert self._asked
+        question, self._asked = self._asked, None
+        reply = self._worker_does(self._worker.receive)
+        if reply.startswith(ERROR):
+            raise InvalidParameterError(f"the {self._kind} cannot be kept to: {reply[1:].decode()}")
+        if reply == YES:
+            self._allowed.add(question)
+        else:
+            bits = np.frombuffer(reply, np.uint8, offset=len(NO))
+            self._banned[question[0]] = np.flatnonzero(np.unpackbits(bits, count=self._n_vocab, bitorder="little") == 0)
+
+    def _worker_does(self, what: Callable[[], _T]) -> _T:
+        try:
+            return what()
+        except WorkerEndedError:
+            raise InvalidParameterError(
+                f"the {self._kind} cannot be kept to: one token takes more than {TOKEN_S:g} s, or all of the answer "
+                f"more than {MEMORY_BYTES >> 20} MiB"
+            ) from None

@@ -1,0 +1,188 @@
+"""Work on what strangers wrote, in processes that may be killed: each job gets a fork of one prepared process.
+
+A worker that loops, crashes or takes too much memory ends itself, and its job alone. Whoever gave the job sees its
+connection end. `Workers` is their side; `serve` runs in the process that forks.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .child import python_command
+
+_SERVE = f"import sys; from {__name__} import serve; serve(int(sys.argv[1]), sys.argv[2])"
+_LENGTH = struct.Struct("!Q")
+_NICENESS = 10
+"""Lower priority of a worker, so that many of them keep nobody else from computing."""
+
+
+class WorkerEndedError(Exception):
+    """A worker has ended before it answered, which its own limits may have made it do."""
+
+
+class Connection:
+    """Messages of bytes between a worker and whoever gave it its job. Used by one thread at a time on each side.
+
+    fd: this end of a pair of sockets, which is closed with the connection, at the latest when nobody holds it any more.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __del__(self) -> None:
+        self.close()
+
+    def send(self, *messages: bytes) -> None:
+        """Send messages in one go. Raises WorkerEndedError where the other side has ended."""
+        left = memoryview(b"".join(part for each in messages for part in (_LENGTH.pack(len(each)), each)))
+        try:
+            while left:
+                left = left[os.write(self._fd, left) :]
+        except OSError:
+            raise WorkerEndedError from None
+
+    def receive(self) -> bytes:
+        """Wait for a message. Raises WorkerEndedError where the other side has ended."""
+        (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
+        return self._exactly(length)
+
+    def has_come(self, patience_s: float | None) -> bool:
+        """Wait so long for a message, or for the other side's end. Returns whether `receive` would return at once, as
+        far as can be told: a message comes in one go."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return bool(poll.poll(None if patience_s is None else patience_s * 1000))
+
+    def close(self) -> None:
+        """Calling it twice is no error."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def _exactly(self, length: int) -> bytes:
+        content = bytearray()
+        while len(content) < length:
+            try:
+                part = os.read(self._fd, min(length - len(content), 1 << 20))
+            except OSError:
+                raise WorkerEndedError from None
+            if not part:
+                raise WorkerEndedError
+            content += part
+        return bytes(content)
+
+
+class Workers:
+    """A process that forks a worker for each job. It is started with the first job, and again where it has ended.
+
+    prepare: "module:function". The function is called with `material` in that process, once, and returns what each
+    worker calls with its connection.
+    """
+
+    def __init__(self, prepare: str, material: bytes) -> None:
+        self._prepare, self._material = prepare, material
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def worker(self) -> Connection:
+        """Return the connection to a new worker. May be called by several threads, and in a forked child."""
+        if os.getpid() != self._pid:  # the process belongs to the parent, and another thread of it may hold the lock
+            self._pid, self._lock, self._control, self._process = os.getpid(), threading.Lock(), None, None
+        ours, theirs = socket.socketpair()
+        with self._lock, theirs:
+            for is_new in (False, True):
+                if self._control is None or is_new:
+                    self._start()
+                assert self._control is not None
+                with suppress(OSError):
+                    socket.send_fds(self._control, [b"."], [theirs.fileno()])
+                    break
+        return Connection(ours.detach())
+
+    def close(self) -> None:
+        """End the process. Workers end with their connections. Calling it twice is no error."""
+        if self._control is not None and os.getpid() == self._pid:
+            self._control.close()
+        if self._process is not None and os.getpid() == self._pid:
+            self._process.kill()
+            self._process.wait()
+        self._control = self._process = None
+
+    def _start(self) -> None:
+        self.close()
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            # Its own session: Ctrl-C in the terminal is meant for this process.
+            self._process = subprocess.Popen(
+                python_command(_SERVE, str(theirs.fileno()), self._prepare),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        with suppress(OSError):  # a process that has ended is told of by the worker that does not come
+            self._control.sendall(_LENGTH.pack(len(self._material)) + self._material)
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """In a worker: end this process if what follows computes for longer than that."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def limit_memory(n_bytes: int) -> None:
+    """In a worker: let no more than so many bytes be allocated from now on, where the system can keep to that."""
+    with suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + n_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def serve(control_fd: int, prepare: str) -> None:
+    """Fork a worker for each connection that comes, until whoever sends them has ended."""
+    control = socket.socket(fileno=control_fd)
+    connection = Connection(os.dup(control_fd))
+    module, _, name = prepare.partition(":")
+    with suppress(WorkerEndedError):
+        work: Callable[[Connection], None] = getattr(importlib.import_module(module), name)(connection.receive())
+        connection.close()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no worker is left as a zombie
+        gc.collect()
+        gc.freeze()
+        while True:
+            _, fds, _, _ = socket.recv_fds(control, 1, 1)
+            if not fds:
+                return
+            if os.fork() == 0:
+                control.close()
+                _be_worker(work, Connection(fds[0]))
+            os.close(fds[0])
+
+
+def _be_worker(work: Callable[[Connection], None], connection: Connection) -> None:
+    try:
+        os.nice(_NICENESS)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with suppress(OSError):  # where memory runs out, the system ends workers first
+            Path("/proc/self/oom_score_adj").write_text("1000")
+        with suppress(WorkerEndedError):
+            work(connection)
+    finally:
+        os._exit(0)
