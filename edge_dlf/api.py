@@ -324,9 +324,9 @@ class FusedLlama:
         """
         of_template = {name: arguments[name] for name in (*OF_TEMPLATE, "think") if name in arguments}
         own = {name: self.apply_chat_template(each, **of_template) for name, each in (prompts or {}).items()}
-        n_top = top_logprobs if logprobs else 0
+        arguments |= {"top_logprobs": top_logprobs if logprobs else 0, "prompts": own}
         prompt = self._preparer.chat(messages, arguments)
-        answer = self._preparer.answer("create_chat_completion", prompt, top_logprobs=n_top, prompts=own, **arguments)
+        answer = self._preparer.answer("create_chat_completion", prompt, **arguments)
         completion = ChatCompletion(answer, self.name, logprobs, self._tokenizer.name_bytes)
         tokens = self._start(answer)
         return completion.chunks(tokens) if stream else completion.result(list(tokens))
@@ -349,23 +349,18 @@ class FusedLlama:
         requests: lines of an OpenAI batch file as mappings, or the short form, `{"prompt": …}` or `{"messages": …}`,
         with an `id` (else their number) and fields as in an OpenAI body; or strings, which are prompts. They are pulled
         as there is room. raw: a prompt of the short form is taken raw, otherwise as a user's message; system: the
-        message before messages that have none.
+        message before messages that have none. exact: one at a time (n_parallel=1), each with empty KV caches and no
+        drafts, so that the others do not even change its rounding.
         settings: arguments of `stream`, for requests that do not set them. A sampled request without a seed of its own
-        gets one from `seed` and its id, so that its result depends neither on the others nor on the order, but for
-        rounding: llama.cpp rounds a batch by its size. exact: without that, for it decodes one request at a time,
-        without drafts, each with empty KV caches; it needs n_parallel=1.
-        Results are OpenAI's: `custom_id` and `response` with `body`, or `error` with `code` and `message`: a request
-        that cannot be answered ends no other one. Raises what concerns them all.
+        gets one from `seed` and its id, so that its result depends neither on the others nor on the order.
+        Results are OpenAI's: `custom_id` and `response` with `body`, or `error` with `code` and `message`, which ends
+        no other request. Raises what concerns them all.
         """
         self._preparer.params("batch", {name: value for name, value in settings.items() if name not in _FORM})
-
-        if exact and self._driver.n_parallel > 1:
-            raise InvalidParameterError("exact needs n_parallel=1: one request at a time")
-        draft = "off" if exact else draft
+        shared = {"raw": raw, "system": system, "draft": "off" if exact else draft, "trace": trace}
 
         def prepare(request: Request, custom_id: str) -> Completion:
-            own = {"seed": row_seed(seed, custom_id), **settings}
-            return self.prepare(request, raw=raw, system=system, draft=draft, trace=trace, **own)
+            return self.prepare(request, **{"seed": row_seed(seed, custom_id), **settings, **shared})
 
         self._begin()
         return run_batch(self._driver, requests, prepare, ordered=ordered, exact=exact)

@@ -283,7 +283,7 @@ class TestExact:
     def test_several_at_once_are_refused(self, tiny: Path) -> None:
         many = FusedLlama.from_family(tiny, n_ctx=256, n_threads=1, n_parallel=2)
         with many as llm, pytest.raises(InvalidParameterError, match="n_parallel=1"):
-            llm.batch([], exact=True)
+            next(llm.batch([], exact=True))
 
 
 def test_a_shell_may_compress_what_comes(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ def run_batch(
     unreported: deque[_Row] = deque()
     is_exhausted = False
     if exact:
+        if driver.n_parallel > 1:
+            raise InvalidParameterError("exact needs n_parallel=1: one request at a time")
         driver.forget()
     try:
         while True:
