@@ -21,10 +21,9 @@ from .answers.stream import Answer, Driver, TokenStream
 from .answers.template import ChatPrompt, Message
 from .answers.tokenizer import Prompt, Tokenizer
 from .engine.decoder import Decoder
-from .engine.overlap import choose_overlap
 from .errors import EdgeDLFError, InvalidParameterError
 from .families.files import FamilyFiles, check_files
-from .families.members import Members, plan_memory, ways_to_overlap
+from .families.members import Members, plan_memory
 from .families.spec import FamilySpec
 from .llama import default_n_threads
 from .params import OVERLAPS, Overlap
@@ -132,12 +131,7 @@ class FusedLlama:
         try:
             ensemble = self._members.ensemble()
             decoder = Decoder(ensemble, fuser.result())
-            if overlap != "auto":
-                ensemble.overlap = overlap
-                if overlap != "off" and len(ensemble.groups) == 1:
-                    logger.warning("no member is wholly on a GPU: they are decoded in turn")
-            elif len(ensemble.groups) > 1:
-                choose_overlap(ensemble, self._members.key, ways_to_overlap())
+            self._members.set_overlap(ensemble, overlap)
         except BaseException:
             self._members.close()
             raise

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edge_dlf import DecodeError, FusedLlama, FusionParams, InvalidParameterError, SamplingParams, api
+from edge_dlf import DecodeError, FusedLlama, FusionParams, InvalidParameterError, SamplingParams
 from edge_dlf.engine.backend import Run
 from edge_dlf.engine.decoder import Decoder
 from edge_dlf.engine.ensemble import Ensemble
@@ -354,7 +354,7 @@ def test_a_family_measures_itself(tiny: Path, cache: Path) -> None:
 
 def test_on_the_cpu_nothing_is_measured(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "gpus", lambda: [])
-    monkeypatch.setattr(api, "choose_overlap", pytest.fail)
+    monkeypatch.setattr(members, "choose_overlap", pytest.fail)
     with FusedLlama.from_family(tiny, n_ctx=64, n_threads=1) as llm:
         assert llm._ensemble.groups == (("large", "base", "lora", "tuned"),)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..engine.ensemble import Ensemble, Roles
+from ..engine.overlap import choose_overlap
 from ..errors import InvalidParameterError, OutOfMemoryError
 from ..llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights, system_info
 from ..params import OVERLAPS, Overlap, params_of
@@ -132,6 +133,15 @@ class Members:
         """Return the members as the engine decodes them, which asks for the others when a request needs them."""
         files = self._files
         return Ensemble(self.backends, files.n_vocab, self.lanes, names=tuple(files.models), load=self._load_more)
+
+    def set_overlap(self, ensemble: Ensemble, overlap: Overlap | Literal["auto"]) -> None:
+        """Let members that are wholly on GPUs be decoded at the same time, as asked, or as is fastest here."""
+        if overlap != "auto":
+            ensemble.overlap = overlap
+            if overlap != "off" and len(ensemble.groups) == 1:
+                logger.warning("no member is wholly on a GPU: they are decoded in turn")
+        elif len(ensemble.groups) > 1:
+            choose_overlap(ensemble, self.key, ways_to_overlap())
 
     def _load(self, plan: Plan) -> Mapping[str, LlamaBackend]:
         """Load the members of `plan`. Returns their contexts. What an error leaves half done is freed."""
