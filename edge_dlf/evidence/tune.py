@@ -182,7 +182,7 @@ def _compared(
     members = llm.driver.decoder.ensemble.members
     held_out = HeldOut(found, {name: member.n_bytes for name, member in members.items()}, n_threads)
     outcomes = list(held_out.fixed())
-    if not any(math.isfinite(_mean(outcome)) for outcome in outcomes):
+    if not any(math.isfinite(_mean(outcome)) for outcome in outcomes if len(outcome.members) == 1):
         raise InvalidParameterError("no member gives every token of the answers a probability")
     for outcome in held_out.weighted():
         outcomes.append(outcome)
