@@ -372,6 +372,10 @@ def rows(*pairs: tuple[str, str]) -> str:
         ('{"prompt": "a"}\n', "examples.jsonl:1: the answer must be text"),
         ('{"answer": "a"}\n', "examples.jsonl:1: needs either a prompt or messages"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', "examples.jsonl:1: the last message must be"),
+        (
+            '{"messages": [{"role": "user"}], "answer": "a"}\n',
+            "examples.jsonl:1: the content of a message must be text",
+        ),
         ('{"messages": 3}\n', "examples.jsonl:1: messages must be a list"),
     ],
 )
