@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from .errors import InvalidParameterError
 
-METHODS = ("dynamic", "static", "weighted", "large", "base")
+METHODS = ("dynamic", "static", "blend", "weighted", "large", "base")
 MAX_DRAFT = 8
 """Most tokens that are drafted at once."""
 Overlap: TypeAlias = Literal["off", "queue", "threads"]
@@ -243,9 +243,10 @@ class FusionParams:
 
     With "dynamic" and "static": fused = large + Σ_t α_t (expert_t − base).
     With "weighted": fused(v) ∝ exp Σ_m w_m log p_m(v), over the members m with a weight w_m other than 0. Weights
-    (1, −Σα, α_1, …) of large, base and experts are "static"; a single weight of 1 is that member alone.
+    (1, −Σα, α_1, …) of large, base and experts are "static", 0.5 for large and 0.5 for all experts together "blend", a
+    single weight of 1 that member alone.
 
-    method: "dynamic" (α found at each step by matching KL divergences), "static" (fixed α), "weighted" (fixed weights),
+    method: "dynamic" (α found at each step by KL divergences), "static" (fixed α), "blend", "weighted" (fixed weights),
         "large", "base", or the name of an expert (that member alone).
     search: "grid" (the paper's Algorithm 1: α over 0, alpha_step, …, alpha_max, one expert at a time) or
         "exact" (the continuous optimum of the same objective in [0, alpha_max]).
@@ -257,9 +258,7 @@ class FusionParams:
     Raises InvalidParameterError where a value cannot be used.
     """
 
-    method: str = _row(
-        "dynamic", Text(), _FUSION - {"eval"} | _CLI, "dynamic, static, weighted, large, base, or an expert's name."
-    )
+    method: str = _row("dynamic", Text(), _FUSION - {"eval"} | _CLI, f"{', '.join(METHODS)}, or an expert's name.")
     search: str = _row("grid", Text(("grid", "exact")), _FUSION | _CLI, "How dynamic finds α.")
     alpha: float | Mapping[str, float] = _row(
         1.0, ByName(), _FUSION | _CLI, "α for static: one for all, or one for each expert by name."

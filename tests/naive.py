@@ -84,6 +84,8 @@ def fused_row(rows: Mapping[str, Any], fusion: FusionParams):
     rows = {name: row.astype(np.float64) for name, row in rows.items()}
     if fusion.method == "weighted":
         return sum(weight * rows[name] for name, weight in fusion.weights.items() if weight)
+    if fusion.method == "blend":
+        return 0.5 * rows["large"] + 0.5 * np.mean([rows[name] for name in rows if name not in ("large", "base")], 0)
     if fusion.method in rows:
         return rows[fusion.method]
     experts = [name for name in rows if name not in ("large", "base")]

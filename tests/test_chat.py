@@ -193,7 +193,7 @@ class TestCommands:
         session = fake_session(llm, defaults={"method": "static"})
         say(session, "/method", "/method math", "Hi")
         lines = capsys.readouterr().err.splitlines()
-        assert lines[:2] == ["method: static (of dynamic, static, weighted, large, base, math)", "method: math"]
+        assert lines[:2] == ["method: static (of dynamic, static, blend, weighted, large, base, math)", "method: math"]
         assert llm.requests[0][1] == {"method": "math"}
         with pytest.raises(InvalidParameterError, match="method must be one of"):
             say(session, "/method magic")

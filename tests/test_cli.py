@@ -185,7 +185,10 @@ class TestErrors:
             ([*FILES, "--expert", "f.gguf", "Hi"], "expected NAME=FILE"),
             ([*FILES, "--temperature", "-1", "Hi"], "temperature must be 0 or more"),
             ([*FILES, "--temperature", "hot", "Hi"], "--temperature must be a finite number, not 'hot'"),
-            ([*FILES, "--method", "magic", "Hi"], "method must be one of dynamic, static, weighted, large, base, math"),
+            (
+                [*FILES, "--method", "magic", "Hi"],
+                "method must be one of dynamic, static, blend, weighted, large, base, math",
+            ),
             ([*FILES, "--alpha", "code=1", "Hi"], "alpha names 'code'"),
             ([*FILES, "--alpha", "much", "Hi"], "--alpha must be a finite number or NAME=NUMBER,…, not 'much'"),
             ([*FILES, "--weights", "0.5", "Hi"], "--weights must be NAME=NUMBER,…, not 0.5"),
@@ -345,18 +348,19 @@ def test_without_a_family_the_one_that_ships(
 
 class TestCompare:
     def test_each_method_in_turn(self, run: Callable[..., Result]) -> None:
-        llm = FakeLlama(["A"], ["B"], [("C", 1.0), ("C", 1.0)], [("D", 0.5), "D"])
+        llm = FakeLlama(["A"], ["B"], [("C", 1.0), ("C", 1.0)], ["F"], [("D", 0.5), "D"])
         result = run(llm, "compare", *FILES, "--top-k", "3", "Hi")
         assert result.exit_code == 0
         assert result.stdout == (
             "== large\nA\n[]\n\n== math\nB\n[]\n\n"
             "== static\nCC\n[10.0 tokens/s · mean α 1.00 · math 100%]\n\n"
+            "== blend\nF\n[]\n\n"
             "== dynamic\nDD\n[10.0 tokens/s · mean α 0.25 · math 50%]\n"
         )
         seeds = {settings.pop("seed") for _, settings in llm.requests}
         assert len(seeds) == 1  # all methods draw with the same noise
         assert [settings for _, settings in llm.requests] == [
-            {"top_k": 3, "method": method} for method in ("large", "math", "static", "dynamic")
+            {"top_k": 3, "method": method} for method in ("large", "math", "static", "blend", "dynamic")
         ]
 
     @pytest.mark.parametrize("by_family", [True, False])
@@ -365,33 +369,34 @@ class TestCompare:
         if by_family:
             toml.write_text(toml.read_text() + 'method = "weighted"\nweights = {large = 0.5, math = 0.5}\n')
             args = []
-        llm = FakeLlama(["A"], ["B"], [("C", 1.0)], [("E", 0.5)], [("D", 0.5)])
+        llm = FakeLlama(["A"], ["B"], [("C", 1.0)], ["F"], [("E", 0.5)], [("D", 0.5)])
         result = run(llm, "compare", "--family", str(family), *args, "Hi")
         assert "== static\nC\n" in result.stdout
         assert "== weighted\nE\n[mean α 0.50 · math 100%]\n\n== dynamic\nD\n" in result.stdout
         methods = [settings["method"] for _, settings in llm.requests]
-        assert methods == ["large", "math", "static", "weighted", "dynamic"]
+        assert methods == ["large", "math", "static", "blend", "weighted", "dynamic"]
 
     def test_json(self, run: Callable[..., Result]) -> None:
-        llm = FakeLlama(["A"], ["B"], ["C"], ["D"])
+        llm = FakeLlama(["A"], ["B"], ["C"], ["F"], ["D"])
         answers = json.loads(run(llm, "compare", *FILES, "--raw", "--json", "Hi").stdout)
         assert {method: answer["choices"][0]["text"] for method, answer in answers.items()} == {
             "large": "A",
             "math": "B",
             "static": "C",
+            "blend": "F",
             "dynamic": "D",
         }
 
     def test_without_a_prompt_the_examples(self, run: Callable[..., Result], family: Path) -> None:
         toml = family / "family.toml"
         toml.write_text('examples = ["One?", "Two?"]\n' + toml.read_text())
-        answers = [["A"], ["B"], ["C\n"], ["D"], ["E"], ["F"], ["G"], ["H"]]
+        answers = [["A"], ["B"], ["C\n"], ["I"], ["D"], ["E"], ["F"], ["G"], ["J"], ["H"]]
         llm = FakeLlama(*answers)
         result = run(llm, "compare", "--family", str(family), stdin="")
-        assert [prompt for prompt, _ in llm.requests] == ["user: One?\n"] * 4 + ["user: Two?\n"] * 4
+        assert [prompt for prompt, _ in llm.requests] == ["user: One?\n"] * 5 + ["user: Two?\n"] * 5
         assert result.stdout == (
-            "> One?\n  large    A\n  math     B\n  static   C\n  dynamic  D\n\n"
-            "> Two?\n  large    E\n  math     F\n  static   G\n  dynamic  H\n\n"
+            "> One?\n  large    A\n  math     B\n  static   C\n  blend    I\n  dynamic  D\n\n"
+            "> Two?\n  large    E\n  math     F\n  static   G\n  blend    J\n  dynamic  H\n\n"
         )
         both = json.loads(run(FakeLlama(*answers), "compare", "--json", "--family", str(family), stdin="").stdout)
         assert both["Two?"]["dynamic"]["choices"][0]["message"]["content"] == "H"

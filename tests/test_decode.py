@@ -132,6 +132,8 @@ def taking_part(members: Mapping[str, FakeBackend], fusion: FusionParams) -> set
     """Names of the members that a method has to decode."""
     if fusion.method == "weighted":
         return {name for name, weight in (fusion.weights or {}).items() if weight}
+    if fusion.method == "blend":
+        return set(members) - {"base"}
     return {fusion.method} if fusion.method in members else set(members)
 
 
@@ -146,7 +148,7 @@ WEIGHTS = [
 ]
 """Weights of members of every family here: without the base, without the large model, of one member alone."""
 METHODS = [
-    *(FusionParams(method=method, alpha=0.8) for method in ("dynamic", "static", "large", "base", "e0")),
+    *(FusionParams(method=method, alpha=0.8) for method in ("dynamic", "static", "blend", "large", "base", "e0")),
     *(FusionParams(method="weighted", weights=weights) for weights in WEIGHTS),
 ]
 

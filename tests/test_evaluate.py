@@ -283,7 +283,7 @@ class TestCommand:
             (["--tasks", "no.yaml"], "no.yaml: no such file"),
             (
                 ["--tasks", "paper_gsm8k", "--methods", "magic"],
-                "method must be one of dynamic, static, weighted, large, base, lora",
+                "method must be one of dynamic, static, blend, weighted, large, base, lora",
             ),
             (["--tasks", "paper_gsm8k", "--methods", "static:beta=1"], "expected METHOD:SETTING=VALUE, not"),
             (

@@ -148,7 +148,7 @@ def test_home_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (HEAD + EXPERT + "[defaults]\nseed = true", "seed must be an integer, not True"),
         (
             HEAD + EXPERT + "[defaults]\nmethod = 'magic'",
-            "method must be one of dynamic, static, weighted, large, base, maths, not",
+            "method must be one of dynamic, static, blend, weighted, large, base, maths, not",
         ),
         (HEAD + EXPERT + "[defaults]\nsearch = 'best'", "search must be one of grid, exact, not 'best'"),
         (HEAD + EXPERT + "[defaults]\nalpha = {law = 1}", "alpha names 'law'; the experts are maths"),

@@ -93,7 +93,7 @@ def test_params_keep_what_they_are_given() -> None:
 def test_settings_must_fit_the_family() -> None:
     check_settings({"method": "math", "alpha": {"math": 1.0}, "temperature": 0.5}, ["math"])
     with pytest.raises(
-        InvalidParameterError, match="method must be one of dynamic, static, weighted, large, base, math"
+        InvalidParameterError, match="method must be one of dynamic, static, blend, weighted, large, base, math"
     ):
         check_settings({"method": "code"}, ["math"])
     with pytest.raises(InvalidParameterError, match="alpha names 'code'; the experts are math"):

@@ -142,7 +142,7 @@ def test_a_run_does_not_continue_under_other_profiles(family: Path, llm: FusedLl
 
 def test_a_server_offers_each_profile_as_a_model(server: Served, tiny_llm: FusedLlama) -> None:
     models = server.get("/v1/models").json()["data"]
-    names = ["", ":dynamic", ":static", ":large", ":lora", ":tuned", ":support", ":sums"]
+    names = ["", ":dynamic", ":static", ":blend", ":large", ":lora", ":tuned", ":support", ":sums"]
     assert [model["id"] for model in models] == [f"tiny{name}" for name in names]
     assert {tuple(model["experts"]) for model in models} == {("lora", "tuned")}
 
@@ -180,7 +180,7 @@ def test_commands_choose_one_by_name(family: Path, tmp_path: Path) -> None:
     assert method(env={"EDGE_DLF_PROFILE": "lora"}) == "static"
     assert method("--profile", "support", "--method", "dynamic") == "dynamic"
     compared = cli("compare", "Hi", "-f", family, "--max-tokens", 3, "--json", "--profile", "support")
-    assert set(json.loads(compared.stdout)) == {"large", "lora", "tuned", "static", "weighted", "dynamic"}
+    assert set(json.loads(compared.stdout)) == {"large", "lora", "tuned", "static", "blend", "weighted", "dynamic"}
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     questions.write_text('{"prompt": "Hi", "max_tokens": 2}\n{"prompt": "Hi", "max_tokens": 2, "profile": "lora"}\n')
     done = cli("batch", questions, "-o", answers, "-f", family, "--profile", "support", "--ordered")

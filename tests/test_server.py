@@ -67,7 +67,7 @@ def until_idle(server: Served) -> None:
     raise AssertionError("answers of clients that left are still decoded")
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny:static", "tiny:large", "tiny:lora", "tiny:tuned"])
+@pytest.mark.parametrize("model", ["tiny", "tiny:static", "tiny:blend", "tiny:large", "tiny:lora", "tiny:tuned"])
 def test_an_answer_equals_that_of_the_library(library: FusedLlama, server: Served, model: str) -> None:
     method = model.partition(":")[2] or "dynamic"
     settings = {"max_tokens": 12, "temperature": 0.9, "seed": 4, "logprobs": True, "top_logprobs": 2}
@@ -260,7 +260,7 @@ def test_what_is_not_there_is_an_error_in_openai_s_shape(server: Served, method:
 
 def test_models_are_the_ways_to_fuse(server: Served) -> None:
     names = [model["id"] for model in server.get("/v1/models").json()["data"]]
-    assert names == ["tiny", "tiny:static", "tiny:large", "tiny:lora", "tiny:tuned"]
+    assert names == ["tiny", "tiny:static", "tiny:blend", "tiny:large", "tiny:lora", "tiny:tuned"]
     for name in names:
         assert server.get(f"/v1/models/{name}").json()["id"] == name
 
@@ -269,7 +269,7 @@ def test_a_family_s_own_method_and_weights_are_on_offer(tiny: Path, library: Fus
     family = weighted_family(tiny, tmp_path, "weighted", large=0.5, tuned=0.7)
     with FusedLlama.from_family(family, n_ctx=256, n_threads=1) as llm, serving(llm) as server:
         names = [model["id"] for model in server.get("/v1/models").json()["data"]]
-        models = ["", ":dynamic", ":static", ":weighted", ":large", ":lora", ":tuned"]
+        models = ["", ":dynamic", ":static", ":blend", ":weighted", ":large", ":lora", ":tuned"]
         assert names == [f"tiny{model}" for model in models]
         assert list(llm._ensemble.members) == ["large", "tuned"]
         for model, method in {"tiny": "weighted", "tiny:weighted": "weighted", "tiny:dynamic": "dynamic"}.items():

@@ -100,6 +100,16 @@ def test_every_method_has_the_loss_of_its_scores(tiny_llm: FusedLlama, tmp_path:
                 assert found.right[rows, c].all() == score.is_greedy
 
 
+def test_blend_has_the_loss_of_its_scores(tiny_llm: FusedLlama, tmp_path: Path) -> None:
+    examples = drawn(tiny_llm, {"large": 0.6, "tuned": 0.7}, 20)
+    (blend,) = [outcome for outcome in tuned(tiny_llm, examples, tmp_path).outcomes if outcome.name == "blend"]
+    assert blend.members == ("large", "lora", "tuned")
+    scores = dict(tiny_llm.score([(each.prompt, each.answer) for each in examples], **blend.settings))
+    for k, example in enumerate(examples):
+        assert blend.losses[k] == pytest.approx(-scores[k].logprob, rel=0.02, abs=0.1)
+        assert (blend.n_right[k] == len(example.answer)) == scores[k].is_greedy
+
+
 def test_tokens_right_of_a_weighted_fusion_are_those_of_the_engine(tiny_llm: FusedLlama, tmp_path: Path) -> None:
     examples = drawn(tiny_llm, {"large": 0.6, "tuned": 0.7}, 20)
     result = tuned(tiny_llm, examples, tmp_path)
@@ -362,6 +372,10 @@ def rows(*pairs: tuple[str, str]) -> str:
         ('{"prompt": "a"}\n', "examples.jsonl:1: the answer must be text"),
         ('{"answer": "a"}\n', "examples.jsonl:1: needs either a prompt or messages"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', "examples.jsonl:1: the last message must be"),
+        (
+            '{"messages": [{"role": "user"}], "answer": "a"}\n',
+            "examples.jsonl:1: the content of a message must be text",
+        ),
         ('{"messages": 3}\n', "examples.jsonl:1: messages must be a list"),
     ],
 )

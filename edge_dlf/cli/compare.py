@@ -37,8 +37,8 @@ _LEAST_COLUMN = 28
 @shared_options
 @click.pass_context
 def compare(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, **shared: Any) -> None:
-    """Answer one PROMPT, or the text on stdin, by every method in turn: large, each expert, static, weighted (where the
-    family has weights) and dynamic.
+    """Answer one PROMPT, or the text on stdin, by every method in turn: large, each expert, static, blend, weighted
+    (where the family has weights) and dynamic.
 
     Side by side on a terminal that is wide enough. With no prompt at all, the family's own examples, where it has any.
     """

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     "--methods",
     metavar="METHOD …",
     help="What is compared: `static:alpha=0.5 dynamic:search=exact,plausibility=0.1 large:fewshot=5` "
-    "[large, each expert, static, weighted where there are weights, and dynamic].",
+    "[large, each expert, static, blend, weighted where there are weights, and dynamic].",
 )
 @click.option(
     "--data",

@@ -82,7 +82,7 @@ class Options:
     def methods(self, experts: Sequence[str]) -> tuple[str, ...]:
         """Return the methods to set side by side. "weighted" is one where the user or the family gives weights."""
         has_weights = {**self.spec.settings(), **self.settings}.get("weights") is not None
-        return ("large", *experts, "static", *(["weighted"] if has_weights else []), "dynamic")
+        return ("large", *experts, "static", "blend", *(["weighted"] if has_weights else []), "dynamic")
 
     @cached_property
     def files(self) -> FamilyFiles:

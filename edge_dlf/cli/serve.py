@@ -31,9 +31,9 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve a family to programs that speak OpenAI's API, and a chat to browsers.
 
-    The models on offer are the family's name (the family's own method, else dynamic), NAME:static, NAME:weighted if
-    the family has weights, NAME:large and NAME:EXPERT; any other setting of the fusion goes into a request's
-    "edge_dlf". Ctrl-C lets answers end for a moment; a second one does not.
+    The models on offer are the family's name (the family's own method, else dynamic), NAME:static, NAME:blend,
+    NAME:weighted if the family has weights, NAME:large, NAME:EXPERT and NAME:PROFILE; any other setting of the fusion
+    goes into a request's "edge_dlf". Ctrl-C lets answers end for a moment; a second one does not.
     """
     options, screen = Options.of(ctx, shared), Screen()
     try:

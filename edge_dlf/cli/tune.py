@@ -168,7 +168,7 @@ def _show(screen: Screen, result: TuneResult) -> None:
     n_tokens = sum(len(example.answer) for example in result.examples)
     screen.show(f"{result.family}, {len(result.examples):,} examples with {n_tokens:,} tokens; held out, 95% intervals")
     Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH).print(table)
-    screen.show("cost: bytes of weights read for a token, relative to the large model alone\n")
+    screen.show("cost: bytes of weights read for a token, relative to the large model alone; planned, not measured\n")
     for line in (result.verdict, *result.notes):
         screen.show(line)
     if result.check:

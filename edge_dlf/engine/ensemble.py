@@ -23,8 +23,8 @@ class Roles:
 
     members: their names. Penalties and noise go by the text of the first one.
     experts: those of them whose weights α are reported, the last of the members.
-    weights: fixed weights: α of each expert, or with method="weighted" the weight of each member; () where one member
-        answers alone, None where α is searched for at each step.
+    weights: fixed weights: α of each expert, or with "weighted" and "blend" the weight of each member; () where one
+        member answers alone, None where α is searched for at each step.
     """
 
     members: tuple[str, ...]
@@ -45,8 +45,10 @@ class Roles:
             alpha = params.alpha if isinstance(params.alpha, Mapping) else dict.fromkeys(experts, params.alpha)
             alphas = tuple(float(alpha.get(name, 0.0)) for name in experts)
             return cls(("large", "base", *experts), experts, alphas)
-        if params.method == "weighted":
-            weights = {name: float((params.weights or {}).get(name, 0.0)) for name in names}
+        if params.method in ("weighted", "blend"):
+            even = {"large": 0.5, **dict.fromkeys(experts, 0.5 / len(experts))}
+            given = even if params.method == "blend" else params.weights or {}
+            weights = {name: float(given.get(name, 0.0)) for name in names}
             members = tuple(name for name in names if weights[name])
             taking_part = tuple(name for name in members if name in experts)
             return cls(members, taking_part, tuple(weights[name] for name in members))

@@ -79,7 +79,10 @@ def tokenized(
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             if system is not None and messages[0].get("role") != "system":
                 messages = [{"role": "system", "content": system}, *messages]
-            tokens: list[int] = llm.apply_chat_template(messages)
+            try:
+                tokens: list[int] = llm.apply_chat_template(messages)
+            except InvalidParameterError as error:
+                raise InvalidParameterError(f"{where}: {error}") from error
         else:
             tokens = llm.tokenize(prompt) or [llm.first_token]
         answered = llm.tokenize_answer(answer, is_chat=is_chat)

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.ensemble import Roles
 from ..fusion import fit
 from ..fusion.kernels.keep import PADDING
+from ..params import FusionParams
 from .answer_rows import AnswerLosses
 from .stats import Estimate, Z
 
@@ -109,12 +111,25 @@ class HeldOut:
         self._alone = found.losses[:, : len(self.names)].mean(axis=0, dtype=np.float64)
 
     def fixed(self) -> Iterator[Outcome]:
-        """Yield every member alone, static and dynamic."""
+        """Yield every member alone, static, dynamic and blend."""
         starts = self._found.starts[:-1]
         for c, (name, settings, members) in enumerate(self._found.methods):
             losses = np.add.reduceat(self._found.losses[:, c].astype(np.float64), starts)
             n_right = np.add.reduceat(self._found.right[:, c].astype(np.int64), starts)
             yield Outcome(name, settings, members, losses, self.n_tokens, n_right, self._bytes(members))
+        yield self._blend()
+
+    def _blend(self) -> Outcome:
+        """The weighted fusion with weights that are the same for every task."""
+        roles = Roles.of(FusionParams(method="blend"), self.names)
+        members = [self.names.index(name) for name in roles.members]
+        weights = np.array(roles.weights)
+        rows = self._found.rows.take(members=members)
+        losses = np.add.reduceat(fit.losses(rows, weights, self._n_threads).values, self._found.starts[:-1])
+        n_right = self._greedy(members, [weights] * self._n_folds)
+        return Outcome(
+            "blend", {"method": "blend"}, rows.names, losses, self.n_tokens, n_right, self._bytes(rows.names)
+        )
 
     def weighted(self) -> Iterator[Outcome]:
         """Yield the weighted fusion of each useful subset of members."""

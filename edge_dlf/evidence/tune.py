@@ -182,7 +182,7 @@ def _compared(
     members = llm.driver.decoder.ensemble.members
     held_out = HeldOut(found, {name: member.n_bytes for name, member in members.items()}, n_threads)
     outcomes = list(held_out.fixed())
-    if not any(math.isfinite(_mean(outcome)) for outcome in outcomes):
+    if not any(math.isfinite(_mean(outcome)) for outcome in outcomes if len(outcome.members) == 1):
         raise InvalidParameterError("no member gives every token of the answers a probability")
     for outcome in held_out.weighted():
         outcomes.append(outcome)
@@ -269,11 +269,11 @@ def _conclusion(outcomes: Sequence[Outcome], recommended: Outcome) -> tuple[str,
         faster = fused.n_bytes / recommended.n_bytes
         who = _named(recommended)
         if not math.isfinite(_mean(fused)) or (n >= _FEWEST and behind.high <= _TOLERANCE * _mean(fused)):
-            verdict = f"{who} is as good as any fusion here and {faster:.1f} times as fast."
+            verdict = f"{who} is as good as any fusion here and about {faster:.1f} times as fast."
         else:
             verdict = (
                 f"Too few examples to tell: {who} may be up to {nats(behind.high)} nats a token behind fusion, "
-                f"and is {faster:.1f} times as fast{_more(behind, n)}."
+                f"and is about {faster:.1f} times as fast{_more(behind, n)}."
             )
     else:
         ahead = single.above(recommended)

@@ -60,14 +60,14 @@ class Fuser:
     ) -> list[Pick]:
         """Fuse each of K rows and choose a token from it.
 
-        With method="weighted" the fused row is Σ_m w_m logits_m, so that fused(v) ∝ exp Σ_m w_m log p_m(v). With the
-        other methods a single member answers alone, and its row is taken as it is; several members are fused to
+        With method="weighted" or "blend" the fused row is Σ_m w_m logits_m, so that fused(v) ∝ exp Σ_m w_m log p_m(v).
+        With the other methods a single member answers alone, and its row is taken as it is. Several are fused to
         large + Σ_t α_t (expert_t − base), and with method="dynamic" α is searched first. No row is normalised.
 
-        members: rows of large, base, expert 1, …, expert T, or of one member; with "weighted", of any members
+        members: rows of large, base, expert 1, …, expert T, or of one member; with weights, of any members
         names: of the members, for errors
-        weights: α of each expert for each row, (K, T); with "weighted", the weight of each member, (K, M). Ignored
-            where α is searched or one member answers alone
+        weights: α of each expert for each row, (K, T); with "weighted" and "blend", the weight of each member, (K, M).
+            Ignored where α is searched or one member answers alone
         draws: how to choose from each row, (K,)
 
         A token is impossible in the weighted fusion if a member with a positive weight gives it −inf. A member with
@@ -83,7 +83,7 @@ class Fuser:
         addresses = row_addresses(members, len(draws), self.n_vocab)
         choices: list[AlphaChoice | None] = [None] * len(draws)
         errors: dict[int, EdgeDLFError] = {}
-        is_weighted = params.method == "weighted" and len(weights[0]) > 0
+        is_weighted = params.method in ("weighted", "blend") and len(weights[0]) > 0
         if len(members) == 1 and not is_weighted:
             weights = [()] * len(draws)
         elif params.method == "dynamic":

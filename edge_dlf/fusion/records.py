@@ -66,7 +66,7 @@ class Pick(NamedTuple):
     token: its id; −1 where `error` says why none could be chosen
     logprob: natural log of its probability in the fused distribution, before penalties and filters
     top_logprobs: the likeliest tokens of the fused distribution, (id, logprob), best first
-    weights: α of each expert, in their order; of each member with method="weighted"; () where one member answers alone
+    weights: α of each expert, in their order; of each member with "weighted" and "blend"; () for one member
     choice: result of the α search, if there was one
     from_draft: True if the token had been drafted
     trace: why the token was chosen, if that was asked for

@@ -111,7 +111,7 @@ def models_of(llm: FusedLlama, settings: Mapping[str, Any]) -> dict[str, Dict]:
     spec = llm.files.spec
     given = {**DEFAULTS, **spec.settings(), **settings}
     methods = ["dynamic"] if given["method"] != "dynamic" else []
-    methods += ["static", *(["weighted"] if given["weights"] else []), "large", *llm.experts]
+    methods += ["static", "blend", *(["weighted"] if given["weights"] else []), "large", *llm.experts]
     models: dict[str, Dict] = {name: {"edge_dlf": {"method": name}} for name in methods}
     models |= {name: {"profile": name} for name in spec.profiles}
     return {llm.name: {}, **{f"{llm.name}:{name}": fields for name, fields in models.items()}}

@@ -11,6 +11,7 @@ from pathlib import Path
 from edge_dlf import FusedLlama
 from edge_dlf.evidence.train.model import N_CTX
 
+from .default import write_default
 from .evaluate import answers, questions
 from .export import write_model
 from .stages import ABOUT, SEED, Build
@@ -30,6 +31,7 @@ def write_family(build: Build, folder: Path = FAMILY) -> None:
     toml = folder / "family.toml"
     toml.write_text(_toml(folder, []))
     toml.write_text(_toml(folder, _telling(toml)))
+    write_default(folder)
 
 
 def _telling(family: Path) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_dlf import FusedLlama
+from edge_dlf.families.spec import FamilySpec
+from edge_dlf.params import FUSION
 
 from .evaluate import Results, Score, evaluate
 from .family import FAMILY, write_ceiling
@@ -75,14 +77,18 @@ def _setups(build: Build, scale: float) -> Iterator[Setup]:
             "base": {"method": "base"},
             "expert": {"method": task},
             "static": {"method": "static", "alpha": 1.0},
+            "blend": {"method": "blend"},
             "dynamic": {"method": "dynamic"},
         }
         yield Setup("single", large, expert, methods, (task,))
         tuned = write_ceiling(build, f"ceiling.{task}")
         yield Setup("single", tuned, expert, {"tuned": {"method": "large"}}, (task,))
+    own = FamilySpec.load(FAMILY).defaults
     multi = {
         "static": {"method": "static", "alpha": 1 / len(SEEN)},
+        "blend": {"method": "blend"},
         "dynamic": {"method": "dynamic"},
+        "default": {name: value for name, value in own.items() if name in FUSION},
     }
     yield Setup("multi", large, everyone, multi, _ALL)
     yield Setup("multi", large, everyone, {"large": {"method": "large"}}, UNSEEN)
@@ -138,14 +144,15 @@ def render(build: Build) -> str:
         row(title, "single", label, SEEN)
         for title, label in (
             ("large alone", "large"), ("base alone", "base"), ("expert alone", "expert"),
-            ("static, α = 1", "static"), ("**dynamic**", "dynamic"), ("large, fine-tuned", "tuned"),
+            ("static, α = 1", "static"), ("blend", "blend"), ("**dynamic**", "dynamic"), ("large, fine-tuned", "tuned"),
         )
     ]  # fmt: skip
     large_row = ["large alone", *(_cell(multi_large(task)) for task in _ALL), _percent(mean("single", "large", SEEN))]
     multis = [large_row] + [
         row(title, table, label, _ALL)
         for title, table, label in (
-            (f"static, α = 1/{len(SEEN)} each", "multi", "static"), ("**dynamic**", "multi", "dynamic"),
+            (f"static, α = 1/{len(SEEN)} each", "multi", "static"), ("blend", "multi", "blend"),
+            ("**dynamic**", "multi", "dynamic"), ("tuned, the family's own method", "multi", "default"),
             ("large, fine-tuned on all", "multi", "tuned"),
             ("adapters summed, alone", "arithmetic", "alone"), ("adapters summed, dynamic", "arithmetic", "dynamic"),
         )
