@@ -88,7 +88,7 @@ def train(
     rows = [row for path in data for row in read_rows(path)]
     loading = {"n_ctx": n_ctx, "n_threads": n_threads, "n_parallel": "auto"}
     with open_family(Options(job.family(), None, loading, {}, system), screen) as llm:
-        prepared = Prepared(job, tokenized(llm, rows, raw=raw, system=system))
+        prepared = Prepared(job, tokenized(llm, rows, raw=raw, system=system), llm.n_vocab)
         if prepared.is_done:
             screen.say(f"{out}: has been trained so already")
             return
@@ -218,7 +218,7 @@ def _short(text: str) -> str:
 
 def _summary(prepared: Prepared, state: State) -> str:
     out, best = prepared.job.out, state.best
-    parts = [f"{out}: {size(out.stat().st_size)}", f"{state.step:,} steps"]
+    parts = [f"{out}: {size(out.stat().st_size)}", f"{state.step:,} steps", f"loss {state.loss:.3f}"]
     if best:
         parts.append(f"held out {state.checks[0].loss:.3f} → {best.loss:.3f} nats a token (step {best.step:,})")
     return " · ".join(parts)
