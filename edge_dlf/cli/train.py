@@ -12,7 +12,7 @@ import click
 from ..errors import InvalidParameterError
 from .interrupts import interruptible
 from .opening import open_family, size
-from .options import EPILOG, Options
+from .options import Options
 from .progress import ProgressLine, duration
 from .prompts import raw_option
 from .screen import Screen, one_line
@@ -28,11 +28,7 @@ _SHOWN = 60
 """Letters of a sample answer that are shown."""
 
 
-@click.command(
-    short_help="Train an expert on examples with answers.",
-    epilog=EPILOG,
-    context_settings={"auto_envvar_prefix": "EDGE_DLF"},
-)
+@click.command(short_help="Train an expert on examples with answers.")
 @click.argument("base", metavar="BASE")
 @click.argument("data", metavar="DATA.jsonl...", type=_PATH, nargs=-1, required=True)
 @click.option("--out", "-o", type=_PATH, required=True, help="The adapter's file.")
