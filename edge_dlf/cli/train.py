@@ -43,7 +43,7 @@ _SHOWN = 60
 @click.option("--alpha", type=_POSITIVE, default=32.0, help="alpha / rank scales the updates [32].")
 @click.option("--lr", type=_POSITIVE, default=4e-4, help="Highest learning rate [0.0004].")
 @click.option("--batch", type=_COUNT, default=512, help="Tokens of a step [512].")
-@click.option("--epochs", type=_COUNT, help="Times that each example is seen [as give 200 steps, 8 at most].")
+@click.option("--epochs", type=_COUNT, help="Times that each example is seen [as give 200 steps, 20 at most].")
 @click.option("--steps", type=_COUNT, help="Steps, in place of epochs.")
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, help="Most tokens of an example [1024].")
 @click.option("--seed", type=int, default=0, help="Of the order of the examples and the first weights [0].")

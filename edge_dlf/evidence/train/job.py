@@ -34,7 +34,7 @@ Kind: TypeAlias = Literal["expert", "fusion", "corrector"]
 _KEY = "edge_dlf.trained"
 _HELD_OUT = 0.05, 64
 """Part of the prompts that is held out, and how many at most."""
-_FEW_STEPS, _MOST_EPOCHS = 200, 8
+_FEW_STEPS, _MOST_EPOCHS = 200, 20
 """By default examples are seen again until there are so many steps, so often at most."""
 
 
