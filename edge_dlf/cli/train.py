@@ -12,7 +12,7 @@ import click
 from ..errors import InvalidParameterError
 from .interrupts import interruptible
 from .opening import open_family, size
-from .options import EPILOG, Options
+from .options import Options
 from .progress import ProgressLine, duration
 from .prompts import raw_option
 from .screen import Screen, one_line
@@ -28,11 +28,7 @@ _SHOWN = 60
 """Letters of a sample answer that are shown."""
 
 
-@click.command(
-    short_help="Train an expert on examples with answers.",
-    epilog=EPILOG,
-    context_settings={"auto_envvar_prefix": "EDGE_DLF"},
-)
+@click.command(short_help="Train an expert on examples with answers.")
 @click.argument("base", metavar="BASE")
 @click.argument("data", metavar="DATA.jsonl...", type=_PATH, nargs=-1, required=True)
 @click.option("--out", "-o", type=_PATH, required=True, help="The adapter's file.")
@@ -47,7 +43,7 @@ _SHOWN = 60
 @click.option("--alpha", type=_POSITIVE, default=32.0, help="alpha / rank scales the updates [32].")
 @click.option("--lr", type=_POSITIVE, default=4e-4, help="Highest learning rate [0.0004].")
 @click.option("--batch", type=_COUNT, default=512, help="Tokens of a step [512].")
-@click.option("--epochs", type=_COUNT, help="Times that each example is seen [as give 200 steps, 8 at most].")
+@click.option("--epochs", type=_COUNT, help="Times that each example is seen [as give 200 steps, 20 at most].")
 @click.option("--steps", type=_COUNT, help="Steps, in place of epochs.")
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, help="Most tokens of an example [1024].")
 @click.option("--seed", type=int, default=0, help="Of the order of the examples and the first weights [0].")
@@ -88,7 +84,7 @@ def train(
     rows = [row for path in data for row in read_rows(path)]
     loading = {"n_ctx": n_ctx, "n_threads": n_threads, "n_parallel": "auto"}
     with open_family(Options(job.family(), None, loading, {}, system), screen) as llm:
-        prepared = Prepared(job, tokenized(llm, rows, raw=raw, system=system))
+        prepared = Prepared(job, tokenized(llm, rows, raw=raw, system=system), llm.n_vocab)
         if prepared.is_done:
             screen.say(f"{out}: has been trained so already")
             return
@@ -218,7 +214,7 @@ def _short(text: str) -> str:
 
 def _summary(prepared: Prepared, state: State) -> str:
     out, best = prepared.job.out, state.best
-    parts = [f"{out}: {size(out.stat().st_size)}", f"{state.step:,} steps"]
+    parts = [f"{out}: {size(out.stat().st_size)}", f"{state.step:,} steps", f"loss {state.loss:.3f}"]
     if best:
         parts.append(f"held out {state.checks[0].loss:.3f} → {best.loss:.3f} nats a token (step {best.step:,})")
     return " · ".join(parts)

@@ -19,7 +19,7 @@ from ..params import FusionParams
 from .examples import Example
 from .forced import Arrays, Column, known_tokens, read_answers
 
-_KEPT_BYTES = 500 * 10**6
+KEPT_BYTES = 500 * 10**6
 """Most bytes of reduced rows."""
 _FEWEST, _MOST = 48, 128
 """Tokens that are kept of a row, at least and at most."""
@@ -92,7 +92,7 @@ def evaluate(
     """
     names = llm.driver.decoder.ensemble.names
     methods = fixed_methods(llm.experts)
-    n_kept = n_kept_tokens(llm.n_vocab, len(names) + 1, examples)
+    n_kept = n_kept_tokens(llm.n_vocab, len(names) + 1, examples, _MOST)
     search = {name: value for name, value in llm.files.spec.defaults.items() if name in _SEARCH}
     columns = (
         Column(np.float32, (len(names) + 1, n_kept)),
@@ -106,14 +106,14 @@ def evaluate(
     return _joined(names, methods, n_kept, arrays)
 
 
-def n_kept_tokens(n_vocab: int, n_columns: int, examples: Sequence[Example]) -> int:
-    """Tokens to keep of each row, so that the rows of all examples stay within bounds.
+def n_kept_tokens(n_vocab: int, n_columns: int, examples: Sequence[Example], most: int) -> int:
+    """Tokens to keep of each row, so that the rows of all examples stay within `KEPT_BYTES`.
 
     n_columns: numbers that are kept of each token.
     """
     n_rows = sum(len(example.answer) for example in examples)
-    n_fitting = _KEPT_BYTES // (4 * n_columns * n_rows)
-    return min(n_vocab, max(_FEWEST, min(_MOST, n_fitting)))
+    n_fitting = KEPT_BYTES // (4 * n_columns * n_rows)
+    return min(n_vocab, max(_FEWEST, min(most, n_fitting)))
 
 
 class _Reduction:

@@ -26,7 +26,7 @@ from .batches import Batches, split
 from .loop import State, Training, read_checkpoint
 from .memory import check_memory, device, matrix_dtype
 from .objective import Fused, Objective, alone
-from .rows import constant_rows
+from .rows import constant_rows, n_kept_of
 
 Kind: TypeAlias = Literal["expert", "fusion", "corrector"]
 """What answers: the expert alone, the large model + expert − base, or the large model + expert."""
@@ -34,7 +34,7 @@ Kind: TypeAlias = Literal["expert", "fusion", "corrector"]
 _KEY = "edge_dlf.trained"
 _HELD_OUT = 0.05, 64
 """Part of the prompts that is held out, and how many at most."""
-_FEW_STEPS, _MOST_EPOCHS = 200, 8
+_FEW_STEPS, _MOST_EPOCHS = 200, 20
 """By default examples are seen again until there are so many steps, so often at most."""
 
 
@@ -107,13 +107,14 @@ class Job:
 class Prepared:
     """Examples in tokens, the rows to train through, and the order of both.
 
+    n_vocab: tokens of the large model, or of the base where there is none.
     taken, held_out: numbers of the examples to train on, and of the others. n_steps: of the training.
     n_bytes: memory that it will take.
 
     Raises InvalidParameterError, OutOfMemoryError.
     """
 
-    def __init__(self, job: Job, examples: Sequence[Example]) -> None:
+    def __init__(self, job: Job, examples: Sequence[Example], n_vocab: int) -> None:
         self.job, self.examples, settings = job, examples, job.settings
         if not examples:
             raise InvalidParameterError(f"{job.data[0]}: has no examples")
@@ -129,14 +130,16 @@ class Prepared:
         self.key = self._key()
         self.is_done = job.out.exists() and read_info(job.out).metadata.get(f"{_KEY}.key") == self.key
         read_checkpoint(job.checkpoint, self.key)
-        no_rows = [np.zeros((len(e.answer), 3, 128), np.float32) for e in examples] if job.large else []
+        self.n_kept = n_kept_of(n_vocab, examples)
+        no_row = np.zeros((3, self.n_kept), np.float32)
+        no_rows = [np.broadcast_to(no_row, (len(example.answer), *no_row.shape)) for example in examples]
         self.n_bytes = check_memory(self.shape, settings.rank, self._objective(no_rows), self.batches.largest())
 
     def read_rows(self, llm: FusedLlama, n_threads: int, tell: Callable[[int], None]) -> list[npt.NDArray[np.float32]]:
         """Rows of the models to train through; none for an expert that answers alone."""
         if self.job.large is None:
             return []
-        return constant_rows(llm, self.job.weights(), self.examples, n_threads, tell=tell)
+        return constant_rows(llm, self.job.weights(), self.examples, self.n_kept, n_threads, tell=tell)
 
     def train(self, rows: Sequence[npt.NDArray[np.float32]], tell: Callable[[State], None]) -> State:
         """Train, write the adapter and remove the checkpoint."""

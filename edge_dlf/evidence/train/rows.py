@@ -16,29 +16,36 @@ from ..answer_rows import n_kept_tokens, sample_seed
 from ..examples import Example
 from ..forced import Arrays, Column, known_tokens, read_answers
 
+_MOST = 512
+"""Tokens that are kept of a row at most, where not all of them are."""
 _MIXTURES = (1.0, 0.5)
 """Powers of the fused row by which tokens are kept and sampled: its likeliest, and those that training may lift."""
+
+
+def n_kept_of(n_vocab: int, examples: Sequence[Example]) -> int:
+    """Tokens to keep of each row: all of them where the examples are few."""
+    is_whole = n_kept_tokens(n_vocab, 3, examples, n_vocab) == n_vocab
+    return n_vocab if is_whole else n_kept_tokens(n_vocab, 3, examples, _MOST)
 
 
 def constant_rows(
     llm: FusedLlama,
     weights: Mapping[str, float],
     examples: Sequence[Example],
+    n_kept: int,
     n_threads: int,
     folder: Path | None = None,
     tell: Callable[[int], None] = lambda n_done: None,
-    n_kept: int | None = None,
 ) -> list[npt.NDArray[np.float32]]:
     """Read the examples with some members; return of each the rows (n, 3, K) of Σ weight · logits that `Fused` takes.
 
     weights: of each member that takes part.
+    n_kept: K, tokens kept of each row.
     n_threads: that reduce rows.
     folder, tell: as for `read_answers`.
-    n_kept: tokens kept of each row, by default as many as the size of the cache allows.
 
     Raises NonFiniteLogitsError where a member returns NaN.
     """
-    n_kept = n_kept or n_kept_tokens(llm.n_vocab, 3, examples)
     ids = np.arange(llm.n_vocab, dtype=np.float32)
     members = tuple(weights)
 
