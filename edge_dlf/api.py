@@ -135,7 +135,7 @@ class FusedLlama:
         except BaseException:
             self._members.close()
             raise
-        tokenizer = Tokenizer(self._members.vocabulary, files.n_vocab)
+        tokenizer = Tokenizer(self._members.vocabulary, files.n_vocab, ensemble.n_ctx)
         self._open_preparer: Preparer | None = Preparer(
             self.name,
             files.spec.defaults,

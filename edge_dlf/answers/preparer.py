@@ -21,6 +21,8 @@ from .tools import read_tools
 
 logger = logging.getLogger(__name__)
 
+_MOST_STOPS, _LONGEST_STOP = 128, 4096
+"""Every one of them is looked for after each token."""
 _OF_THINKING = ("think", "think_budget")
 
 
@@ -224,8 +226,12 @@ class Preparer:
 
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(strings) > _MOST_STOPS:
+        raise InvalidParameterError(f"there are {len(strings)} stop strings, more than {_MOST_STOPS}")
     if any(not isinstance(string, str) or not string for string in strings):
         raise InvalidParameterError("a stop string must be text, and not empty")
+    if any(len(string) > _LONGEST_STOP for string in strings):
+        raise InvalidParameterError(f"a stop string may have {_LONGEST_STOP} characters")
     return strings
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..engine.constraint import Constraint
-from ..errors import InvalidParameterError
+from ..errors import ContextOverflowError, InvalidParameterError
 from .call_grammar import call_grammar
 from .dialects import Dialect
+from .fewest_tokens import FewestTokens
 from .forms import Forms
 from .sandbox import NoTemplateError
 from .template import ChatPrompt, ChatTemplate, Message
@@ -21,15 +23,20 @@ if TYPE_CHECKING:
 
 Prompt: TypeAlias = str | Sequence[int]
 
+_SHORT_BYTES = 1 << 14
+"""Bytes of text that are tokenized in no time."""
+
 
 class Tokenizer:
-    """Tokenizer of a family.
+    """Tokenizer of a family. May be used by several threads.
 
-    n_vocab: tokens that all members share.
+    n_vocab: tokens that all members share. n_ctx: the most tokens of a prompt.
     """
 
-    def __init__(self, model: Model, n_vocab: int) -> None:
-        self.n_vocab = n_vocab
+    def __init__(self, model: Model, n_vocab: int, n_ctx: int) -> None:
+        self.n_vocab, self._n_ctx = n_vocab, n_ctx
+        self._lock = threading.Lock()
+        self._fewest: FewestTokens | None = None
         self._model = model
         self._template: ChatTemplate | None = None
         self._forms: Forms | None = None
@@ -72,9 +79,33 @@ class Tokenizer:
         return self._model.piece(token, special=True)
 
     def prompt(self, prompt: Prompt) -> list[int]:
-        """Tokens of a prompt, one at least. Raises InvalidParameterError for ids that do not exist."""
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else [self.known(token) for token in prompt]
-        return tokens or [self._bos()]
+        """Tokens of a prompt, one at least.
+
+        Raises InvalidParameterError for ids that do not exist, and ContextOverflowError for a text that is much too
+        long, before it is tokenized.
+        """
+        if isinstance(prompt, str):
+            self._require_room(to_bytes(prompt))
+            return self.tokenize(prompt) or [self._bos()]
+        if len(prompt) > self._n_ctx:
+            raise self._overflow(len(prompt))
+        return [self.known(token) for token in prompt] or [self._bos()]
+
+    def _require_room(self, text: bytes) -> None:
+        """Raise ContextOverflowError if `text` surely has more tokens than the context."""
+        if len(text) <= max(_SHORT_BYTES, self._n_ctx):
+            return
+        with self._lock:
+            if self._fewest is None:
+                tokens = range(self._model.n_vocab)
+                names = [name for token in tokens if (name := self.name_bytes(token)) != self.piece(token)]
+                self._fewest = FewestTokens([*map(self.piece, tokens), *names])
+        n_least = self._fewest.of(text)
+        if n_least > self._n_ctx:
+            raise self._overflow(n_least, " or more")
+
+    def _overflow(self, n_tokens: int, bound: str = "") -> ContextOverflowError:
+        return ContextOverflowError(f"the prompt has {n_tokens} tokens{bound}, more than the context of {self._n_ctx}")
 
     def conversation(
         self,
@@ -84,8 +115,9 @@ class Tokenizer:
         variables: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
         """Prompt for the assistant's answer to `messages`, as `ChatTemplate.prompt` makes it."""
-        if self._template is None:
-            self._template = self._compile_template()
+        with self._lock:
+            if self._template is None:
+                self._template = self._compile_template()
         prompt = self._template.prompt(messages, tools, think, variables)
         self._with_bos(prompt)
         return prompt
@@ -153,18 +185,25 @@ class Tokenizer:
 
     def _forms_of(self, ends: Callable[[int], bool]) -> Forms:
         """Return forms over the vocabulary, which are made once. Raises InvalidParameterError if no answer can end."""
-        if self._forms is None:
-            last = list(filter(ends, range(self.n_vocab)))
-            if not last:
-                raise InvalidParameterError("this model has no token that ends an answer, which a form needs")
-            self._forms = Forms(list(map(self.piece, range(self.n_vocab))), last)
-        return self._forms
+        with self._lock:
+            if self._forms is None:
+                last = list(filter(ends, range(self.n_vocab)))
+                if not last:
+                    raise InvalidParameterError("this model has no token that ends an answer, which a form needs")
+                self._forms = Forms(list(map(self.piece, range(self.n_vocab))), last)
+            return self._forms
 
     def known(self, token: int) -> int:
         """`token`, if it exists. Raises InvalidParameterError otherwise."""
         if not 0 <= token < self.n_vocab:
             raise InvalidParameterError(f"there is no token {token}; ids go from 0 to {self.n_vocab - 1}")
         return int(token)
+
+    def _part(self, text: str) -> list[int]:
+        """Tokens of a part of a prompt that holds no control tokens. Raises ContextOverflowError as `prompt`."""
+        part = to_bytes(text)
+        self._require_room(part)
+        return self._model.tokenize(part, special=False)
 
     def close(self) -> None:
         """End the processes that render the template and read forms. Calling it twice is no error."""
@@ -195,5 +234,5 @@ class Tokenizer:
             bos=self._name(self._model.bos),
             eos=self._name(self._model.eos),
             control={self._name(token): token for token in self._model.control_tokens()},
-            tokenize=lambda text: self._model.tokenize(to_bytes(text), special=False),
+            tokenize=self._part,
         )

@@ -144,8 +144,8 @@ class _Service:
         self.thread = DecodingThread(llm, llm.driver.n_parallel + rules.n_waiting, self.metrics)
         self.metrics.watch(llm.driver)
         self.models = models_of(llm, rules.settings)
-        # One after the other: texts become tokens beside the decoding, and the template's process serves one at a time.
-        self.preparing = ThreadPoolExecutor(1, "edge-dlf prepare")
+        # A thread for each request, so that one that takes long to prepare keeps no other waiting.
+        self.preparing = ThreadPoolExecutor(self.thread.n_most, "edge-dlf prepare")
 
     async def show_page(self, request: Request) -> Response:
         content, headers = page()
