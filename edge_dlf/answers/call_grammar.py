@@ -61,7 +61,7 @@ def _rules(
     suffix = calls.suffix.format()
     prefixes = [calls.prefix.format(name=name) for name in names]
     is_free = not (tools.is_required or has_answer)
-    is_marked = is_free and not calls.is_bare and not dialect.is_harmony
+    is_marked = is_free and calls.prefix.startswith(calls.opens)
     opened = len(calls.opens) if is_marked else 0
     rules = [
         "call: " + " | ".join(f"call_{n}" for n in range(len(prefixes))),
