@@ -12,6 +12,8 @@ from .dialects import QWEN_XML, CallSyntax, Dialect
 from .tools import Tools
 
 _ANY_TEXT = r"/(.|\n)*/"
+_NO_MARKS = r"/([^<]|<[^|])*/"
+"""Text without marks such as <|end|>, which llama.cpp takes for text."""
 
 
 def call_grammar(
@@ -75,13 +77,13 @@ def _rules(
         final = f"{literal('<|channel|>final<|message|>')} {'TEXT' if is_free else answer}"
         return [
             f"start: (thinking)? ({several}{'' if tools.is_required else ' | final'})",
-            f"thinking: {thinking}", f"final: {final}", f"TEXT: {_ANY_TEXT}", *rules,
+            f"thinking: {thinking}", f"final: {final}", f"TEXT: {_NO_MARKS}", *rules,
         ]  # fmt: skip
     if is_marked:
         opens = literal(calls.opens)
         # The text before a control token ends by itself; before other marks it is as short as can be.
-        before = f"TEXT {opens}" if opens.startswith("<[") else "BEFORE"
-        lazy = [] if opens.startswith("<[") else [f"BEFORE[lazy]: {_ANY_TEXT} {opens}"]
+        before = f"TEXT {opens}" if opens.startswith("<[") else "before"
+        lazy = [] if opens.startswith("<[") else [f"before[lazy]: TEXT {opens}"]
         return [f"start: ({before} call)* TEXT", f"TEXT: {_ANY_TEXT}", *lazy, *rules]
     if tools.is_required:
         return [f"start: {several}", *rules]
