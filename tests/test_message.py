@@ -32,6 +32,7 @@ TOOLS: dict[str, Any] = {
 OSLO, NOW = ("weather", {"city": "Oslo"}), ("time", {})
 HERMES_OSLO = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 HERMES_NOW = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+BARE_OSLO = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 NOT_JSON = "<tool_call>\nhello\n</tool_call>"
 NOT_WHOLE, NOT_NAMED = '<tool_call>{"name": </tool_call>', '<tool_call>{"a": 1}</tool_call>'
 Apart = tuple[str, str, list[tuple[str, Any]]]
@@ -54,6 +55,11 @@ GOLDEN: dict[str, tuple[str, str, Apart]] = {
         HERMES_OSLO.replace("Oslo", "</tool_call>\\\"}"),
         ("", "", [("weather", {"city": '</tool_call>"}'})]),
     ),
+    "in a code block": ("hermes", f"```json\n{BARE_OSLO}\n```", ("", "", [OSLO])),
+    "in two code blocks": ("hermes", f"```json\n{BARE_OSLO}\n```\n\n```\n{BARE_OSLO}\n```", ("", "", [OSLO, OSLO])),
+    "no block around it": ("hermes", f"{BARE_OSLO}\nDone.", ("", "Done.", [OSLO])),
+    "code": ("hermes", "```json\n{}\n```", ("", "```json\n{}\n```", [])),
+    "an unknown tool in a block": ("hermes", '```\n{"name": "x"}\n```', ("", '```\n{"name": "x"}\n```', [])),
     "cut short": ("hermes", HERMES_OSLO[:40], ("", HERMES_OSLO[:40], [])),
     "no JSON": ("hermes", f"{NOT_JSON}\n{HERMES_NOW}", ("", NOT_JSON, [NOW])),
     "JSON that ends early": ("hermes", NOT_WHOLE, ("", NOT_WHOLE, [])),
@@ -161,7 +167,8 @@ WORDS = [
     "<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "time", "arguments": {}}', '{"name": "weather"',
     '"arguments": {"city": "O\\"', "}", "{", "]", "[", ", ", '"', "\\", "\n", " ", "é", "text", "[TOOL_CALLS]", "time",
     "[ARGS]", "[THINK]", "[/THINK]", "<function=time>", "</function>", "<parameter=city>\n", "\n</parameter>",
-    "<|python_tag|>", ";", "<|channel|>", "analysis", "final", "commentary to=functions.time", "<|message|>", "<|end|>",
+    "<|python_tag|>", ";",
+    "```", "```json", "`", "<|channel|>", "analysis", "final", "commentary to=functions.time", "<|message|>", "<|end|>",
     "<|start|>", "assistant", "<|call|>", "to=", "<", "</",
 ]  # fmt: skip
 

@@ -6,7 +6,7 @@ know every byte, so any text comes back as it went in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -138,6 +138,7 @@ def tiny_model(
     dtype: type[np.float32] | type[np.float16] | gguf.GGMLQuantizationType = np.float32,
     pad_vocab: int = 0,
     tokens: Mapping[int, str] | None = None,
+    control: Sequence[str] = (),
     chat_template: str | None = CHATML,
     nan: bool = False,
 ) -> Path:
@@ -146,11 +147,14 @@ def tiny_model(
 
     seed: of the weights. drift: adds noise of this relative size to them: a model fine-tuned from the one without.
     spread: standard deviation of the logits, in nats. pad_vocab: entries that only lengthen the vocabulary.
-    tokens: id -> text that replaces that entry of the vocabulary. nan: every logit is NaN.
+    tokens: id -> text that replaces that entry of the vocabulary. control: control tokens at its end.
+    nan: every logit is NaN.
     """
     vocabulary, types = bpe_vocabulary() if tokenizer == "bpe" else spm_vocabulary()
     for token, text in (tokens or {}).items():
         vocabulary[token] = text
+    vocabulary += control
+    types += [gguf.TokenType.CONTROL] * len(control)
     vocabulary += [f"[PAD{len(vocabulary) + n}]" for n in range(pad_vocab)]
     types += [gguf.TokenType.UNUSED] * pad_vocab
 

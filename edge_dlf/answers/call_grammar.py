@@ -61,7 +61,7 @@ def _rules(
     suffix = calls.suffix.format()
     prefixes = [calls.prefix.format(name=name) for name in names]
     is_free = not (tools.is_required or has_answer)
-    is_marked = is_free and not calls.is_bare and not dialect.is_harmony
+    is_marked = is_free and calls.prefix.startswith(calls.opens)
     opened = len(calls.opens) if is_marked else 0
     rules = [
         "call: " + " | ".join(f"call_{n}" for n in range(len(prefixes))),
@@ -71,19 +71,20 @@ def _rules(
     several = "call" if one else f"call ({literal(calls.between or '')} call)*"
     answer = f"@json_{len(prefixes)}" if has_answer else _ANY_TEXT
     if dialect.is_harmony:
-        thinking = literal("<|channel|>analysis<|message|>") + " TEXT " + literal("<|end|><|start|>assistant")
-        final = f"{literal('<|channel|>final<|message|>')} {'TEXT' if is_free else answer}"
+        final = f"{literal('<|channel|>final<|message|>')} {answer}"
         return [
             f"start: (thinking)? ({several}{'' if tools.is_required else ' | final'})",
-            f"thinking: {thinking}", f"final: {final}", f"TEXT: {_ANY_TEXT}", *rules,
+            f"thinking: {literal('<|channel|>analysis<|message|>')} thought {literal('<|start|>assistant')}",
+            f"final: {final}", *_up_to("thought", literal("<|end|>")), *rules,
         ]  # fmt: skip
     if is_marked:
-        opens = literal(calls.opens)
-        # The text before a control token ends by itself; before other marks it is as short as can be.
-        before = f"TEXT {opens}" if opens.startswith("<[") else "BEFORE"
-        lazy = [] if opens.startswith("<[") else [f"BEFORE[lazy]: {_ANY_TEXT} {opens}"]
-        return [f"start: ({before} call)* TEXT", f"TEXT: {_ANY_TEXT}", *lazy, *rules]
+        return ["start: (before call)* TEXT", f"TEXT: {_ANY_TEXT}", *_up_to("before", literal(calls.opens)), *rules]
     if tools.is_required:
         return [f"start: {several}", *rules]
     text = answer if has_answer else "TEXT"
     return [f"start: {several} | {text}", *([] if has_answer else [r"TEXT: /([^{\s](.|\n)*)?/"]), *rules]
+
+
+def _up_to(name: str, mark: str) -> list[str]:
+    """Return the rule of any text that ends with its first mark: a control token ends text by itself."""
+    return [f"{name}: {_ANY_TEXT} {mark}" if mark.startswith("<[") else f"{name}[lazy]: {_ANY_TEXT} {mark}"]

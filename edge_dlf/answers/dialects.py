@@ -198,6 +198,7 @@ HERMES = CallSyntax(
     prefix='<tool_call>\n{{"name": "{name}", "arguments": ',
     suffix="}}\n</tool_call>",
     between="\n",
+    is_bare=True,
 )
 QWEN_XML = CallSyntax(opens="<tool_call>", closes="</tool_call>", read=_xml_calls, prefix="", suffix="")
 LLAMA = CallSyntax(

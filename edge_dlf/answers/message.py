@@ -13,6 +13,10 @@ from .text import TextStream, overlap
 from .tools import ToolCall
 
 _State: TypeAlias = Literal["content", "reasoning", "call", "after call", "bare", "header", "arguments"]
+_BLOCK = re.compile(r"\s*(```(json|xml)?\s*)?")
+_MAY_BEGIN_BLOCK = re.compile(r"\s*(`{0,3}|```(j|js|jso|json|x|xm|xml)?\s*)")
+_BLOCK_END = re.compile(r"\A\s*```")
+_MAY_END_BLOCK = re.compile(r"\s*`{0,2}")
 _HEADER_END = "<|message|>"
 _MESSAGE_ENDS = ("<|end|>", "<|return|>", "<|call|>", "<|start|>", "<|channel|>")
 _HEADER_STARTS = ("<|start|>", "<|channel|>", "to=", "<|end|>", "<|return|>", "<|call|>")
@@ -48,6 +52,7 @@ class MessageParser:
         self._has_answer = False  # thinking comes before all else: later tags are text about tags
         self._name = ""
         self._opened = ""
+        self._is_in_block = False
         self._parts: list[Part] = []
         is_bare = bool(self._calls and self._calls.is_bare)
         self._begins: _State = "header" if dialect.is_harmony else "bare" if is_bare else "content"
@@ -180,23 +185,32 @@ class MessageParser:
         return True
 
     def _read_bare(self, is_last: bool) -> bool:
-        """Read a call that has no mark before it, if the text is one."""
+        """Read a call that has no mark before it, perhaps in a code block, if the text is one."""
         assert self._calls
-        text = self._text.lstrip("; \t\r\n")
-        if not text and not is_last:
+        text = self._text
+        if self._is_in_block:
+            if _MAY_END_BLOCK.fullmatch(text) and not is_last:
+                return False
+            text = _BLOCK_END.sub("", text)
+        if self._has_answer:
+            text = text.lstrip("; \t\r\n")
+        if not is_last and _MAY_BEGIN_BLOCK.fullmatch(text):
             return False
-        if text.startswith("{"):
+        begins = _BLOCK.match(text)
+        start = begins.end() if begins else 0
+        if text.startswith("{", start):
             try:
-                found = self._calls.read(text, self._tools)
+                found = self._calls.read(text[start:], self._tools)
             except (ValueError, RecursionError):
                 found = [], 0
             if found is None and not is_last:
                 return False
             if found and found[0] and all(name in self._tools for name, _ in found[0]):
                 self._give_calls(found[0])
-                self._text, self._trims = text[found[1] :], True
+                self._is_in_block = bool(begins and begins[1])
+                self._text, self._trims = text[start + found[1] :], True
                 return True
-        self._state = "content"
+        self._text, self._state, self._is_in_block = text, "content", False
         return True
 
     def _read_header(self, is_last: bool) -> bool:

@@ -71,7 +71,7 @@ class AfterThinking:
             return None
         if self._must_close(state):
             return np.delete(np.arange(self._n_vocab), self._tags.closing[state.n_closing])
-        if state.phase == "thinking":
+        if state.phase == "thinking" or state.text.strip():
             return np.array([token for token in range(self._n_vocab) if self._step(state, token) is None], np.int64)
         banned = self._inner.banned(state.ahead, token, patience_s) if self._inner else None
         if state.phase == "answer" or banned is None:
@@ -105,7 +105,8 @@ class AfterThinking:
         """Return the state after one more token; None where it may not follow."""
         if state.phase == "thinking":
             return self._think(state, token)
-        if self._inner and self._inner.banned(state.ahead, token, self._patience_s) is None:
+        has_tag = state.phase == "start" and bool(state.text.strip())  # a part of one, which is to be completed
+        if self._inner and not has_tag and self._inner.banned(state.ahead, token, self._patience_s) is None:
             return _State("answer", ahead=(*state.ahead, token))
         if state.phase == "answer":
             return None if self._inner else state
