@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,7 +185,7 @@ class _Line(ProgressLine):
 def _train(screen: Screen, prepared: Prepared, constants: Any, pieces: Sequence[str]) -> State:
     """Show progress while it trains, and at each check what the held-out examples say."""
     line = _Line(prepared.n_steps)
-    with interruptible(screen, lambda: None) as stop, line.shown(screen):
+    with interruptible(screen, lambda: None, (signal.SIGINT, signal.SIGTERM)) as stop, line.shown(screen):
 
         def tell(state: State) -> None:
             if line.state is None:

@@ -158,9 +158,7 @@ class Training:
             values = self._objective(self._model, batch).values
         loss = (values * batch.weights).sum() / batch.weights.sum()
         if not torch.isfinite(loss):
-            raise EdgeDLFError(
-                f"the loss of step {state.step + 1} is {loss.item()}: a lower --lr may help, and the checkpoint is kept"
-            )
+            raise EdgeDLFError(f"the loss of step {state.step + 1} is {loss.item()}: begin anew with a lower --lr")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._trained.values(), _LARGEST_GRADIENT)
         for group in self._optimizer.param_groups:
