@@ -313,8 +313,7 @@ class FusedLlama:
         prompts: member -> messages of its own.
         arguments: those of `stream`, and OpenAI's response_format, in place of json_schema, tools, tool_choice and
             parallel_tool_calls; chat_template_kwargs: variables of the chat template; think: "on", "off" or "auto";
-            think_budget: most tokens of thinking.
-        Thinking is `reasoning_content` of the message, and calls are its `tool_calls`.
+            think_budget: most tokens of thinking, which is `reasoning_content` of the message; calls are `tool_calls`.
         """
         of_template = {name: arguments[name] for name in (*OF_TEMPLATE, "think") if name in arguments}
         own = {name: self.apply_chat_template(each, **of_template) for name, each in (prompts or {}).items()}
@@ -380,8 +379,7 @@ class FusedLlama:
         trace: bool = False,
         **settings: Any,
     ) -> Completion:
-        """Check a request and return its answer, of which nothing has been evaluated yet, for the caller to add to the
-        driver. Arguments as in `batch`."""
+        """Check a request and return its answer, for the caller to add to the driver. Arguments as in `batch`."""
         return self._preparer.request(request, raw=raw, system=system, draft=draft, trace=trace, settings=settings)
 
     @property

@@ -44,6 +44,7 @@ REFUSED = {
     "eval": ["eval", "--tasks", "missing.yaml", "-o", "results"],
     "new": ["new", "bad name", *MODELS],
     "rm": ["rm", "missing"],
+    "train": ["train", "missing.gguf", "missing.jsonl", "-o", "x.gguf"],
     "serve": ["serve", "--port", "0", "--host", "256.0.0.0"],
 }
 """Commands that end with one line about what is wrong, before they work for seconds."""
