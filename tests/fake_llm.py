@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _N_PARALLEL = 4
 
-Step = str | tuple[str, float] | tuple[str, float, str] | BaseException
-"""A token's text, its text and α, its text, α and expert, or what is raised in its place."""
+Step = str | Token | tuple[str, float] | tuple[str, float, str] | BaseException
+"""A token's text, the token itself, its text and α, its text, α and expert, or what is raised in its place."""
 
 
 class FakeStream(Iterator[Token]):
@@ -49,9 +49,12 @@ class FakeStream(Iterator[Token]):
         if step is None:
             report.finish_reason = "stop"
             raise StopIteration
-        text, alpha, *expert = (step, 0.0) if isinstance(step, str) else step
-        name = [*expert, *report.experts][0] if alpha > 0 else None
-        token = Token(report.n_generated, text, -0.5, alpha, name)
+        if isinstance(step, Token):
+            token, alpha, name = step, step.alpha, step.expert
+        else:
+            text, alpha, *expert = (step, 0.0) if isinstance(step, str) else step
+            name = [*expert, *report.experts][0] if alpha > 0 else None
+            token = Token(report.n_generated, text, -0.5, alpha, name)
         report.add(token, [alpha if expert == name else 0.0 for expert in report.experts])
         if report.n_generated > 1:
             report.counts.n_steps += 1
@@ -92,7 +95,7 @@ class FakeLlama:
     def interrupt(self) -> None:
         self.is_interrupted = True
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], think: str = "auto") -> list[int]:
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         return list(text.encode("utf-8", "surrogateescape"))
 

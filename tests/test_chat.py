@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.color import ColorSystem
 
-from edge_dlf import ContextOverflowError, DecodeError, EdgeDLFError, InvalidParameterError
+from edge_dlf import ContextOverflowError, DecodeError, EdgeDLFError, InvalidParameterError, Token
 from edge_dlf.cli import main
 from edge_dlf.cli.chat import handle
 from edge_dlf.cli.commands import COMMANDS
@@ -75,6 +75,19 @@ class TestConversation:
         with pytest.raises(DecodeError):
             say(session, "Hi")
         assert session.conversation.messages[-1] == {"role": "assistant", "content": "par"}
+
+    @pytest.mark.parametrize("is_terminal", [True, False])
+    def test_thinking_is_dim_on_a_terminal_and_never_sent_again(
+        self, is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+        thoughts = [Token(n, "", -0.5, 0.0, None, reasoning=text) for n, text in enumerate(["Hm", "."])]
+        llm = FakeLlama([*thoughts, "Hello", " you"], thoughts, ["Fine"])
+        say(fake_session(llm), "/set think on", "Hi", "Again?", "How are you?")
+        assert llm.requests[0][1]["think"] == "on"
+        assert llm.requests[2][0] == "user: Hi\nassistant: Hello you\nuser: How are you?\n"
+        dim = "\x1b[2mHm\x1b[0m\x1b[2m.\x1b[0m\n" if is_terminal else ""
+        assert capsys.readouterr().out == f"{dim}Hello you\n{dim}Fine\n"
 
     def test_an_empty_answer(self, capsys: pytest.CaptureFixture[str]) -> None:
         session = fake_session(FakeLlama([]))

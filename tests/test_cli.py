@@ -124,9 +124,9 @@ class TestGenerate:
 
     def test_sigterm(self, run: Callable[..., Result]) -> None:
         class Terminating(FakeLlama):
-            def apply_chat_template(self, messages: Any) -> list[int]:
+            def apply_chat_template(self, messages: Any, think: str = "auto") -> list[int]:
                 os.kill(os.getpid(), signal.SIGTERM)
-                return super().apply_chat_template(messages)
+                return super().apply_chat_template(messages, think)
 
         before = signal.getsignal(signal.SIGTERM)
         llm = Terminating()
@@ -168,9 +168,9 @@ class TestErrors:
 
     def test_notices_of_the_library(self, run: Callable[..., Result]) -> None:
         class Noticing(FakeLlama):
-            def apply_chat_template(self, messages: Any) -> list[int]:
+            def apply_chat_template(self, messages: Any, think: str = "auto") -> list[int]:
                 logging.getLogger("edge_dlf.llama").warning("slow %s", "build")
-                return super().apply_chat_template(messages)
+                return super().apply_chat_template(messages, think)
 
         assert run(Noticing(), "generate", *FILES, "Hi").stderr == "note: slow build\n"
         assert not logging.getLogger("edge_dlf").handlers

@@ -14,6 +14,7 @@ from edge_dlf import FusedLlama
 from edge_dlf.server import Rules
 
 from .http_server import Served, serving
+from .tiny import CHATML, tiny_model
 
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1200, "height": 800}
 
@@ -116,4 +117,24 @@ def test_an_error_is_told_and_a_key_asked_for(browser: Any, tiny: Path) -> None:
         page.press("#text", "Enter")
         assert "more than the context of 64" in page.wait_for_selector(".wrong").text_content()
         assert page.query_selector("b") is None
+        page.close()
+
+
+def test_thinking_is_folded_once_the_answer_begins(browser: Any, tiny: Path, tmp_path: Path) -> None:
+    thinks = tiny_model(tmp_path / "large.gguf", seed=1, n_embd=64, chat_template=f"{CHATML}<think>\n{{# </think> #}}")
+    rules = Rules({"max_tokens": 40, "seed": 1, "think_budget": 5})
+    families = FusedLlama(thinks, tiny / "base.gguf", {"lora": tiny / "lora.gguf"}, n_ctx=256, n_threads=1)
+    with families as llm, serving(llm, rules) as server:
+        page = browser.new_page(viewport=DESK)
+        page.set_default_timeout(180_000)
+        page.goto(str(server.base_url))
+        page.fill("#text", "Hello")
+        page.press("#text", "Enter")
+        answers(page)
+        body = {"messages": [{"role": "user", "content": "Hello"}]}
+        message = server.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+        fold = page.locator(".answer details")
+        assert fold.evaluate("node => node.open") is False
+        assert fold.text_content() == "Thinking" + message["reasoning_content"]
+        assert page.text_content(".answer") == "Thinking" + message["reasoning_content"] + message["content"]
         page.close()

@@ -93,7 +93,7 @@ class Answer:
 
 def _run(llm: FusedLlama, question: Prompt, settings: Mapping[str, Any], answer: Answer) -> Iterator[str]:
     """Let a method answer. Yields the texts of its tokens."""
-    stream = llm.stream(question.tokens(llm), **{**settings, "method": answer.method})
+    stream = llm.stream(question.tokens(llm, settings), **{**settings, "method": answer.method})
     answer.report = stream.report
     for token in stream:
         answer.text += token.text

@@ -46,14 +46,16 @@ def generate(
 
 def _stream(llm: FusedLlama, question: Prompt, settings: dict[str, Any], screen: Screen, tracer: Tracer) -> None:
     """Write the answer as it comes. Its text ends with a line break, whatever ends the answer."""
-    stream = llm.stream(question.tokens(llm), **settings, **tracer.settings)
+    stream = llm.stream(question.tokens(llm, settings), **settings, **tracer.settings)
     text = ""
     try:
         with interruptible(screen, llm.interrupt):
             for token in tracer.tokens(stream, question.text, llm):
                 text += token.text
+                screen.think(token.reasoning)
                 screen.write(token.text)
     finally:
+        screen.end_thinking()
         if text and not text.endswith("\n"):
             screen.end_line()
     if note := cut_short(stream.report, llm.n_ctx):

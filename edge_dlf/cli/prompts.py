@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidParameterError
+from ..params import DEFAULTS
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
@@ -29,9 +30,10 @@ class Prompt:
         if self.raw and self.system:
             raise InvalidParameterError("a system prompt needs the chat template: leave out --raw or --system")
 
-    def tokens(self, llm: FusedLlama) -> str | Sequence[int]:
-        """The prompt as `FusedLlama.stream` takes it."""
-        return self.text if self.raw else llm.apply_chat_template(self._messages())
+    def tokens(self, llm: FusedLlama, settings: Mapping[str, Any]) -> str | Sequence[int]:
+        """The prompt as `FusedLlama.stream` takes it with these settings."""
+        think = settings.get("think", DEFAULTS["think"])
+        return self.text if self.raw else llm.apply_chat_template(self._messages(), think=think)
 
     def complete(self, llm: FusedLlama, settings: Mapping[str, Any]) -> Any:
         """The whole answer as a dictionary."""

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -44,6 +45,7 @@ class Screen:
 
     def __init__(self) -> None:
         self._waiting = ""
+        self._is_thinking = False
         self._restore: Callable[[], None] = lambda: None
 
     @property
@@ -55,12 +57,27 @@ class Screen:
         """Write part of an answer at once; on a terminal without control characters, and coloured by `paint`."""
         if not text:
             return
+        if self._is_thinking:
+            self.end_line()
         self.end_wait()
         shown = printable(text) if sys.stdout.isatty() else text
         print(paint(shown) if paint else shown, end="", flush=True)
 
+    def think(self, text: str) -> None:
+        """Write part of the thinking before an answer, dim, and on a terminal alone: it is no part of the answer."""
+        if text and sys.stdout.isatty():
+            self._is_thinking = False
+            self.write(text, partial(click.style, dim=True) if may_style(sys.stdout) else None)
+            self._is_thinking = True
+
+    def end_thinking(self) -> None:
+        """Write the line break after thinking that no answer has followed."""
+        if self._is_thinking:
+            self.end_line()
+
     def end_line(self) -> None:
         """Write the line break after an answer."""
+        self._is_thinking = False
         self.end_wait()
         print(flush=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..params import DEFAULTS, check_settings
@@ -81,6 +82,7 @@ class Session:
             with interruptible(self.screen, self.llm.interrupt):
                 for token in self.tracer.tokens(stream, question, self.llm):
                     text += token.text
+                    self.screen.think(token.reasoning)
                     self.screen.write(token.text, paint.brush(token.alpha, token.expert) if paint else None)
         except KeyboardInterrupt:
             stopped = True
@@ -88,6 +90,7 @@ class Session:
                 raise
         finally:
             self.screen.end_wait()
+            self.screen.end_thinking()
             self.conversation.answer(text)
             if text:
                 self.screen.end_line()
@@ -97,7 +100,7 @@ class Session:
         """Prompt tokens of the conversation. Tells the user where turns had to be dropped."""
         n_before, n_ctx = self.conversation.n_dropped, self.llm.n_ctx
         room = self.value("max_tokens") or min(_ROOM_FOR_ANSWER, n_ctx // 4)
-        prompt = self.conversation.fit(self.llm.apply_chat_template, n_ctx, room)
+        prompt = self.conversation.fit(partial(self.llm.apply_chat_template, think=self.value("think")), n_ctx, room)
         if n_turns := (self.conversation.n_dropped - n_before) // 2:
             turns = "oldest turn" if n_turns == 1 else f"oldest {n_turns} turns"
             self.screen.say(f"note: the context of {n_ctx} tokens is full: dropped the {turns}")
