@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .answers.batch import row_seed, run_batch
 from .answers.completion import ChatCompletion, Completion, Dict
-from .answers.preparer import Preparer
-from .answers.requests import OF_TEMPLATE, Request
+from .answers.preparer import Preparer, many
+from .answers.requests import OF_TEMPLATE, Request, count, flag
 from .answers.scoring import Score, run_scores
-from .answers.stream import Answer, Driver, TokenStream
+from .answers.stream import Driver, TokenStream
 from .answers.template import ChatPrompt, Message
 from .answers.tokenizer import Prompt, Tokenizer
 from .engine.decoder import Decoder
@@ -36,7 +34,6 @@ logger = logging.getLogger(__name__)
 ExpertFiles: TypeAlias = str | Path | Sequence[tuple[str | Path, float]]
 
 _MAX_OWN_CTX = 4096
-_FORM = frozenset(("max_tokens", "stop", "grammar", "json_schema", "think", "think_budget", *OF_TEMPLATE))
 
 
 class FusedLlama:
@@ -54,8 +51,8 @@ class FusedLlama:
     "queue" hands all over from one thread, "threads" from a thread each; "auto" measures once what is fastest here, and
     remembers it. Members on the CPU are decoded in turn.
     n_parallel: requests that `batch` decodes at once; "auto" is 16, or 32 on a GPU. They share as many positions of a
-    KV cache as memory allows, n_ctx at least.
-    Its attribute `files` holds the headers of the family's files, `cache_types` the types of the KV cache.
+    KV cache as memory allows, n_ctx at least. Its attribute `files` holds the headers of the family's files,
+    `cache_types` the types of the KV cache.
 
     Raises LoadError (ModelFileError, FamilyError, VocabMismatchError) or OutOfMemoryError. One request at a time: a new
     one ends the one before. A context manager.
@@ -155,7 +152,7 @@ class FusedLlama:
     def __enter__(self) -> FusedLlama:
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -178,10 +175,6 @@ class FusedLlama:
         return self._open_preparer
 
     @property
-    def _tokenizer(self) -> Tokenizer:
-        return self._preparer.tokenizer
-
-    @property
     def n_ctx(self) -> int:
         """Positions of the context."""
         return self._ensemble.n_ctx
@@ -199,25 +192,25 @@ class FusedLlama:
     @property
     def first_token(self) -> int:
         """What a text begins with that nothing stands before: BOS, or else the token that ends a text."""
-        return self._tokenizer.first_token
+        return self._preparer.tokenizer.first_token
 
     @property
     def chat_template(self) -> str | None:
         """The large model's chat template, as jinja text."""
-        return self._tokenizer.chat_template
+        return self._preparer.tokenizer.chat_template
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text` as a raw prompt: with BOS where the model expects one, and, if `special`, the names of
         control tokens read as these tokens."""
-        return self._tokenizer.tokenize(text, special=special)
+        return self._preparer.tokenizer.tokenize(text, special=special)
 
     def tokenize_answer(self, text: str, *, is_chat: bool = False) -> list[int]:
         """Token ids of `text` as an answer, with the token that ends it: of a turn if `is_chat`, else of a text."""
-        return self._tokenizer.answer(text, is_chat=is_chat)
+        return self._preparer.tokenizer.answer(text, is_chat=is_chat)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Text of `tokens`, names of control tokens included."""
-        return self._tokenizer.detokenize(tokens)
+        return self._preparer.tokenizer.detokenize(tokens)
 
     def apply_chat_template(self, messages: Sequence[Message], **arguments: Any) -> ChatPrompt:
         """Prompt tokens for the assistant's answer to `messages`, by the large model's own chat template. No text in a
@@ -268,9 +261,6 @@ class FusedLlama:
             trace=trace,
             **settings,
         )
-        return self._start(answer)
-
-    def _start(self, answer: Answer) -> TokenStream:
         self._begin()
         return TokenStream(self._driver, answer)
 
@@ -292,10 +282,15 @@ class FusedLlama:
         arguments: those of `stream`.
         A traced result has its tokens, as `--trace` writes them, in `["edge_dlf"]["trace"]["tokens"]`.
         """
-        answer = self._preparer.answer("create_completion", prompt, top_logprobs=logprobs or 0, **arguments)
-        completion = self._preparer.completion(answer, prompt, logprobs)
-        tokens = self._start(answer)
-        return completion.chunks(tokens) if stream else completion.result(list(tokens))
+        n_top = 0 if logprobs is None else count("logprobs", logprobs)
+        answer = self._preparer.answer("create_completion", prompt, top_logprobs=n_top, **arguments)
+        return self._complete(self._preparer.completion(answer, prompt, logprobs), stream)
+
+    def _complete(self, completion: Completion, stream: bool) -> Dict | Iterator[Dict]:
+        is_stream = flag("stream", stream)
+        self._begin()
+        tokens = TokenStream(self._driver, completion.answer)
+        return completion.chunks(tokens) if is_stream else completion.result(list(tokens))
 
     def create_chat_completion(
         self,
@@ -316,13 +311,14 @@ class FusedLlama:
             think_budget: most tokens of thinking, which is `reasoning_content` of the message; calls are `tool_calls`.
         """
         of_template = {name: arguments[name] for name in (*OF_TEMPLATE, "think") if name in arguments}
-        own = {name: self.apply_chat_template(each, **of_template) for name, each in (prompts or {}).items()}
-        arguments |= {"top_logprobs": top_logprobs if logprobs else 0, "prompts": own}
-        prompt = self._preparer.chat(messages, arguments)
-        answer = self._preparer.answer("create_chat_completion", prompt, **arguments)
-        completion = ChatCompletion(answer, self.name, logprobs, self._tokenizer.name_bytes)
-        tokens = self._start(answer)
-        return completion.chunks(tokens) if stream else completion.result(list(tokens))
+        own: Any = prompts
+        if isinstance(prompts, Mapping):
+            own = {name: self.apply_chat_template(each, **of_template) for name, each in prompts.items()}
+        if not flag("logprobs", logprobs or False) and top_logprobs:
+            raise InvalidParameterError("top_logprobs needs logprobs=True")
+        prompt, n_top = self._preparer.chat(messages, arguments), top_logprobs or 0
+        answer = self._preparer.answer("create_chat_completion", prompt, top_logprobs=n_top, prompts=own, **arguments)
+        return self._complete(ChatCompletion(answer, self.name, logprobs, self._preparer.tokenizer.name_bytes), stream)
 
     def batch(
         self,
@@ -349,14 +345,14 @@ class FusedLlama:
         Results are OpenAI's: `custom_id` and `response` with `body`, or `error` with `code` and `message`, which ends
         no other request. Raises what concerns them all.
         """
-        self._preparer.params("batch", {name: value for name, value in settings.items() if name not in _FORM})
+        self._preparer.check_batch({"seed": seed, **settings}, draft=draft, trace=trace)
         shared = {"raw": raw, "system": system, "draft": "off" if exact else draft, "trace": trace}
 
         def prepare(request: Request, custom_id: str) -> Completion:
             return self.prepare(request, **{"seed": row_seed(seed, custom_id), **settings, **shared})
 
         self._begin()
-        return run_batch(self._driver, requests, prepare, ordered=ordered, exact=exact)
+        return run_batch(self._driver, many("requests", requests), prepare, ordered=ordered, exact=exact)
 
     def score(self, pairs: Iterable[tuple[Prompt, Sequence[int]]], **settings: Any) -> Iterator[tuple[int, Score]]:
         """How likely given answers are: of each pair of a prompt and the tokens that follow it, its number, from 0, and
@@ -367,7 +363,7 @@ class FusedLlama:
         """
         scored = self._preparer.scorer(settings)
         self._begin()
-        return run_scores(self._driver, itertools.starmap(scored, pairs))
+        return run_scores(self._driver, map(scored, many("pairs", pairs)))
 
     def prepare(
         self,

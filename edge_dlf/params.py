@@ -71,18 +71,20 @@ class Text(Kind):
 
 
 class Texts(Kind):
-    """One text or several, none of them empty."""
+    """One text, or at most 128: each is looked for after every token. None is empty or longer than 4,096 characters."""
 
     def read(self, setting: str, value: Any) -> tuple[str, ...]:
         texts = (value,) if isinstance(value, str) else value
         are_texts = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
         _require(are_texts, f"{setting} must be text or a list of texts, not {value!r:.60}")
         _require("" not in texts, f"a {setting} string must not be empty")
+        _require(len(texts) <= 128, f"there are {len(texts)} {setting} strings, more than 128")
+        _require(all(len(text) <= 4096 for text in texts), f"a {setting} string may have 4096 characters")
         return tuple(texts)
 
     def schema(self) -> dict[str, Any]:
-        text = {"type": "string", "minLength": 1}
-        return {"anyOf": [text, {"type": "array", "items": text}]}
+        text = {"type": "string", "minLength": 1, "maxLength": 4096}
+        return {"anyOf": [text, {"type": "array", "items": text, "maxItems": 128}]}
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Number(Kind):
 
     is_open: `low` itself is left out.
     is_whole: the number is an integer.
+    minus_one: what -1 stands for, as llama.cpp's users write it; ... where it stands for nothing.
     """
 
     low: float = -math.inf
@@ -98,6 +101,7 @@ class Number(Kind):
     is_open: bool = False
     is_whole: bool = False
     words: tuple[str, ...] = ()
+    minus_one: Any = ...
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -127,6 +131,8 @@ class Number(Kind):
     def read(self, setting: str, value: Any) -> Any:
         if isinstance(value, str) and value in self.words:
             return value
+        if self.minus_one is not ... and isinstance(value, numbers.Real) and value == -1:
+            return self.minus_one
         if self.is_whole and isinstance(value, float) and value.is_integer():  # as pandas and JavaScript write integers
             value = int(value)
         is_number = isinstance(value, numbers.Integral if self.is_whole else numbers.Real)
@@ -142,7 +148,8 @@ class Number(Kind):
             number["exclusiveMinimum" if self.is_open else "minimum"] = self.low
         if self.high < math.inf:
             number["maximum"] = self.high
-        return {"anyOf": [{"enum": list(self.words)}, number]} if self.words else number
+        others = [*self.words, *(() if self.minus_one is ... else (-1,))]
+        return {"anyOf": [{"enum": others}, number]} if others else number
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,7 @@ body of a request or under its "edge_dlf", or in a method string of eval."""
 _FUSION: frozenset[Place] = frozenset(("chat", "family", "edge_dlf", "eval"))
 _SAMPLING: frozenset[Place] = frozenset(("chat", "family", "body"))
 _CLI: frozenset[Place] = frozenset(("command line",))
+_FUSED, _DRAWN = _FUSION | _CLI, _SAMPLING | _CLI
 _CHAT: frozenset[Place] = frozenset(("command line", "chat", "body"))
 
 
@@ -233,8 +241,9 @@ def _row(default: _T, kind: Kind, places: frozenset[Place], help: str) -> _T:
 
 
 def _check(params: FusionParams | SamplingParams) -> None:
+    """Set every field to what its row of SETTINGS reads. Raises InvalidParameterError."""
     for field in dataclasses.fields(params):
-        SETTINGS[field.name].read(getattr(params, field.name))
+        object.__setattr__(params, field.name, SETTINGS[field.name].read(getattr(params, field.name)))
 
 
 @dataclass(frozen=True)
@@ -259,20 +268,17 @@ class FusionParams:
     """
 
     method: str = _row("dynamic", Text(), _FUSION - {"eval"} | _CLI, f"{', '.join(METHODS)}, or an expert's name.")
-    search: str = _row("grid", Text(("grid", "exact")), _FUSION | _CLI, "How dynamic finds α.")
+    search: str = _row("grid", Text(("grid", "exact")), _FUSED, "How dynamic finds α.")
     alpha: float | Mapping[str, float] = _row(
-        1.0, ByName(), _FUSION | _CLI, "α for static: one for all, or one for each expert by name."
+        1.0, ByName(), _FUSED, "α for static: one for all, or for each expert by name."
     )
     weights: Mapping[str, float] | None = _row(
-        None,
-        ByName(has_common=False),
-        _FUSION | _CLI,
-        "Weights for weighted, by member: large=0.5,math=0.8. Members without one do not run.",
+        None, ByName(has_common=False), _FUSED, "For weighted, by member: large=0.5,math=0.8; the others do not run."
     )
     alpha_max: float = _row(2.0, Number(0, 100, is_open=True), _FUSION, "Largest α that dynamic looks at.")
     alpha_step: float = _row(0.1, Number(0, is_open=True), _FUSION, "Distance between the values of α on the grid.")
     plausibility: float = _row(
-        0.0, Number(0, 1), _FUSION | _CLI, "Least probability by an expert, relative to its likeliest token; 0 is off."
+        0.0, Number(0, 1), _FUSED, "Least probability by an expert, relative to its likeliest token; 0 is off."
     )
 
     def __post_init__(self) -> None:
@@ -291,33 +297,29 @@ class SamplingParams:
     top-k, top-p, min-p, temperature, draw.
 
     temperature: 0 takes the most likely token.
-    top_k: 0 keeps all.
+    top_k: 0 keeps all, as -1 does.
     top_p: 1 keeps all, 0 the most likely token alone.
     min_p: 0 keeps all.
     repeat_penalty, frequency_penalty, presence_penalty: over the last `repeat_last_n` tokens (0: none, -1: all).
-    logit_bias: token id -> number added to its logit. seed: None draws a new one for each request.
+    logit_bias: token id -> number added to its logit. seed: None, or -1, draws a new one for each request.
     Raises InvalidParameterError where a value cannot be used.
     """
 
-    temperature: float = _row(0.8, Number(0), _SAMPLING | _CLI, "0 takes the most likely token.")
-    top_k: int = _row(40, Number(0, is_whole=True), _SAMPLING | _CLI, "Likely tokens to draw from; 0 for all.")
-    top_p: float = _row(0.95, Number(0, 1), _SAMPLING | _CLI, "Probability of the tokens to draw from.")
-    min_p: float = _row(0.05, Number(0, 1), _SAMPLING | _CLI, "Least probability, relative to the likeliest token.")
-    repeat_penalty: float = _row(
-        1.0, Number(0, is_open=True), _SAMPLING | _CLI, "Penalty on recent tokens; 1 for none."
-    )
+    temperature: float = _row(0.8, Number(0), _DRAWN, "0 takes the most likely token.")
+    top_k: int = _row(40, Number(0, is_whole=True, minus_one=0), _DRAWN, "Likely tokens to draw from; 0 for all.")
+    top_p: float = _row(0.95, Number(0, 1), _DRAWN, "Probability of the tokens to draw from.")
+    min_p: float = _row(0.05, Number(0, 1), _DRAWN, "Least probability, relative to the likeliest token.")
+    repeat_penalty: float = _row(1.0, Number(0, is_open=True), _DRAWN, "Penalty on recent tokens; 1 for none.")
     repeat_last_n: int = _row(
-        64, Number(-1, is_whole=True), _SAMPLING, "How many recent tokens are penalised: 0 for none, -1 for all."
+        64, Number(-1, is_whole=True), _SAMPLING, "Recent tokens that are penalised: 0 for none, -1 for all."
     )
     frequency_penalty: float = _row(
         0.0, Number(), _SAMPLING, "Taken from a recent token's logit as often as it occurs."
     )
     presence_penalty: float = _row(0.0, Number(), _SAMPLING, "Taken from the logit of each recent token.")
-    logit_bias: Mapping[int, float] | None = _row(
-        None, Biases(), _SAMPLING - {"chat"}, "Numbers added to logits, by token id."
-    )
+    logit_bias: Mapping[int, float] | None = _row(None, Biases(), _SAMPLING - {"chat"}, "Added to logits, by token id.")
     seed: int | None = _row(
-        None, Number(0, 2**64 - 1, is_whole=True), _SAMPLING | _CLI, "Makes runs repeat [a new one each time]."
+        None, Number(0, 2**64 - 1, is_whole=True, minus_one=None), _DRAWN, "Makes runs repeat [a new one each time]."
     )
 
     def __post_init__(self) -> None:
@@ -332,7 +334,9 @@ class SamplingParams:
 _FIELDS = (*dataclasses.fields(FusionParams), *dataclasses.fields(SamplingParams))
 _ROWS = (
     *(Setting(field.name, field.default, **field.metadata) for field in _FIELDS),
-    Setting("max_tokens", None, Number(1, is_whole=True), _CHAT, "Longest answer [to the end of the context]."),
+    Setting(
+        "max_tokens", None, Number(1, is_whole=True, minus_one=None), _CHAT, "Longest answer [to the context's end]."
+    ),
     Setting("stop", None, Texts(), _CHAT, "Text that ends the answer."),
     Setting("think", "auto", Text(("auto", "on", "off")), _CHAT, "Think first; auto leaves it to the chat template."),
     Setting("think_budget", None, Number(0, is_whole=True), _CHAT, "Tokens after which thinking is closed [none]."),

@@ -102,13 +102,13 @@ class FakeLlama:
     def stream(self, prompt: str | Sequence[int], *, max_tokens: int | None = None, **settings: Any) -> FakeStream:
         text = prompt if isinstance(prompt, str) else bytes(prompt).decode("utf-8", "surrogateescape")
         n_prompt = len(text.encode("utf-8", "surrogateescape"))
-        if n_prompt + (max_tokens or 1) > self.n_ctx:
+        if n_prompt >= self.n_ctx:
             raise ContextOverflowError(f"the prompt has {n_prompt} tokens, more than the context of {self.n_ctx}")
         self.requests.append((text, settings | ({"max_tokens": max_tokens} if max_tokens else {})))
         method = settings.get("method", METHODS[0])
         report = Report(method, self.experts if method in ("dynamic", "static", "weighted") else (), n_prompt)
         report.counts.n_prefilled, report.counts.prefill_s = n_prompt, 1.0
-        return FakeStream(next(self._answers, ["ok"]), report, max_tokens or self.n_ctx - n_prompt)
+        return FakeStream(next(self._answers, ["ok"]), report, min(max_tokens or self.n_ctx, self.n_ctx - n_prompt))
 
     def create_completion(self, prompt: str, **settings: Any) -> dict[str, Any]:
         stream = self.stream(prompt, **settings)

@@ -378,12 +378,116 @@ def test_an_unknown_argument_is_named(tiny_llm: FusedLlama, name: str) -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"logit_bias": {10**6: 1.0}}, "no token 1000000"),
         ({"prompts": {"poetry": "x"}}, "prompts names 'poetry'"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -2}, "seed"),
+        ({"max_tokens": True}, "max_tokens must be an integer, not True"),
+        ({"max_tokens": 2.5}, "max_tokens must be an integer"),
+        ({"max_tokens": "5"}, "max_tokens must be an integer"),
+        ({"logprobs": True}, "logprobs must be an integer, not True"),
+        ({"logprobs": "1"}, "logprobs must be an integer"),
+        ({"stop": 5}, "stop must be text"),
+        ({"stop": b"x"}, "stop must be text"),
+        ({"stop": {"a": 1}}, "stop must be text"),
+        ({"logit_bias": {5.5: 1.0}}, "logit_bias must map token ids"),
+        ({"logit_bias": {True: 1.0}}, "logit_bias must map token ids"),
+        ({"logit_bias": {5: True}}, "logit_bias of 5 must be a finite number"),
+        ({"logit_bias": {"a": 1}}, "logit_bias must map token ids"),
+        ({"logit_bias": "x"}, "logit_bias must map token ids"),
+        ({"prompts": "x"}, "prompts must map members to prompts"),
+        ({"prompts": {"large": b"x"}}, "tokens must be a list of ids, not b'x'"),
+        ({"stream": 1}, "stream must be true or false"),
+        ({"trace": "yes"}, "trace must be true or false"),
+        ({"draft": 2.5}, "draft must be"),
     ],
 )
 def test_values_that_cannot_be(tiny_llm: FusedLlama, settings: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidParameterError, match=message):
         tiny_llm.create_completion(PROMPT, **settings)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, 5, b"abc", bytearray(b"abc"), [1.0], [1.5], [True], ["a"], [None], [[1]], {}, {"a": 1}, {1, 2}, object(),
+     [-1], [2**70], np.array([1.0]), np.array([[1]]), np.int32(3)],
+    ids=repr,
+)  # fmt: skip
+def test_a_prompt_is_text_or_ids_that_exist(tiny_llm: FusedLlama, prompt: Any) -> None:
+    with pytest.raises(InvalidParameterError):
+        tiny_llm.create_completion(prompt, max_tokens=1)
+    if not isinstance(prompt, str):
+        with pytest.raises(InvalidParameterError):
+            tiny_llm.detokenize(prompt)
+    with pytest.raises(InvalidParameterError):
+        next(iter(tiny_llm.score([("a", prompt)])))
+
+
+@pytest.mark.parametrize("ids", [(40, 41), range(40, 42), np.array([40, 41]), np.array([40, 41], np.uint8)], ids=repr)
+def test_ids_may_come_in_any_sequence(tiny_llm: FusedLlama, ids: Any) -> None:
+    assert text(tiny_llm.create_completion(ids, max_tokens=4)) == text(
+        tiny_llm.create_completion([40, 41], max_tokens=4)
+    )
+    assert tiny_llm.detokenize(ids) == tiny_llm.detokenize([40, 41])
+
+
+@pytest.mark.parametrize("wrong", [None, 5, b"abc", ["a"], True], ids=repr)
+def test_what_is_no_text_and_no_messages_is_refused(tiny_llm: FusedLlama, wrong: Any) -> None:
+    for use in (tiny_llm.tokenize, tiny_llm.tokenize_answer, tiny_llm.apply_chat_template):
+        with pytest.raises(InvalidParameterError):
+            use(wrong)
+    with pytest.raises(InvalidParameterError):
+        tiny_llm.create_chat_completion(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], {}, "hi", [5], [{}], [{"role": 5, "content": "x"}], [{"content": "x"}]], ids=repr
+)
+def test_messages_are_one_message_or_more(tiny_llm: FusedLlama, wrong: Any) -> None:
+    with pytest.raises(InvalidParameterError):
+        tiny_llm.create_chat_completion(wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
+        ({"logprobs": 5}, "logprobs must be true or false"),
+        ({"logprobs": True, "top_logprobs": True}, "top_logprobs must be an integer"),
+        ({"logprobs": True, "top_logprobs": "3"}, "top_logprobs must be an integer"),
+        ({"prompts": 5}, "prompts must map members"),
+        ({"prompts": {"large": 5}}, "messages must be a list"),
+        ({"response_format": 5}, "response_format must be an object"),
+    ],
+)
+def test_values_of_a_chat_that_cannot_be(tiny_llm: FusedLlama, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        tiny_llm.create_chat_completion([{"role": "user", "content": "Hi"}], **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_tokens": -1},
+        {"max_tokens": None},
+        {"max_tokens": 1000.0},
+        {"seed": -1, "temperature": 0},
+        {"temperature": None, "top_p": None, "method": None, "search": None},
+        {"top_k": -1, "top_p": 0},
+        {"draft": np.int64(2), "logprobs": None, "stop": None, "prompts": None},
+        {"stop": []},
+    ],
+    ids=repr,
+)
+def test_values_that_ask_for_nothing_are_taken(tiny_llm: FusedLlama, settings: dict[str, Any]) -> None:
+    stop = {"stop": ["e"]} if "stop" not in settings else {}
+    asked = tiny_llm.create_completion(PROMPT, **{**stop, **settings})
+    assert text(asked) == text(tiny_llm.create_completion(PROMPT, **stop))
+
+
+@pytest.mark.parametrize(
+    "pairs", [None, 5, "ab", {}, [5], [("a",)], [("a", [1], 2)], [(5, [1])], [("a", "b")]], ids=repr
+)
+def test_what_is_no_pair_cannot_be_scored(tiny_llm: FusedLlama, pairs: Any) -> None:
+    with pytest.raises(InvalidParameterError):
+        list(tiny_llm.score(pairs))
 
 
 def test_prompts_as_tokens(tiny_llm: FusedLlama) -> None:
@@ -398,8 +502,16 @@ def test_prompts_as_tokens(tiny_llm: FusedLlama) -> None:
 def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(tiny_llm: FusedLlama) -> None:
     with pytest.raises(ContextOverflowError, match="300 tokens.*the context of 256"):
         tiny_llm.create_completion([40] * 300)
-    with pytest.raises(ContextOverflowError, match="200 tokens and the answer may have 57: together 257"):
-        tiny_llm.create_completion([40] * 200, max_tokens=57)
+    with pytest.raises(ContextOverflowError, match="256 tokens and the answer at least 1: together 257, more than"):
+        tiny_llm.create_completion([40] * 256, max_tokens=1)
+
+
+def test_an_answer_s_length_is_cut_to_what_the_context_leaves(tiny_llm: FusedLlama) -> None:
+    unending = {"logit_bias": dict.fromkeys(tiny_llm.tokenize("<|im_end|><|endoftext|>"), -100.0)}
+    for max_tokens in (6, 57, 10**9):
+        result = tiny_llm.create_completion([40] * 200, max_tokens=max_tokens, **unending)
+        assert result["choices"][0]["finish_reason"] == "length"
+        assert result["usage"]["completion_tokens"] == min(max_tokens, 56)
 
 
 def test_an_answer_may_fill_the_context_to_the_last_position(tiny_llm: FusedLlama) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edge_dlf import EdgeDLFError, FusedLlama, InvalidParameterError, RequestInterruptedError
@@ -136,7 +137,7 @@ def test_a_request_that_cannot_be_answered_ends_no_other(llm: FusedLlama) -> Non
         "The",
         {"prompt": "x" * 2000},
         {"prompt": "x", "temperature": -1},
-        {"prompt": "x", "max_tokens": 300},
+        {"prompt": "x", "max_tokens": 300.5},
         {"prompt": "x", "edge_dlf": {"method": "poetry"}},
         {"prompt": "x", "logprobs": -1},
         {"prompt": [10**9]},
@@ -150,9 +151,7 @@ def test_a_request_that_cannot_be_answered_ends_no_other(llm: FusedLlama) -> Non
     assert all(results[str(n)]["response"] is None for n in errors)
     assert [error["code"] for error in errors.values()] == [
         "context_length_exceeded",
-        "invalid_request",
-        "context_length_exceeded",
-        *["invalid_request"] * 5,
+        *["invalid_request"] * 7,
     ]
     assert "poetry" in errors[5]["message"]
 
@@ -253,3 +252,49 @@ def test_auto_takes_several(tiny: Path) -> None:
     with load(tiny, n_parallel="auto") as llm:
         assert llm._ensemble.n_seq_max >= 4
         assert len(list(llm.batch(PROMPTS, max_tokens=3))) == len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": True}, "max_tokens must be an integer"),
+        ({"seed": "x"}, "seed must be an integer"),
+        ({"stop": 5}, "stop must be text"),
+        ({"draft": "x"}, "draft must be"),
+        ({"method": "poetry"}, "'poetry' is none of"),
+        ({"method": "weighted"}, "needs weights"),
+        ({"grammar": "root = x"}, "grammar"),
+    ],
+)
+def test_what_concerns_every_request_is_raised(llm: FusedLlama, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        llm.batch(["The"], **settings)
+
+
+@pytest.mark.parametrize("requests", [None, 5, "ab", b"ab", {"prompt": "x"}], ids=repr)
+def test_requests_are_several(llm: FusedLlama, requests: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="requests must be a list"):
+        llm.batch(requests)
+
+
+def test_rows_as_pandas_and_numpy_write_them(llm: FusedLlama, caplog: pytest.LogCaptureFixture) -> None:
+    plain, table, array = llm.batch(
+        [
+            {"id": "1", "prompt": [40, 41], "max_tokens": 3},
+            {
+                "id": 2.0,
+                "prompt": [40, 41],
+                "max_tokens": 3.0,
+                "top_k": 40.0,
+                "seed": -1.0,
+                "answer": "x",
+                "topic": None,
+            },
+            {"id": np.int64(3), "prompt": np.array([40, 41]), "max_tokens": np.int64(3), "answer": "y"},
+        ],
+        ordered=True,
+    )
+    assert [plain["custom_id"], table["custom_id"], array["custom_id"]] == ["1", "2", "3"]
+    texts = {row["response"]["body"]["choices"][0]["text"] for row in (plain, table, array)}
+    assert len(texts) == 1
+    assert caplog.text.count("no request uses these columns: answer, topic") == 1

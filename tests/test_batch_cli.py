@@ -108,6 +108,14 @@ def fail(error: BaseException) -> Callable[[], None]:
 
 
 class TestRows:
+    def test_columns_of_the_user_s_own_are_kept(self, run: Runner) -> None:
+        write("in", [{"id": "a", "prompt": "x", "answer": "42"}, {"id": "b", "prompt": "fail", "answer": "43"}])
+        assert run(FakeLlama(), "in", "-o", "out", "--keep").exit_code == 1
+        assert {row["custom_id"]: row["columns"] for row in read("out")} == {
+            "a": {"answer": "42"},
+            "b": {"answer": "43"},
+        }
+
     def test_one_line_for_each(self, run: Runner) -> None:
         write("in", [{"prompt": "a"}, {"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": {}}])
         llm = FakeLlama()

@@ -134,3 +134,35 @@ def test_the_command_line_continues_it(here: Path, tiny: Path, tiny_llm: FusedLl
     assert json.loads(result.stdout)["n_before"] == 3
     run_file(tiny_llm, "in", "whole", max_tokens=4)
     assert answers("out").keys() == answers("whole").keys()
+
+
+def test_columns_are_kept_beside_answers_and_errors(here: Path, tiny_llm: FusedLlama) -> None:
+    own = {"answer": "42", "response": {"a": [1, None]}, "metadata": {"set": "test"}, "url": "https://example.com"}
+    body = {"prompt": "one", "max_tokens": 2}
+    write(
+        [
+            {"id": "a", "prompt": "one", "temperature": 0, **own},
+            {"id": "failed", "prompt": "one", "temperature": "hot", **own},
+            {"custom_id": "c", "url": "/v1/completions", "body": body, "answer": "43"},
+            {"id": "none", "prompt": "one"},
+        ]
+    )
+    run_file(tiny_llm, "in", "out", keep=True, max_tokens=2, errors="failed")
+    lines = Path("out").read_text() + Path("failed").read_text()
+    rows = {row["custom_id"]: row for row in map(json.loads, lines.splitlines())}
+    assert {name: row["columns"] for name, row in rows.items()} == {
+        "a": own, "failed": own, "c": {"answer": "43"}, "none": {}
+    }  # fmt: skip
+    assert rows["a"]["response"]["body"]["choices"] == rows["none"]["response"]["body"]["choices"]
+    run_file(tiny_llm, "in", "without", max_tokens=2)
+    assert "columns" not in Path("without").read_text()
+
+
+def test_ids_of_pandas_are_whole_numbers(here: Path, tiny_llm: FusedLlama) -> None:
+    write([{"id": 1.0, "prompt": "one", "max_tokens": 2.0}, {"id": 2, "prompt": "one"}, {"id": 2.5, "prompt": "one"}])
+    run_file(tiny_llm, "in", "out", max_tokens=2)
+    assert answers("out").keys() == {"1", "2", "line 3"}
+    assert answers("out")["line 3"] == "invalid_request"
+    before = Path("out").read_bytes()
+    run_file(tiny_llm, "in", "out", max_tokens=2)
+    assert Path("out").read_bytes() == before

@@ -133,6 +133,20 @@ class TestContext:
         say(session, "1", "2")
         assert [prompt for prompt, _ in llm.requests] == ["user: 1\n", "user: 2\n"]
 
+    @pytest.mark.parametrize("max_tokens", [80, 100, 10**6])
+    def test_max_tokens_beyond_the_context_is_cut(self, max_tokens: int, capsys: pytest.CaptureFixture[str]) -> None:
+        llm = FakeLlama(["x"] * 99, ["y"], n_ctx=100)
+        session = fake_session(llm, settings={"max_tokens": max_tokens})
+        say(session, "a message that takes 40 tokens.....", "next")
+        assert len(session.conversation.messages[1]["content"]) == 100 - len(llm.requests[0][0])
+        assert "cut short: the context of 100 tokens is full" in capsys.readouterr().err
+
+    def test_minus_one_is_what_llama_cpp_takes_it_for(self, capsys: pytest.CaptureFixture[str]) -> None:
+        llm = FakeLlama()
+        say(fake_session(llm), "/set seed -1", "/set max_tokens -1", "/set top_k -1", "/set top_p 0", "Hi")
+        assert llm.requests[0][1] == {"seed": None, "top_k": 0, "top_p": 0.0}
+        assert "seed none (set)" in capsys.readouterr().err
+
     def test_an_answer_that_reaches_the_end_says_so(self, capsys: pytest.CaptureFixture[str]) -> None:
         say(fake_session(FakeLlama(["x"] * 99, n_ctx=20)), "Hi")
         assert capsys.readouterr().err.startswith("cut short: the context of 20 tokens is full · ")

@@ -71,7 +71,7 @@ def test_openai_s_client_raises_its_own_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.chat.completions.create(model="gpt-5", messages=HELLO)
     with pytest.raises(openai.BadRequestError, match="more than the context") as caught:
-        client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=5000)
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 5000}])
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").chat.completions.create(model="tiny", messages=HELLO)
@@ -90,7 +90,7 @@ def test_langchain_s_adapter_chats_streams_and_gets_json(server: Served) -> None
     person = chat.with_structured_output(schema, method="json_schema").invoke("Who?")
     jsonschema.validate(person, SCHEMAS["object"])
     with pytest.raises(openai.BadRequestError):
-        chat.invoke("Hello", max_tokens=5000)
+        chat.invoke("x" * 5000)
 
 
 @pytest.mark.exhaustive

@@ -293,8 +293,8 @@ def test_accepts_lists_other_dtypes_and_read_only_rows():
         (np.zeros(3), np.zeros(4), np.zeros(3), r"base_logits must have shape \(3,\), not \(4,\)"),
         (np.zeros(3), np.zeros(3), np.zeros((2, 4)), r"expert_logits must have shape \(3,\) or \(T, 3\), not \(2, 4\)"),
         (np.zeros(3), np.zeros(3), np.zeros((0, 3)), "expert_logits must have shape"),
-        (["a"], np.zeros(1), np.zeros(1), "logits must be arrays of numbers"),
-        ([1.0], np.zeros(1), [[1.0], [1.0, 2.0]], "logits must be arrays of numbers"),
+        (["a"], np.zeros(1), np.zeros(1), "logits must be numbers"),
+        ([1.0], np.zeros(1), [[1.0], [1.0, 2.0]], "logits must be numbers"),
     ],
 )
 def test_wrong_shapes_are_told(large, base, expert, message):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edge_dlf import InvalidParameterError
-from edge_dlf.answers.requests import CHAT, COMPLETIONS, parse_body, parse_line, request_id
+from edge_dlf.answers.requests import CHAT, COMPLETIONS, columns_of, parse_body, parse_line, request_id
 
 CHAT_BODY = {"model": "any", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -86,7 +87,16 @@ def test_what_openai_clients_send_besides_is_ignored() -> None:
         (openai(CHAT_BODY, custom_id=None), "custom_id must be text"),
         (openai(CHAT_BODY, method="GET"), "method must be POST"),
         (openai(CHAT_BODY, url="/v1/embeddings"), "url must be /v1/chat/completions or /v1/completions"),
-        (openai(CHAT_BODY, extra=1), "unknown field 'extra' beside body"),
+        (openai({**CHAT_BODY, "extra": 1}), "unknown field 'extra'"),
+        ({"prompt": "x", "n": True}, "n must be 1"),
+        ({"prompt": "x", "echo": 0}, "unknown field 'echo'"),
+        ({"prompt": "x", "best_of": True}, "unknown field 'best_of'"),
+        ({"prompt": "x", "suffix": "y"}, "unknown field 'suffix'"),
+        ({"prompt": "x", "temprature": 0}, "unknown field 'temprature'; is temperature meant"),
+        ({"prompt": "x", "max_token": 5}, "unknown field 'max_token'; is max_tokens meant"),
+        ({"prompt": "x", "images": ["a.png"]}, "unknown field 'images'"),
+        ({**CHAT_BODY, "audio": {}}, "unknown field 'audio'"),
+        ({"prompt": "x", "custom_id": []}, "id must be text or an integer"),
         (openai([1]), "body must be an object"),
         (openai(CHAT_BODY, COMPLETIONS), "prompt must be one text"),
         (openai({"prompt": "x"}, CHAT), "one message or more"),
@@ -104,6 +114,11 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(line: Any, message: 
         ({"id": "b"}, "b"),
         ({"id": 12}, "12"),
         ({"id": True}, "7"),
+        ({"id": 3.0}, "3"),
+        ({"id": np.int64(4)}, "4"),
+        ({"custom_id": 5.0}, "5"),
+        ({"id": 2.5}, "7"),
+        ({"id": float("inf")}, "7"),
         ({"id": ["b"]}, "7"),
         ("text", "7"),
         (None, "7"),
@@ -115,11 +130,48 @@ def test_ids(line: Any, identity: str) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"echo": False}, {"best_of": 1}, {"seed": -1}, {"max_tokens": -1}, {"max_completion_tokens": -1}, {"top_k": -1}],
+    [
+        {"echo": False},
+        {"best_of": 1},
+        {"best_of": 1.0},
+        {"suffix": ""},
+        {"modalities": ["text"]},
+        {"seed": -1},
+        {"seed": -1.0},
+        {"max_tokens": -1},
+        {"max_completion_tokens": -1},
+        {"logprobs": False},
+        {"n": 1.0},
+        {"tools": None},
+    ],
     ids=str,
 )
 def test_fields_that_ask_for_nothing_are_as_if_not_given(fields: dict[str, object]) -> None:
     assert parse_body({"prompt": "a", **fields}) == parse_body({"prompt": "a"})
+
+
+def test_minus_one_draws_from_all_tokens() -> None:
+    assert parse_body({"prompt": "a", "top_k": -1}).settings == {"top_k": 0}
+
+
+@pytest.mark.parametrize(
+    ("line", "columns"),
+    [
+        ({"prompt": "a", "answer": "b", "difficulty": 3, "url": "https://x.example"}, ("answer", "difficulty", "url")),
+        ({**CHAT_BODY, "metadata": {}, "answer": None}, ("answer",)),
+        (openai(CHAT_BODY, answer="b", id=7), ("answer", "id")),
+        ({"custom_id": "a", "prompt": "x", "body_": 1}, ("body_",)),
+        ({"prompt": "a", 5: 6}, ("5",)),
+    ],
+)
+def test_columns_of_the_user_s_own_may_stand_beside_a_request(line: Any, columns: tuple[str, ...]) -> None:
+    assert parse_line(line).columns == columns
+    assert parse_line(line).settings == {}
+
+
+def test_columns_that_are_kept_are_those_that_nothing_uses() -> None:
+    line = {"id": 1, "prompt": "a", "model": "m", "user": "u", "answer": "b", "temperature": 0, "response": "r"}
+    assert columns_of(line) == {"model": "m", "user": "u", "answer": "b", "response": "r"}
 
 
 def test_whole_numbers_may_be_written_as_floats() -> None:

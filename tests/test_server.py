@@ -21,6 +21,7 @@ from .tiny import tiny_model, weighted_family
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 LONG = {"messages": HELLO, "max_tokens": 1500, "logit_bias": {"305": -100, "303": -100}}  # never ends by itself
 
 
@@ -199,13 +200,24 @@ def test_a_full_queue_says_when_to_come_again(llm: FusedLlama) -> None:
         (CHAT, {"messages": HELLO, "n": 1000}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "n": 100}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "top_logprobs": 21, "logprobs": True}, 400, "invalid_value"),
-        (CHAT, {"messages": HELLO, "max_tokens": 5000}, 400, "context_length_exceeded"),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 9000}]}, 400, "context_length_exceeded"),
+        (CHAT, {"messages": HELLO, "max_tokens": 5000, "stop": ["e"]}, 200, None),
+        (CHAT, {"messages": HELLO, "max_tokens": -1, "stop": ["e"], "seed": -1, "top_p": 0, "top_k": -1}, 200, None),
+        (CHAT, {"messages": HELLO, "n": 2.0, "max_tokens": 3.0, "modalities": ["text"]}, 200, None),
+        (COMPLETIONS, {"prompt": "a", "echo": False, "best_of": 1, "suffix": "", "logprobs": False}, 200, None),
+        (COMPLETIONS, {"prompt": "a", "echo": True}, 400, "invalid_value"),
+        (COMPLETIONS, {"prompt": "a", "best_of": 2}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "method": "large"}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "edge_dlf": {"method": "nobody"}}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "edge_dlf": {"alpha": {"\ud800": 1}, "method": "static"}}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "edge_dlf": {"alpha_step": 5e-324}}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "logit_bias": {"99999": 1}}, 400, "invalid_value"),
-        (CHAT, {"messages": HELLO, "tools": []}, 400, "invalid_value"),
+        (CHAT, {"messages": HELLO, "tools": []}, 200, None),
+        (CHAT, {"messages": HELLO, "functions": []}, 400, "invalid_value"),
+        (CHAT, {"messages": HELLO, "stream_options": {"include_usage": True}}, 400, "invalid_value"),
+        (CHAT, {"messages": HELLO, "stream": True, "stream_options": {"nonsense": 1}}, 400, "invalid_value"),
+        (CHAT, {"messages": HELLO, "stream": True, "stream_options": {"include_usage": 1}}, 400, "invalid_value"),
+        (CHAT, {"messages": [*HELLO, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}, 200, None),
         (CHAT, {"messages": [{"role": "user", "content": None}]}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "response_format": {"type": "yaml"}}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "grammar": "root = x"}, 400, "invalid_value"),
@@ -227,8 +239,9 @@ def test_a_body_is_answered_or_refused_in_openai_s_terms(
     response = server.post(path, content=json.dumps(body))
     assert response.status_code == status
     if code is None:
-        schema = server.get("/openapi.json").json()["paths"][path]["post"]["requestBody"]["content"]["application/json"]
-        jsonschema.Draft202012Validator(schema["schema"]).validate(body)
+        document = server.get("/openapi.json").json()
+        schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        jsonschema.Draft202012Validator({**schema, "components": document["components"]}).validate(body)
         return
     error = response.json()["error"]
     assert error["code"] == code

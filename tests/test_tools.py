@@ -129,7 +129,7 @@ def test_streams_drafts_and_batches_make_the_same_calls(families: dict[str, Fuse
 def takes(llm: FusedLlama, text: str, **arguments: Any) -> bool:
     """Whether an answer may be this text, names of control tokens read as these tokens."""
     prompt = llm.apply_chat_template(ASK, **arguments)
-    made = llm._tokenizer.chat_constraint(prompt, None, None, None, llm._members.is_eog)
+    made = llm._preparer.tokenizer.chat_constraint(prompt, None, None, None, llm._members.is_eog)
     assert made
     tokens = llm.tokenize(text)
     return all(made.banned(tokens[:n], token, None) is None for n, token in enumerate(tokens))

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from ..engine.ensemble import Ensemble
 from ..engine.generation import Generation, GenerationRequest
 from ..errors import ContextOverflowError, InvalidParameterError
-from ..params import FUSION, SAMPLING, SETTINGS, FusionParams, SamplingParams, params_of, profile_of
+from ..params import (
+    DEFAULTS,
+    FUSION,
+    SAMPLING,
+    SETTINGS,
+    FusionParams,
+    SamplingParams,
+    params_of,
+    profile_of,
+)
 from .completion import ChatCompletion, Completion
 from .message import MessageStream
-from .requests import Request, schema_of
+from .requests import OF_TEMPLATE, Request, count, flag, schema_of
 from .stream import Answer
 from .template import ChatPrompt, Message
 from .tokenizer import Prompt, Tokenizer
 from .tools import read_tools
 
+_T = TypeVar("_T")
 logger = logging.getLogger(__name__)
 
-_MOST_STOPS, _LONGEST_STOP = 128, 4096
-"""Every one of them is looked for after each token."""
 _OF_THINKING = ("think", "think_budget")
+_OF_BATCH = ("max_tokens", "stop", "grammar", "json_schema")
 
 
 class Preparer:
@@ -54,7 +63,7 @@ class Preparer:
         self._ensemble = ensemble
         self._ends = functools.cache(ends)
         self._piece = functools.cache(tokenizer.piece)
-        self._said_stuck = False
+        self._said_stuck = self._said_columns = False
 
     def answer(
         self,
@@ -77,9 +86,11 @@ class Preparer:
         if not isinstance(prompt, ChatPrompt) and (think != "auto" or think_budget is not None):
             raise InvalidParameterError("thinking needs messages for the chat template, not a raw prompt")
         sampling, fusion = self.params(function, settings)
-        _require_count("max_tokens", max_tokens, least=1)
-        _require_count("top_logprobs", top_logprobs, least=0)
+        max_tokens, stop = SETTINGS["max_tokens"].read(max_tokens), SETTINGS["stop"].read(stop)
+        n_top = count("top_logprobs", top_logprobs)
         own = prompts or {}
+        if not isinstance(own, Mapping):
+            raise InvalidParameterError(f"prompts must map members to prompts, not {own!r:.60}")
         names = self._ensemble.names
         if unknown := sorted(set(own) - set(names)):
             raise InvalidParameterError(f"prompts names {unknown[0]!r}; the members are {', '.join(names)}")
@@ -87,10 +98,10 @@ class Preparer:
         tokens = {name: self.tokenizer.prompt(own[name]) if name in own else shared for name in names}
         roles, n_ctx = self._ensemble.roles(fusion), self._ensemble.n_ctx
         longest = max(len(tokens[name]) for name in roles.members)
-        if longest + (max_tokens or 1) > n_ctx:
+        if longest >= n_ctx:
             raise ContextOverflowError(
-                f"the prompt has {longest} tokens and the answer may have {max_tokens or 1}: together "
-                f"{longest + (max_tokens or 1)}, more than the context of {n_ctx}"
+                f"the prompt has {longest} tokens and the answer at least 1: together {longest + 1}, "
+                f"more than the context of {n_ctx}"
             )
         self._ensemble.require(roles.members)
         request = GenerationRequest(
@@ -98,17 +109,17 @@ class Preparer:
             tokens,
             fusion,
             sampling,
-            max_tokens=max_tokens or n_ctx - longest,
-            n_top=min(top_logprobs, self._ensemble.n_vocab),
-            traced=trace,
+            max_tokens=min(max_tokens or n_ctx, n_ctx - longest),
+            n_top=min(n_top, self._ensemble.n_vocab),
+            traced=flag("trace", trace),
             n_draft=self._n_draft(draft),
             is_end=self._ends,
         )
-        stops = _stop_strings(stop)
+        stops = stop or ()
         if not isinstance(prompt, ChatPrompt):
             constraint = self.tokenizer.constraint(grammar, json_schema, self._ends)
             return Answer(Generation(request, constraint), self._piece, MessageStream(stops))
-        _require_count("think_budget", think_budget, least=0)
+        think_budget = SETTINGS["think_budget"].read(think_budget)
         constraint = self.tokenizer.chat_constraint(prompt, grammar, json_schema, think_budget, self._ends)
         one_call = prompt.tools is not None and prompt.tools.one_call
         text = MessageStream(stops, prompt.parser(), one_call=one_call)
@@ -118,12 +129,11 @@ class Preparer:
         """Return the prompt of a chat, by what concerns its template, which is taken out of `arguments`."""
         if (response_format := arguments.pop("response_format", None)) is not None:
             arguments["json_schema"] = schema_of(response_format)
-        tools = read_tools(*(arguments.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")))
-        variables = arguments.pop("chat_template_kwargs", None)
+        *of_tools, variables = (arguments.pop(name, None) for name in OF_TEMPLATE)
         if not isinstance(variables, Mapping | None):
             raise InvalidParameterError(f"chat_template_kwargs must be an object, not {variables!r:.60}")
         think = SETTINGS["think"].read(arguments.get("think", "auto"))
-        return self.tokenizer.conversation(messages, tools, think, variables)
+        return self.tokenizer.conversation(messages, read_tools(*of_tools), think, variables)
 
     def _pieces_of(self, prompt: ChatPrompt) -> Callable[[int], bytes]:
         """Return the bytes of each token, those of a control token that marks a part of the answer being its name."""
@@ -136,8 +146,8 @@ class Preparer:
 
         return piece
 
-    def scorer(self, settings: Mapping[str, Any]) -> Callable[[Prompt, Sequence[int]], Answer]:
-        """Return what makes a prompt and the tokens of its answer ready to be scored."""
+    def scorer(self, settings: Mapping[str, Any]) -> Callable[[tuple[Prompt, Sequence[int]]], Answer]:
+        """Return what makes a pair of a prompt and the tokens of its answer ready to be scored."""
         if unknown := sorted(set(settings) - FUSION - {"profile"}):
             raise TypeError(f"score() got an unexpected keyword argument {unknown[0]!r}")
         _, fusion = self.params("score", settings)
@@ -145,8 +155,11 @@ class Preparer:
         self._ensemble.require(roles.members)
         greedy = SamplingParams(temperature=0.0, seed=0)
 
-        def scored(prompt: Prompt, answer: Sequence[int]) -> Answer:
-            forced, tokens = tuple(map(self.tokenizer.known, answer)), self.tokenizer.prompt(prompt)
+        def scored(pair: tuple[Prompt, Sequence[int]]) -> Answer:
+            if not isinstance(pair, Sequence) or len(pair) != 2:
+                raise InvalidParameterError(f"a pair must be a prompt and the tokens of its answer, not {pair!r:.60}")
+            prompt, answer = pair
+            forced, tokens = tuple(self.tokenizer.known(answer)), self.tokenizer.prompt(prompt)
             if not forced:
                 raise InvalidParameterError("the answer to be scored has no tokens")
             if len(tokens) + len(forced) - 1 > n_ctx:
@@ -172,6 +185,9 @@ class Preparer:
     ) -> Completion:
         """Return the answer to a line of a batch or to a call of the server. A profile that it names goes before
         `settings`, what it sets by itself before both."""
+        if request.columns and not self._said_columns:
+            self._said_columns = True
+            logger.warning("no request uses these columns: %s", ", ".join(request.columns))
         named = profile_of(self._profiles, request.settings.get("profile"))
         arguments = {**settings, **named, **request.settings}
         logprobs, n_top = arguments.pop("logprobs", None), arguments.pop("top_logprobs", 0)
@@ -200,20 +216,29 @@ class Preparer:
             content = [{"role": "system", "content": system}, *content]
         return self.chat(content, arguments)
 
+    def check_batch(self, settings: Mapping[str, Any], *, draft: int | str, trace: bool) -> None:
+        """Raise what concerns every request of a batch."""
+        given = {name: value for name, value in settings.items() if name not in (*_OF_THINKING, *OF_TEMPLATE)}
+        self.params("batch", {name: value for name, value in given.items() if name not in _OF_BATCH})
+        self.answer("batch", [0], draft=draft, trace=trace, **given)
+        read_tools(*map(settings.get, OF_TEMPLATE[:-1]))
+
     def params(self, function: str, settings: Mapping[str, Any]) -> tuple[SamplingParams, FusionParams]:
-        """Return `settings` over those of their profile and the family's defaults. Raises TypeError for a name that is
-        no setting."""
+        """Return `settings` over those of their profile and the family's defaults, which None leaves as they are.
+
+        Raises TypeError for a name that is no setting.
+        """
         if unknown := sorted(set(settings) - SAMPLING - FUSION - {"profile"}):
             raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
         named = profile_of(self._profiles, settings.get("profile") or self._profile)
-        merged = {**self._defaults, **named, **settings}
-        if bias := merged.get("logit_bias"):
-            merged["logit_bias"] = {self.tokenizer.known(int(token)): float(value) for token, value in bias.items()}
-        return params_of(merged)
+        given = {name: value for name, value in settings.items() if value is not None or DEFAULTS[name] is None}
+        sampling, fusion = params_of({**self._defaults, **named, **given})
+        self.tokenizer.known(list(sampling.logit_bias or ()))
+        return sampling, fusion
 
     def _n_draft(self, draft: int | str) -> int | None:
         """Return the tokens to draft at each step; None for "auto"."""
-        SETTINGS["draft"].read(draft)
+        draft = SETTINGS["draft"].read(draft)
         if draft in ("off", 0):
             return 0
         if stuck := [name for name, member in self._ensemble.members.items() if not member.can_trim]:
@@ -224,17 +249,8 @@ class Preparer:
         return draft if isinstance(draft, int) else None
 
 
-def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(strings) > _MOST_STOPS:
-        raise InvalidParameterError(f"there are {len(strings)} stop strings, more than {_MOST_STOPS}")
-    if any(not isinstance(string, str) or not string for string in strings):
-        raise InvalidParameterError("a stop string must be text, and not empty")
-    if any(len(string) > _LONGEST_STOP for string in strings):
-        raise InvalidParameterError(f"a stop string may have {_LONGEST_STOP} characters")
-    return strings
-
-
-def _require_count(name: str, value: int | None, *, least: int) -> None:
-    if value is not None and value < least:
-        raise InvalidParameterError(f"{name} must be {least} or more, not {value}")
+def many(name: str, items: Iterable[_T]) -> Iterable[_T]:
+    """`items`, if they are several and no text or mapping. Raises InvalidParameterError."""
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        raise InvalidParameterError(f"{name} must be a list, or another iterable, not {items!r:.60}")
+    return items

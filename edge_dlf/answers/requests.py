@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cache
+from numbers import Integral
 from typing import Any
 
 from ..errors import InvalidParameterError
@@ -15,13 +18,18 @@ OTHER_NAMES = {"max_completion_tokens": "max_tokens"}
 """OpenAI's newer names of settings."""
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 """Fields that OpenAI's clients send, and that change nothing here."""
-
-
+_SKIPPED = ("model", *IGNORED)
 OF_TEMPLATE = ("tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs")
 """Fields of a chat that its template uses."""
-_NOTHING = {"echo": False, "best_of": 1, "seed": -1, "max_tokens": -1, "max_completion_tokens": -1, "top_k": -1}
-"""Values by which clients ask for nothing: the field is then as if it was not given."""
-_COUNT = Number(0, is_whole=True)
+NOTHING: Mapping[str, Any] = {"echo": False, "best_of": 1, "suffix": "", "modalities": ["text"]}
+"""Fields that are not offered, with the value by which clients ask for nothing."""
+_READ = frozenset(("messages", "prompt", "response_format", "grammar", "logprobs", "top_logprobs", "reasoning_effort"))
+_ELSEWHERE = {"audio", "function_call", "functions", "image", "images", "prediction", "stream_options", "verbosity"} | {
+    "ignore_eos", "min_tokens", "n_predict", "repetition_penalty", "typical_p", "web_search_options"
+}  # fmt: skip
+"""Fields of requests to other servers, which are refused in a row of the short form too."""
+_OF_ROW = ("id", "custom_id")
+count = Number(0, is_whole=True).read
 
 
 @dataclass(frozen=True)
@@ -29,44 +37,71 @@ class Request:
     """One request. is_chat: whether `content` is messages for the chat template, or a prompt: text, or token ids.
 
     is_raw: whether a prompt must be taken raw. settings: keyword arguments of `FusedLlama.create_chat_completion` or
-    `create_completion`, those that were given.
+    `create_completion`, those that were given. columns: names beside the request in its line, which nothing uses.
     """
 
     is_chat: bool
     content: Any
     settings: Mapping[str, Any]
     is_raw: bool = False
+    columns: Sequence[str] = ()
 
 
 def request_id(line: Any, number: int) -> str:
     """The `custom_id` of an OpenAI line, the `id` of the short form, or else its number; errors are told under it."""
     if isinstance(line, Mapping):
         own = line.get("custom_id", line.get("id"))
-        if _is_id(own):
-            return str(int(own) if isinstance(own, float) else own)
+        if is_id(own):
+            return own if isinstance(own, str) else str(int(own))
     return str(number)
 
 
-def _is_id(own: Any) -> bool:
+def is_id(own: Any) -> bool:
     """Tell whether it is a text or a whole number; pandas writes 1 as 1.0."""
-    return (isinstance(own, str | int) and not isinstance(own, bool)) or (isinstance(own, float) and own.is_integer())
+    is_whole = isinstance(own, Integral) or (isinstance(own, float) and own.is_integer())
+    return isinstance(own, str) or (is_whole and not isinstance(own, bool))
+
+
+def is_openai(line: Mapping[str, Any]) -> bool:
+    """Tell a line of an OpenAI batch from the short form, which may have columns of the same names."""
+    is_short = "prompt" in line or "messages" in line
+    return "body" in line or (not is_short and ("url" in line or "custom_id" in line))
+
+
+def columns_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line holds that no request uses: columns of the user's own, and fields that are ignored."""
+    used = ("custom_id", "method", "url", "body") if is_openai(line) else _used()
+    return {name: value for name, value in line.items() if name not in used}
+
+
+@cache
+def _used() -> frozenset[str]:
+    """The fields of the short form, and those that it has to refuse."""
+    settings = {*settable("body"), *settable("edge_dlf"), *OTHER_NAMES}
+    return _READ.union(settings, OF_TEMPLATE, NOTHING, _ELSEWHERE, _OF_ROW, ("n", "stream", "edge_dlf"))
 
 
 def parse_line(line: Any) -> Request:
     """The request of an OpenAI batch line (`custom_id`, `method`, `url`, `body`) or of the short form: a string, or an
-    object with `prompt` or `messages`, an `id`, and fields as in `body`. Raises InvalidParameterError."""
+    object with `prompt` or `messages`, an `id`, and fields as in `body`. Other columns may stand beside them.
+
+    Raises InvalidParameterError.
+    """
     if isinstance(line, str):
         return Request(False, line, {})
     if not isinstance(line, Mapping):
         raise InvalidParameterError(f"a request must be an object, not {line!r:.60}")
-    if not any(name in line for name in ("body", "url", "custom_id")):
-        own = line.get("id")
-        if own is not None and not _is_id(own):
+    columns = tuple(str(name) for name in columns_of(line) if name not in _SKIPPED)
+    if not is_openai(line):
+        own = line.get("custom_id", line.get("id"))
+        if own is not None and not is_id(own):
             raise InvalidParameterError(f"id must be text or an integer, not {own!r:.60}")
-        return parse_body({name: value for name, value in line.items() if name != "id"})
-    if unknown := sorted(set(line) - {"custom_id", "method", "url", "body"}):
-        raise InvalidParameterError(f"unknown field {unknown[0]!r} beside body")
-    if not isinstance(line.get("custom_id"), str):
+        for name in columns:
+            if meant := get_close_matches(name, _used() - _ELSEWHERE, 1, 0.8):
+                raise InvalidParameterError(f"unknown field {name!r:.60}; is {meant[0]} meant?")
+        request = parse_body({name: value for name, value in line.items() if name in _used().difference(_OF_ROW)})
+        return replace(request, columns=columns)
+    if not is_id(line.get("custom_id")):
         raise InvalidParameterError("custom_id must be text")
     if line.get("method", "POST") != "POST":
         raise InvalidParameterError(f"method must be POST, not {line['method']!r:.60}")
@@ -74,7 +109,7 @@ def parse_line(line: Any) -> Request:
         raise InvalidParameterError(f"url must be {CHAT} or {COMPLETIONS}, not {line.get('url')!r:.60}")
     if not isinstance(line.get("body"), Mapping):
         raise InvalidParameterError("body must be an object")
-    return parse_body(line["body"], is_chat=line["url"] == CHAT)
+    return replace(parse_body(line["body"], is_chat=line["url"] == CHAT), columns=columns)
 
 
 def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
@@ -82,9 +117,8 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
 
     Raises InvalidParameterError for what is missing, unknown, of the wrong type, or not offered.
     """
-    skipped = ("model", *IGNORED)
-    given = {name: value for name, value in body.items() if value is not None and name not in skipped}
-    given = {name: value for name, value in given.items() if name not in _NOTHING or value != _NOTHING[name]}
+    given = {name: value for name, value in body.items() if value is not None and name not in _SKIPPED}
+    given = {name: value for name, value in given.items() if name not in NOTHING or not _same(value, NOTHING[name])}
     for other, name in OTHER_NAMES.items():
         if other in given:
             given[name] = given.pop(other)
@@ -96,8 +130,8 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
     content = _messages(given) if is_chat else _prompt(given)
     settings = _fusion(given.pop("edge_dlf", {}))
     for name, setting in settable("body").items():
-        if name in given:
-            settings[name] = setting.read(given.pop(name))
+        if name in given and (value := setting.read(given.pop(name))) is not None:
+            settings[name] = value
     if is_chat:
         settings |= {name: given.pop(name) for name in OF_TEMPLATE if name in given}
         _move_effort(given, settings)
@@ -107,19 +141,20 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
         settings["grammar"] = Text().read("grammar", given.pop("grammar"))
     if "logprobs" in given:
         logprobs = given.pop("logprobs")
-        settings["logprobs"] = _flag("logprobs", logprobs) if is_chat else _COUNT.read("logprobs", logprobs)
+        if is_chat or logprobs is not False:
+            settings["logprobs"] = flag("logprobs", logprobs) if is_chat else count("logprobs", logprobs)
     if is_chat and "top_logprobs" in given:
-        settings["top_logprobs"] = _COUNT.read("top_logprobs", given.pop("top_logprobs"))
+        settings["top_logprobs"] = count("top_logprobs", given.pop("top_logprobs"))
         if settings["top_logprobs"] and not settings.get("logprobs"):
             raise InvalidParameterError("top_logprobs needs logprobs: true")
-    if given.pop("n", 1) != 1:
+    if not _same(given.pop("n", 1), 1):
         raise InvalidParameterError("n must be 1: write the request several times, with a seed each")
     if given.pop("stream", False) is not False:
         raise InvalidParameterError("stream must be false")
     if misplaced := sorted(settable("edge_dlf").keys() & given.keys()):
         raise InvalidParameterError(f'{misplaced[0]} belongs under "edge_dlf"')
     if given:
-        raise InvalidParameterError(f"unknown field {min(given)!r}")
+        raise InvalidParameterError(f"unknown field {min(given, key=str)!r:.60}")
     return Request(is_chat, content, settings, is_raw)
 
 
@@ -158,6 +193,7 @@ def _messages(given: dict[str, Any]) -> Any:
 
 def _prompt(given: dict[str, Any]) -> Any:
     prompt = given.pop("prompt", None)
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     is_ids = isinstance(prompt, Sequence) and all(type(token) is int for token in prompt)
     if not isinstance(prompt, str) and not is_ids:
         raise InvalidParameterError("prompt must be one text, or a list of token ids")
@@ -177,7 +213,13 @@ def _object(name: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _flag(name: str, value: Any) -> bool:
+def flag(name: str, value: Any) -> bool:
+    """Return `value` if it is true or false. Raises InvalidParameterError."""
     if not isinstance(value, bool):
         raise InvalidParameterError(f"{name} must be true or false, not {value!r:.60}")
     return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Tell whether they are equal and, other than in Python, 1 is not true."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)

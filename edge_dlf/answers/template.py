@@ -83,9 +83,11 @@ class ChatTemplate:
         think: whether it thinks before; "auto" leaves it to the template. variables: more variables of the template.
         Raises InvalidParameterError if the template refuses the messages, or knows no tools or no thinking.
         """
+        if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+            raise InvalidParameterError(f"messages must be a list of one message or more, not {messages!r:.60}")
         if tools and self.dialect.calls is None:
             raise InvalidParameterError("the model's chat template knows no tools, or writes calls in an unknown way")
-        plain = [self._with_known_role(_with_text_content(with_read_arguments(message))) for message in messages]
+        plain = [self._with_known_role(with_read_arguments(_with_text_content(message))) for message in messages]
         given = {**self._switched(think), **_known_variables(variables)}
         if tools:
             given["tools"] = list(tools.definitions)

@@ -6,8 +6,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
 from ..engine.constraint import Constraint
 from ..errors import ContextOverflowError, InvalidParameterError
+from ..params import Text
 from .call_grammar import call_grammar
 from .dialects import Dialect
 from .fewest_tokens import FewestTokens
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from ..llama import Model
 
 Prompt: TypeAlias = str | Sequence[int]
+_TEXT = Text()
 
 _SHORT_BYTES = 1 << 14
 """Bytes of text that are tokenized in no time."""
@@ -43,11 +47,11 @@ class Tokenizer:
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text` as a raw prompt, as in `FusedLlama.tokenize`."""
-        return self._with_bos(self._model.tokenize(to_bytes(text), special=special))
+        return self._with_bos(self._model.tokenize(to_bytes(_TEXT.read("the text", text)), special=special))
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Text of `tokens`, names of control tokens included."""
-        return b"".join(map(self.name_bytes, tokens)).decode("utf-8", "replace")
+        return b"".join(map(self.name_bytes, self.known(tokens))).decode("utf-8", "replace")
 
     def answer(self, text: str, *, is_chat: bool) -> list[int]:
         """Tokens of an answer, as `FusedLlama.tokenize_answer`. Raises InvalidParameterError if nothing can end it."""
@@ -55,7 +59,7 @@ class Tokenizer:
         last = next((token for token in ends if token is not None), None)
         if last is None:
             raise InvalidParameterError("this model has no token that ends an answer")
-        return [*self._model.tokenize(to_bytes(text), special=False), last]
+        return [*self._model.tokenize(to_bytes(_TEXT.read("the text", text)), special=False), last]
 
     @property
     def first_token(self) -> int:
@@ -81,15 +85,15 @@ class Tokenizer:
     def prompt(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt, one at least.
 
-        Raises InvalidParameterError for ids that do not exist, and ContextOverflowError for a text that is much too
-        long, before it is tokenized.
+        Raises InvalidParameterError unless it is text, or ids that exist, and ContextOverflowError for a text that is
+        much too long, before it is tokenized.
         """
         if isinstance(prompt, str):
             self._require_room(to_bytes(prompt))
             return self.tokenize(prompt) or [self._bos()]
-        if len(prompt) > self._n_ctx:
+        if hasattr(prompt, "__len__") and len(prompt) > self._n_ctx:
             raise self._overflow(len(prompt))
-        return [self.known(token) for token in prompt] or [self._bos()]
+        return self.known(prompt) or [self._bos()]
 
     def _require_room(self, text: bytes) -> None:
         """Raise ContextOverflowError if `text` surely has more tokens than the context."""
@@ -193,11 +197,17 @@ class Tokenizer:
                 self._forms = Forms(list(map(self.piece, range(self.n_vocab))), last)
             return self._forms
 
-    def known(self, token: int) -> int:
-        """`token`, if it exists. Raises InvalidParameterError otherwise."""
-        if not 0 <= token < self.n_vocab:
-            raise InvalidParameterError(f"there is no token {token}; ids go from 0 to {self.n_vocab - 1}")
-        return int(token)
+    def known(self, tokens: Sequence[int]) -> list[int]:
+        """`tokens`, a sequence or an array, if they are ids that exist. Raises InvalidParameterError otherwise."""
+        ids = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+        if not isinstance(ids, Sequence) or isinstance(ids, str | bytes | bytearray):
+            raise InvalidParameterError(f"tokens must be a list of ids, not {tokens!r:.60}")
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int | np.integer):
+                raise InvalidParameterError(f"the id of a token must be an integer, not {token!r:.60}")
+            if not 0 <= token < self.n_vocab:
+                raise InvalidParameterError(f"there is no token {token!r:.60}; ids go from 0 to {self.n_vocab - 1}")
+        return [int(token) for token in ids]
 
     def _part(self, text: str) -> list[int]:
         """Tokens of a part of a prompt that holds no control tokens. Raises ContextOverflowError as `prompt`."""

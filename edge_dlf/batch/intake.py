@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import IO, Any
 
+from ..answers.requests import columns_of, is_id, is_openai, request_id
 from ..system.jsonl import MAX_LINE_BYTES, Line, parse_object
 from .ids import Ids
 
 INCOMPLETE = "incomplete_line"
 """Code of the error of a last line that whoever writes the input may not have finished."""
 _BLOCK_BYTES = 1 << 20
-_OPENAI = {"custom_id", "url", "body"}
 
 
 def fingerprint(file: IO[bytes], n_bytes: int | None = None) -> dict[str, Any]:
@@ -32,16 +32,25 @@ class Intake:
 
     A request without an id gets the number of its line, as text. Lines that are no requests become rows with an error.
     With `ordered`, for requests that are finished in the order of the lines, such a row waits for those before it.
+
+    keep: whether finished rows get the columns of their line that no request uses.
     """
 
     def __init__(
-        self, lines: Iterable[Line], ids: Ids, finish: Callable[[Mapping[str, Any]], None], *, ordered: bool = False
+        self,
+        lines: Iterable[Line],
+        ids: Ids,
+        finish: Callable[[Mapping[str, Any]], None],
+        *,
+        ordered: bool = False,
+        keep: bool = False,
     ) -> None:
         self._lines = lines
         self._ids = ids
         self._finish = finish
         self._ordered = ordered
-        self._running: dict[str, int] = {}
+        self._keep = keep
+        self._running: dict[str, tuple[int, dict[str, Any]]] = {}
         self._n_given = 0
         self._refused: deque[tuple[int, Mapping[str, Any]]] = deque()  # with the number of requests before each
 
@@ -60,7 +69,7 @@ class Intake:
                     self._hand_over()
                 continue
             if found == "new":
-                self._running[id] = line.number
+                self._running[id] = line.number, {"columns": columns_of(request)} if self._keep else {}
                 self._n_given += 1
                 yield request
 
@@ -70,9 +79,10 @@ class Intake:
         return len(self._running)
 
     def finished(self, row: Mapping[str, Any]) -> None:
-        """Hand over the row of a request that has been run; an error gets the number of its line."""
-        number = self._running.pop(row["custom_id"])
-        self._finish({**row, "error": {**row["error"], "line": number}} if row["error"] else row)
+        """Hand over the row of a request that has been run, with what is kept; an error gets the number of its line."""
+        number, kept = self._running.pop(row["custom_id"])
+        error = {"error": {**row["error"], "line": number}} if row["error"] else {}
+        self._finish({**row, **error, **kept})
         self._hand_over()
 
     def _hand_over(self) -> None:
@@ -98,9 +108,9 @@ def _request(line: Line) -> tuple[str, dict[str, Any]]:
         if not line.is_whole:
             raise _RowError(INCOMPLETE, f"{error}; no line break ends it, so it is read again next time") from None
         raise _RowError("invalid_json", str(error)) from None
-    name = "custom_id" if request.keys() & _OPENAI else "id"
+    name = "custom_id" if "custom_id" in request or is_openai(request) else "id"
     id = request.get(name)
-    if isinstance(id, bool) or not isinstance(id, str | int | None) or id == "":
+    if id == "" or not (id is None or is_id(id)):
         raise _RowError("invalid_request", f"{name} must be a text that is not empty, or a whole number")
-    text = str(line.number if id is None else id)
+    text = request_id({name: id}, line.number)
     return text, {**request, name: text}

@@ -36,6 +36,7 @@ def run_file(
     errors: str | Path | None = None,
     restart: bool = False,
     retry_errors: bool = False,
+    keep: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     **settings: Any,
 ) -> Progress:
@@ -50,6 +51,7 @@ def run_file(
     errors: a file for rows that failed, in place of the output.
     restart: begin anew; earlier files are kept under a number.
     retry_errors: run rows again that failed in an earlier run.
+    keep: copy columns that no request uses, such as an expected answer, to the output.
     on_progress: called after each row.
     settings: arguments of `FusedLlama.batch`, such as `raw`, `ordered` or `seed`; without a seed the family's own is
         taken, else 0.
@@ -81,7 +83,7 @@ def run_file(
             if on_progress:
                 on_progress(progress)
 
-        run_rows(file, ledger, finish, lambda: nullcontext(llm), settings, is_stream=n_rows is None)
+        run_rows(file, ledger, finish, lambda: nullcontext(llm), settings, is_stream=n_rows is None, keep=keep)
     return progress
 
 
@@ -95,6 +97,7 @@ def run_rows(
     is_stream: bool = False,
     takes_later: bool = True,
     waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
+    keep: bool = False,
 ) -> None:
     """Answer every request of `input` that `ledger` has no row for.
 
@@ -103,10 +106,11 @@ def run_rows(
     is_stream: whether lines of `input` may come one by one.
     takes_later: whether the engine goes on with running rows while the next line is waited for (`LATER`).
     waiting: entered while a line is waited for.
+    keep: whether rows get the columns of their line that no request uses.
     """
     pipe = Pipe(input.fileno()) if is_stream and status_of(input) else None
     lines, ordered = _each(waiting, read_lines(pipe or input)), settings.get("ordered", False)
-    intake = Intake(lines, ledger.ids, finish, ordered=ordered)
+    intake = Intake(lines, ledger.ids, finish, ordered=ordered, keep=keep)
     requests = _as_they_come(intake, pipe) if pipe and takes_later else iter(intake)
     first = next(requests, None)
     if first is None:

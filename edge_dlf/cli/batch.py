@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--errors", metavar="FILE", help="Where rows that failed go, in place of the output.")
 @click.option("--ordered", is_flag=True, help="Write rows in the order of the input, not as they finish.")
 @click.option("--exact", is_flag=True, help="Decode one row at a time, so that no other row changes its rounding.")
+@click.option("--keep", is_flag=True, help="Copy columns that no request uses, such as an answer, to the output.")
 @click.option("--parallel", type=PARALLEL, default="auto", help="Rows at once [auto: 16, or 32 on a GPU].")
 @click.option(
     "--ray",
@@ -56,6 +57,7 @@ def batch(
     errors: str | None,
     ordered: bool,
     exact: bool,
+    keep: bool,
     retry_errors: bool,
     restart: bool,
     raw: bool,
@@ -91,13 +93,12 @@ def batch(
             ) as (ledger, n_rows),
         ):
             progress = ProgressLine(n_rows, ledger.n_rows, ledger.n_failed)
-            _run(options, settings | tracer.settings, file, ledger, tracer, progress, screen, quiet)
+            _run(options, settings | tracer.settings, file, ledger, tracer, progress, screen, quiet, keep)
         status = "completed"
     except (KeyboardInterrupt, SystemExit):
         status = "interrupted"
         if progress:
-            goes_on = "; the same command goes on from here" if targets.can_resume else ""
-            screen.say(f"stopped: {progress.summary()}{goes_on}")
+            screen.say(f"stopped: {progress.summary()}{'; the same command goes on from here' * targets.can_resume}")
         raise
     finally:
         if json and progress:
@@ -133,6 +134,7 @@ def _run(
     progress: ProgressLine,
     screen: Screen,
     quiet: bool,
+    keep: bool,
 ) -> None:
     """Run every row that is not finished, until a signal comes; nothing is loaded if there is none."""
     from ..batch.run import run_rows
@@ -160,5 +162,13 @@ def _run(
     with interruptible(screen, lambda: llm.interrupt() if llm else None, signals) as stop:
         is_stream, takes_later = progress.n_total is None, options.ray is None
         run_rows(
-            input, ledger, finish, load, settings, is_stream=is_stream, takes_later=takes_later, waiting=stop.at_once
+            input,
+            ledger,
+            finish,
+            load,
+            settings,
+            is_stream=is_stream,
+            takes_later=takes_later,
+            waiting=stop.at_once,
+            keep=keep,
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ContextOverflowError
 from ..params import DEFAULTS, check_settings
 from .conversation import Conversation
 from .interrupts import interruptible
@@ -99,8 +100,12 @@ class Session:
     def _prompt(self) -> list[int]:
         """Prompt tokens of the conversation. Tells the user where turns had to be dropped."""
         n_before, n_ctx = self.conversation.n_dropped, self.llm.n_ctx
-        room = self.value("max_tokens") or min(_ROOM_FOR_ANSWER, n_ctx // 4)
-        prompt = self.conversation.fit(partial(self.llm.apply_chat_template, think=self.value("think")), n_ctx, room)
+        fit = partial(self.conversation.fit, partial(self.llm.apply_chat_template, think=self.value("think")), n_ctx)
+        least = min(_ROOM_FOR_ANSWER, n_ctx // 4)
+        try:
+            prompt = fit(self.value("max_tokens") or least)
+        except ContextOverflowError:
+            prompt = fit(least)  # more is not promised: max_tokens beyond the context is cut
         if n_turns := (self.conversation.n_dropped - n_before) // 2:
             turns = "oldest turn" if n_turns == 1 else f"oldest {n_turns} turns"
             self.screen.say(f"note: the context of {n_ctx} tokens is full: dropped the {turns}")

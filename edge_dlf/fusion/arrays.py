@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,13 +27,16 @@ def search_alpha(
     large_logits, base_logits: (V,)
     expert_logits: (V,) or (T, V)
 
-    Raises InvalidParameterError where the shapes do not fit, NonFiniteLogitsError where a row has NaN, +inf or no
-    finite value.
+    Raises InvalidParameterError where the shapes do not fit or `params` are of a method without a search,
+    NonFiniteLogitsError where a row has NaN, +inf or no finite value.
     """
+    params = FusionParams() if params is None else params
+    if not isinstance(params, FusionParams) or params.method != "dynamic":
+        raise InvalidParameterError(f"α is searched with FusionParams of method dynamic, not with {params!r:.80}")
     members, names = _members(large_logits, base_logits, expert_logits)
     n_vocab = members[0].shape[1]
     search = AlphaSearch(n_vocab, Threads(1))
-    choices, errors = search.search(row_addresses(members, 1, n_vocab), names, params or FusionParams())
+    choices, errors = search.search(row_addresses(members, 1, n_vocab), names, params)
     for error in errors.values():
         raise error
     assert choices[0] is not None
@@ -49,7 +54,7 @@ def fuse_logits(
     """
     members, names = _members(large_logits, base_logits, expert_logits)
     n_experts = len(members) - 2
-    alphas = np.atleast_1d(np.asarray(alpha, np.float64))
+    alphas = np.atleast_1d(_numbers("alpha", alpha)).astype(np.float64)
     if alphas.shape != (n_experts,) or not np.isfinite(alphas).all():
         raise InvalidParameterError(f"alpha must be {n_experts} finite numbers, one for each expert, not {alpha!r}")
     fuser = Fuser(members[0].shape[1])
@@ -62,10 +67,7 @@ def fuse_logits(
 
 def _members(large: npt.ArrayLike, base: npt.ArrayLike, expert: npt.ArrayLike) -> tuple[list[Float32Array], list[str]]:
     """Check the shapes. Returns each member's row as (1, V), and the members' names."""
-    try:
-        arrays = [np.require(x, np.float32, ["C", "W", "A"]) for x in (large, base, expert)]
-    except (TypeError, ValueError) as error:
-        raise InvalidParameterError(f"logits must be arrays of numbers: {error}") from None
+    arrays = [np.require(_numbers("logits", x), np.float32, ["C", "W", "A"]) for x in (large, base, expert)]
     if arrays[0].ndim != 1 or not arrays[0].size:
         raise InvalidParameterError(f"large_logits must have shape (V,), not {arrays[0].shape}")
     n_vocab = arrays[0].size
@@ -78,3 +80,14 @@ def _members(large: npt.ArrayLike, base: npt.ArrayLike, expert: npt.ArrayLike) -
         )
     names = ["large", "base", *(f"expert {t}" for t in range(len(experts)))]
     return [arrays[0][None], arrays[1][None], *(row[None] for row in experts)], names
+
+
+def _numbers(name: str, value: npt.ArrayLike) -> npt.NDArray[Any]:
+    """`value` as an array. Raises InvalidParameterError unless it holds real numbers."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidParameterError(f"{name} must be numbers: {error}") from None
+    if array.dtype.kind not in "iuf":
+        raise InvalidParameterError(f"{name} must be numbers, not {array.dtype}")
+    return array

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..answers.completion import Completion, Dict
-from ..answers.requests import Request, parse_body
+from ..answers.requests import Request, count, parse_body
 from ..answers.token import Token
 from ..errors import InvalidParameterError
 from ..system.jsonl import parse_object
@@ -46,7 +46,7 @@ class Call:
         if model not in models:
             message = f"the model {model!r:.80} does not exist; there are {', '.join(models)}"
             raise HTTPError(404, message, "model_not_found")
-        n = _typed(given, "n", int, 1)
+        n = count("n", given.get("n", 1))
         stream = _typed(given, "stream", bool, False)
         options = _typed(given, "stream_options", dict, {})
         if options and not stream:
@@ -69,7 +69,7 @@ class Call:
             if max(int(request.settings.get(name) or 0) for name in ("logprobs", "top_logprobs")) > MAX_TOP_LOGPROBS:
                 raise InvalidParameterError(f"at most {MAX_TOP_LOGPROBS} likely tokens can be listed")
             requests += [_numbered(request, k) for k in range(n)]
-        return cls(model, tuple(requests), n, stream, bool(options.get("include_usage")), trace)
+        return cls(model, tuple(requests), n, stream, _typed(options, "include_usage", bool, False), trace)
 
     def prepare(self, llm: FusedLlama, settings: Mapping[str, Any]) -> list[Completion]:
         """Return the choices, checked, of which nothing has been evaluated yet. Raises EdgeDLFError."""
@@ -149,8 +149,8 @@ def _typed(fields: Mapping[str, Any], name: str, kind: type, default: Any) -> An
     value = fields.get(name)
     if value is None:
         return default
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        words = {str: "text", int: "an integer", bool: "true or false", dict: "an object"}
+    if not isinstance(value, kind):
+        words = {str: "text", bool: "true or false", dict: "an object"}
         raise InvalidParameterError(f"{name} must be {words[kind]}, not {value!r:.60}")
     return value
 

@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from .. import __version__
-from ..answers.requests import CHAT, COMPLETIONS, IGNORED, OTHER_NAMES
+from ..answers.requests import CHAT, COMPLETIONS, IGNORED, NOTHING, OTHER_NAMES
 from ..params import SETTINGS, settable
 
 Dict = dict[str, Any]
@@ -56,6 +56,7 @@ def _settings() -> Dict:
             for other, name in OTHER_NAMES.items()
         },
         **{name: {"description": "Ignored."} for name in IGNORED},
+        **{name: {"const": value, "description": "Not offered but for this."} for name, value in NOTHING.items()},
         "edge_dlf": {
             "type": "object",
             "description": "How the members are fused.",
