@@ -50,13 +50,18 @@ def spm_vocabulary() -> tuple[list[str], list[int]]:
 
 
 def add_tokenizer(
-    writer: gguf.GGUFWriter, tokenizer: str, tokens: list[str], types: list[int], chat_template: str | None
+    writer: gguf.GGUFWriter,
+    tokenizer: str,
+    tokens: list[str],
+    types: list[int],
+    chat_template: str | None,
+    pre: str = "qwen2",
 ) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if tokenizer == "bpe":
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("qwen2")
+        writer.add_tokenizer_pre(pre)
         writer.add_token_merges(list(MERGES))
         writer.add_bos_token_id(tokens.index("<|endoftext|>"))
         writer.add_eos_token_id(tokens.index("<|im_end|>"))
@@ -129,6 +134,7 @@ def tiny_model(
     *,
     arch: str = "llama",
     tokenizer: str = "bpe",
+    pre: str = "qwen2",
     seed: int = 0,
     drift: float = 0.0,
     n_embd: int = 32,
@@ -144,7 +150,8 @@ def tiny_model(
     """Write a model of `arch` "llama", "qwen2", "qwen3", "gemma3" (most layers see a window) or "mamba" (recurrent: its
     memory cannot be trimmed) and return `path`.
 
-    seed: of the weights. drift: adds noise of this relative size to them: a model fine-tuned from the one without.
+    pre: llama.cpp's pre-tokenizer of a BPE vocabulary. seed: of the weights.
+    drift: adds noise of this relative size to them: a model fine-tuned from the one without.
     spread: standard deviation of the logits, in nats. pad_vocab: entries that only lengthen the vocabulary.
     tokens: id -> text that replaces that entry of the vocabulary. nan: every logit is NaN.
     """
@@ -181,7 +188,7 @@ def tiny_model(
         if arch == "gemma3":
             writer.add_sliding_window(64)
         layer_shapes = transformer_shapes(arch, n_embd, 16, 2 * n_embd)
-    add_tokenizer(writer, tokenizer, vocabulary, types, chat_template)
+    add_tokenizer(writer, tokenizer, vocabulary, types, chat_template, pre)
 
     shapes = {
         "token_embd.weight": (len(vocabulary), n_embd),
