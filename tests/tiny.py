@@ -146,6 +146,7 @@ def tiny_model(
     tokens: Mapping[int, str] | None = None,
     chat_template: str | None = CHATML,
     nan: bool = False,
+    tied: bool = False,
 ) -> Path:
     """Write a model of `arch` "llama", "qwen2", "qwen3", "gemma3" (most layers see a window) or "mamba" (recurrent: its
     memory cannot be trimmed) and return `path`.
@@ -154,6 +155,7 @@ def tiny_model(
     drift: adds noise of this relative size to them: a model fine-tuned from the one without.
     spread: standard deviation of the logits, in nats. pad_vocab: entries that only lengthen the vocabulary.
     tokens: id -> text that replaces that entry of the vocabulary. nan: every logit is NaN.
+    tied: the token embeddings are the output too.
     """
     vocabulary, types = bpe_vocabulary() if tokenizer == "bpe" else spm_vocabulary()
     for token, text in (tokens or {}).items():
@@ -196,6 +198,8 @@ def tiny_model(
         "output.weight": (len(vocabulary), n_embd),
         **{f"blk.{layer}.{name}": shape for layer in range(n_layer) for name, shape in layer_shapes.items()},
     }
+    if tied:
+        del shapes["output.weight"]
     rng, noise = np.random.default_rng(seed), np.random.default_rng(seed + 1_000_003)
     for name, shape in shapes.items():
         values = _weights(name, shape, rng, spread)
