@@ -249,6 +249,20 @@ def tiny_lora(
     return path
 
 
+def tiny_family(folder: Path) -> Path:
+    """Write family.toml, large.gguf (a longer, padded vocabulary), base.gguf, tuned.gguf and lora.gguf."""
+    tiny_model(folder / "large.gguf", seed=1, n_embd=64, pad_vocab=5)
+    tiny_model(folder / "base.gguf", seed=2)
+    tiny_model(folder / "tuned.gguf", seed=2, drift=0.5)
+    tiny_lora(folder / "lora.gguf", seed=3)
+    (folder / "family.toml").write_text(
+        'name = "tiny"\n[large]\npath = "large.gguf"\n[base]\npath = "base.gguf"\n'
+        '[[experts]]\nname = "lora"\nlora = "lora.gguf"\n[[experts]]\nname = "tuned"\npath = "tuned.gguf"\n'
+        "[defaults]\ntemperature = 0.0\n"
+    )
+    return folder
+
+
 def _write(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -30,7 +30,8 @@ class Tokenizer:
     def __init__(self, model: Model, n_vocab: int) -> None:
         self.n_vocab = n_vocab
         self._model = model
-        self._template: ChatTemplate | None = None
+        self._templates: dict[str, ChatTemplate] = {}
+        self._is_closed = False
         self._schemas: Schemas | None = None
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
@@ -83,9 +84,7 @@ class Tokenizer:
         variables: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
         """Prompt for the assistant's answer to `messages`, as `ChatTemplate.prompt` makes it."""
-        if self._template is None:
-            self._template = self._compile_template()
-        prompt = self._template.prompt(messages, tools, think, variables)
+        prompt = self._ready_template().prompt(messages, tools, think, variables)
         self._with_bos(prompt)
         return prompt
 
@@ -171,8 +170,9 @@ class Tokenizer:
 
     def close(self) -> None:
         """End the process that renders the template. Calling it twice is no error."""
-        if self._template is not None:
-            self._template.close()
+        self._is_closed = True
+        for template in list(self._templates.values()):
+            template.close()
 
     def _with_bos(self, tokens: list[int]) -> list[int]:
         if self._model.adds_bos and tokens[:1] != [self._model.bos]:
@@ -186,6 +186,16 @@ class Tokenizer:
 
     def _name(self, token: int | None) -> str:
         return "" if token is None else self.name_bytes(token).decode("utf-8", "replace")
+
+    def _ready_template(self) -> ChatTemplate:
+        """The chat template, compiled once, whichever of several threads comes first."""
+        if "chat" not in self._templates:
+            made = self._compile_template()
+            if self._templates.setdefault("chat", made) is not made:
+                made.close()
+            if self._is_closed:  # meanwhile, by another thread
+                made.close()
+        return self._templates["chat"]
 
     def _compile_template(self) -> ChatTemplate:
         source = self._model.chat_template

@@ -62,7 +62,7 @@ class Model:
             params.tensor_buft_overrides = ctypes.cast(overridden, ctypes.c_void_p)
         self.path = path
         self._adapters: dict[Path, Any] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pid = self._lock_pid = os.getpid()
         # Kept, because they are needed for every token, and a call into C may have to wait for the GIL afterwards.
         self._eog: dict[int, bool] = {}
@@ -106,7 +106,7 @@ class Model:
     def _open(self) -> Iterator[Any]:
         """Keep the vocabulary from being freed by another thread meanwhile. Raises EdgeDLFError where it has been."""
         if os.getpid() != self._lock_pid:  # a forked child: another thread of the parent may have held the lock
-            self._lock, self._lock_pid = threading.Lock(), os.getpid()
+            self._lock, self._lock_pid = threading.RLock(), os.getpid()
         with self._lock:
             if self._handle is None:
                 raise EdgeDLFError("this model has been closed")
