@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 from .answers.batch import row_seed, run_batch
 from .answers.completion import ChatCompletion, Completion, Dict
@@ -145,9 +145,7 @@ class FusedLlama:
         self._ensemble, self._driver = ensemble, Driver(decoder)
         n_ctx_train = files.models["large"].n_ctx_train
         if n_ctx_train is not None and n_ctx > n_ctx_train:
-            logger.warning(
-                "a context of %d tokens is more than the %d that the large model was trained for", n_ctx, n_ctx_train
-            )
+            logger.warning("a context of %d tokens exceeds the %d of the large model's training", n_ctx, n_ctx_train)
 
     def __enter__(self) -> FusedLlama:
         return self
@@ -156,16 +154,18 @@ class FusedLlama:
         self.close()
 
     def close(self) -> None:
-        """Free contexts and weights. Calling it twice is no error."""
-        self._driver.clear()
-        if self._open_preparer is not None:
-            self._open_preparer.tokenizer.close()
-        self._open_preparer = None
-        self._ensemble.close()
-        self._members.close()
+        """Free contexts and weights, and stop the running request. Calling it twice is no error."""
+        self._members.interrupt.set()
+        self._driver.close(self._ensemble.close, self._members.close)
+        preparer, self._open_preparer = self._open_preparer, None
+        if preparer is not None:
+            preparer.tokenizer.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a FusedLlama can be neither pickled nor copied; load the family in each process")
 
     def interrupt(self) -> None:
-        """Stop the running request, from another thread: it raises RequestInterruptedError, later ones run."""
+        """Stop the running request from another thread. It raises RequestInterruptedError, later ones do not."""
         self._members.interrupt.set()
 
     @property

@@ -40,12 +40,18 @@ class LoadError(EdgeDLFError):
 
 
 class ModelFileError(LoadError):
-    """A model file is missing, truncated, or not a GGUF that can be used."""
+    """A model file is missing, truncated, or not a GGUF that can be used.
 
-    def __init__(self, path: str | PathLike[str], reason: str) -> None:
+    advice: what to do about it.
+    """
+
+    def __init__(
+        self, path: str | PathLike[str], reason: str, advice: str = "correct the path, or download the file again"
+    ) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
+        self.advice = advice
 
 
 class FamilyError(LoadError):

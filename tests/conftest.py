@@ -16,7 +16,7 @@ from huggingface_hub.utils import close_session
 from edge_dlf import FusedLlama
 
 from .hub_server import HubServer, hub_server
-from .tiny import tiny_lora, tiny_model
+from .tiny import tiny_family
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -31,17 +31,7 @@ def interrupts() -> None:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny family: large.gguf (a longer, padded vocabulary), base.gguf, tuned.gguf and lora.gguf."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_model(folder / "large.gguf", seed=1, n_embd=64, pad_vocab=5)
-    tiny_model(folder / "base.gguf", seed=2)
-    tiny_model(folder / "tuned.gguf", seed=2, drift=0.5)
-    tiny_lora(folder / "lora.gguf", seed=3)
-    (folder / "family.toml").write_text(
-        'name = "tiny"\n[large]\npath = "large.gguf"\n[base]\npath = "base.gguf"\n'
-        '[[experts]]\nname = "lora"\nlora = "lora.gguf"\n[[experts]]\nname = "tuned"\npath = "tuned.gguf"\n'
-        "[defaults]\ntemperature = 0.0\n"
-    )
-    return folder
+    return tiny_family(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_dlf import FamilyError, InvalidParameterError, LoadError
+from edge_dlf import FamilyError, InvalidParameterError, LoadError, VocabMismatchError
 from edge_dlf.families.files import check_files
 from edge_dlf.families.spec import ExpertSpec, FamilySpec, ModelSource
 from edge_dlf.system.paths import models_dir
+
+from . import tiny
+from .tiny import tiny_model
 
 HEAD = 'name = "f"\n[large]\npath = "large.gguf"\n[base]\npath = "base.gguf"\n'
 EXPERT = '[[experts]]\nname = "maths"\npath = "maths.gguf"\n'
@@ -163,6 +166,35 @@ def test_home_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_a_bad_file_is_refused_with_its_reason(tmp_path: Path, content: str | bytes, expected: str) -> None:
     assert expected in reason(tmp_path, content)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    write(tmp_path, b"\xef\xbb\xbf" + (HEAD + EXPERT).encode())
+    assert FamilySpec.load(tmp_path).name == "f"
+    assert "is not valid TOML" in reason(tmp_path, b"\xef\xbb\xbf" * 2 + (HEAD + EXPERT).encode())
+
+
+@pytest.mark.parametrize(
+    ("token", "is_padding"),
+    [
+        *((token, True) for token in ("<pad>", "[PAD]", "<|PAD_TOKEN|>", "<|pad|>", "<PAD>", "[pad_3]", "<|padding|>")),
+        *((token, True) for token in ("<|vision_pad|>", "<|finetune_right_pad_id|>", "<unused7>", "[PAD311]")),
+        *((token, False) for token in ("pad", "[notepad]", "<padlock>", "[MYTOOL]", "<|im_pad_end|>")),
+    ],
+)
+def test_a_fine_tune_may_have_one_more_token_for_padding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, is_padding: bool
+) -> None:
+    tiny_model(tmp_path / "base.gguf", n_embd=16, n_layer=1)
+    texts, types = tiny.bpe_vocabulary()
+    monkeypatch.setattr(tiny, "bpe_vocabulary", lambda: ([*texts, token], [*types, 3]))
+    tiny_model(tmp_path / "tuned.gguf", n_embd=16, n_layer=1)
+    family = FamilySpec.from_files(tmp_path / "base.gguf", tmp_path / "base.gguf", {"x": tmp_path / "tuned.gguf"})
+    if is_padding:
+        assert check_files(family).n_vocab == len(texts)
+    else:
+        with pytest.raises(VocabMismatchError, match="where the other has ended"):
+            check_files(family)
 
 
 def test_a_family_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,5 +159,5 @@ class TestRemembering:
 
     def test_a_family_is_not_loaded_before_the_trial(self, untried: Path, tiny: Path, python: FakePython) -> None:
         python.does("kill -SEGV $$")
-        with pytest.raises(ModelFileError, match=r"untried\.gguf: cannot be used"):
+        with pytest.raises(ModelFileError, match=r"untried\.gguf: cannot be used, as a try"):
             FusedLlama(untried, tiny / "base.gguf", {"lora": tiny / "lora.gguf"}, n_ctx=256)

@@ -50,13 +50,18 @@ def spm_vocabulary() -> tuple[list[str], list[int]]:
 
 
 def add_tokenizer(
-    writer: gguf.GGUFWriter, tokenizer: str, tokens: list[str], types: list[int], chat_template: str | None
+    writer: gguf.GGUFWriter,
+    tokenizer: str,
+    tokens: list[str],
+    types: list[int],
+    chat_template: str | None,
+    pre: str = "qwen2",
 ) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if tokenizer == "bpe":
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("qwen2")
+        writer.add_tokenizer_pre(pre)
         writer.add_token_merges(list(MERGES))
         writer.add_bos_token_id(tokens.index("<|endoftext|>"))
         writer.add_eos_token_id(tokens.index("<|im_end|>"))
@@ -129,6 +134,7 @@ def tiny_model(
     *,
     arch: str = "llama",
     tokenizer: str = "bpe",
+    pre: str = "qwen2",
     seed: int = 0,
     drift: float = 0.0,
     n_embd: int = 32,
@@ -141,14 +147,17 @@ def tiny_model(
     control: Sequence[str] = (),
     chat_template: str | None = CHATML,
     nan: bool = False,
+    tied: bool = False,
 ) -> Path:
     """Write a model of `arch` "llama", "qwen2", "qwen3", "gemma3" (most layers see a window) or "mamba" (recurrent: its
     memory cannot be trimmed) and return `path`.
 
-    seed: of the weights. drift: adds noise of this relative size to them: a model fine-tuned from the one without.
+    pre: llama.cpp's pre-tokenizer of a BPE vocabulary. seed: of the weights.
+    drift: adds noise of this relative size to them: a model fine-tuned from the one without.
     spread: standard deviation of the logits, in nats. pad_vocab: entries that only lengthen the vocabulary.
     tokens: id -> text that replaces that entry of the vocabulary. control: control tokens at its end.
     nan: every logit is NaN.
+    tied: the token embeddings are the output too.
     """
     vocabulary, types = bpe_vocabulary() if tokenizer == "bpe" else spm_vocabulary()
     for token, text in (tokens or {}).items():
@@ -185,7 +194,7 @@ def tiny_model(
         if arch == "gemma3":
             writer.add_sliding_window(64)
         layer_shapes = transformer_shapes(arch, n_embd, 16, 2 * n_embd)
-    add_tokenizer(writer, tokenizer, vocabulary, types, chat_template)
+    add_tokenizer(writer, tokenizer, vocabulary, types, chat_template, pre)
 
     shapes = {
         "token_embd.weight": (len(vocabulary), n_embd),
@@ -193,6 +202,8 @@ def tiny_model(
         "output.weight": (len(vocabulary), n_embd),
         **{f"blk.{layer}.{name}": shape for layer in range(n_layer) for name, shape in layer_shapes.items()},
     }
+    if tied:
+        del shapes["output.weight"]
     rng, noise = np.random.default_rng(seed), np.random.default_rng(seed + 1_000_003)
     for name, shape in shapes.items():
         values = _weights(name, shape, rng, spread)
@@ -240,6 +251,20 @@ def tiny_lora(
             writer.add_tensor(f"blk.{layer}.{name}.weight.lora_b", b)
     _write(writer)
     return path
+
+
+def tiny_family(folder: Path) -> Path:
+    """Write family.toml, large.gguf (a longer, padded vocabulary), base.gguf, tuned.gguf and lora.gguf."""
+    tiny_model(folder / "large.gguf", seed=1, n_embd=64, pad_vocab=5)
+    tiny_model(folder / "base.gguf", seed=2)
+    tiny_model(folder / "tuned.gguf", seed=2, drift=0.5)
+    tiny_lora(folder / "lora.gguf", seed=3)
+    (folder / "family.toml").write_text(
+        'name = "tiny"\n[large]\npath = "large.gguf"\n[base]\npath = "base.gguf"\n'
+        '[[experts]]\nname = "lora"\nlora = "lora.gguf"\n[[experts]]\nname = "tuned"\npath = "tuned.gguf"\n'
+        "[defaults]\ntemperature = 0.0\n"
+    )
+    return folder
 
 
 def _write(writer: gguf.GGUFWriter) -> None:

@@ -65,6 +65,7 @@ def run_batch(
                 is_exhausted = not number
                 if is_exhausted or line is LATER:
                     break
+                driver.require_open()
                 row = _begin(line, number, prepare)
                 unreported.append(row)
                 if not row.completion:
@@ -76,7 +77,7 @@ def run_batch(
                 if next(iter(running)) not in driver:
                     raise EdgeDLFError("this batch was ended by a newer request, or by close()")
                 for answer in driver.step():
-                    if answer.has_ended:
+                    if answer.has_ended and answer in running:
                         _end(running.pop(answer))
                         if exact:
                             driver.forget()

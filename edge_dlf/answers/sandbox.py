@@ -20,7 +20,7 @@ from typing import IO, Any, NoReturn
 
 import psutil
 
-from ..errors import InvalidParameterError
+from ..errors import EdgeDLFError, InvalidParameterError
 from ..system.child import python_command
 
 _START_S = 20.0  # a busy machine may take long to start a process
@@ -44,8 +44,9 @@ class TemplateProcess:
     def __init__(self, source: str) -> None:
         self._source = source
         self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pid = os.getpid()
+        self._is_closed = False
         self._start()
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
@@ -53,10 +54,10 @@ class TemplateProcess:
 
         Raises InvalidParameterError if the template refuses them, fails, or exceeds its limit of time, memory or text.
         """
-        if os.getpid() != self._pid:  # a forked child: the process and its pipes belong to the parent
-            self._pid, self._lock = os.getpid(), threading.Lock()
-            self._parents, self._process = self._process, None
+        self._forget_parents()
         with self._lock:
+            if self._is_closed:
+                raise EdgeDLFError("this chat template has been closed")
             self._start()
             answer = self._ask({"messages": messages, **variables}, _RENDER_S)
         if "error" in answer:
@@ -64,11 +65,23 @@ class TemplateProcess:
         return str(answer["text"])
 
     def close(self) -> None:
-        """End the process. Calling it twice is no error."""
+        """End the process, and render nothing more. Calling it twice is no error."""
+        self._forget_parents()
+        with self._lock:
+            self._is_closed = True
+            self._end()
+
+    def _end(self) -> None:
         if self._process is not None:
             process, self._process = self._process, None
             process.kill()
             process.communicate()
+
+    def _forget_parents(self) -> None:
+        """In a forked child: the process and its pipes belong to the parent."""
+        if os.getpid() != self._pid:
+            self._pid, self._lock = os.getpid(), threading.RLock()
+            self._parents, self._process = self._process, None
 
     def _start(self) -> None:
         """Start the process, unless it runs."""
@@ -80,7 +93,7 @@ class TemplateProcess:
         )
         answer = self._ask({"source": self._source}, _START_S)
         if "error" in answer:
-            self.close()
+            self._end()
             raise NoTemplateError(
                 f"the model's chat template is not valid: {answer['error']}; raw prompts (--raw) need none"
             )
@@ -100,10 +113,10 @@ class TemplateProcess:
         except BrokenPipeError:  # the process has ended
             pass
         except BaseException:  # an interrupt would leave an answer unread
-            self.close()
+            self._end()
             raise
         if not line.endswith(b"\n"):
-            self.close()
+            self._end()
             return {"error": reason or "its process ended"}
         answer: dict[str, Any] = json.loads(line)
         return answer

@@ -54,6 +54,8 @@ def _step(driver: Driver, numbers: dict[Answer, int]) -> Iterator[tuple[int, Sco
     if next(iter(numbers)) not in driver:
         raise EdgeDLFError("this scoring was ended by a newer request, or by close()")
     for answer in driver.step():
+        if answer not in numbers:
+            continue
         if answer.error:
             raise answer.error
         if answer.has_ended:

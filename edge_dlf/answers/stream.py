@@ -6,6 +6,7 @@ import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -189,6 +190,8 @@ class Driver:
         self._scheduler = Scheduler(decoder)
         self._answers: dict[Generation, Answer] = {}
         self._lock = threading.RLock()
+        self._is_closed = self._is_stepping = False
+        self._leaving: list[Answer] = []
         self._pid = os.getpid()
 
     def __contains__(self, answer: Answer) -> bool:
@@ -205,17 +208,40 @@ class Driver:
 
     def remove(self, answer: Answer) -> None:
         """Take an answer out, whether it has ended or not. What it leaves in the KV caches serves later ones."""
-        with self._alone():
-            if self._answers.pop(answer.generation, None):
-                self._scheduler.remove(answer.generation)
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self._is_stepping:  # an abandoned generator is collected at any time
+                self._leaving.append(answer)
+            elif not self._is_closed:
+                self._drop(answer)
+
+    def _drop(self, answer: Answer) -> None:
+        if self._answers.pop(answer.generation, None):
+            self._scheduler.remove(answer.generation)
 
     def clear(self) -> list[Answer]:
         """Take every answer out, and return them."""
         with self._alone():
             answers = list(self._answers.values())
             for answer in answers:
-                self.remove(answer)
+                self._drop(answer)
             return answers
+
+    def require_open(self) -> None:
+        """Raise EdgeDLFError where no request can begin."""
+        with self._alone():
+            pass
+
+    def close(self, *free: Callable[[], None]) -> None:
+        """Take every answer out, and call `free` while no thread decodes. Every later request raises EdgeDLFError."""
+        if self._is_closed or os.getpid() != self._pid:  # what a forked child has belongs to its parent
+            return
+        with self._alone():
+            self.clear()
+            self._is_closed = True
+            for each in free:
+                each()
 
     def forget(self) -> None:
         """Empty the KV caches, as after a step that failed."""
@@ -250,29 +276,44 @@ class Driver:
         """
         advanced = []
         with self._alone():
-            for result in self._scheduler.step(n_prefill, on_decode):
-                answer = self._answers[result.generation]
-                n_used = answer.add(result)
-                advanced.append(answer)
-                if answer.has_ended:
-                    self._scheduler.rewind(answer.generation, len(result.picks) - n_used)
-                    self.remove(answer)
+            self._is_stepping = True
+            try:
+                for result in self._scheduler.step(n_prefill, on_decode):
+                    answer = self._answers[result.generation]
+                    n_used = answer.add(result)
+                    advanced.append(answer)
+                    if answer.has_ended:
+                        self._scheduler.rewind(answer.generation, len(result.picks) - n_used)
+                        self._drop(answer)
+            finally:
+                self._is_stepping = False
+                while self._leaving:
+                    self._drop(self._leaving.pop())
         return advanced
 
-    def _alone(self) -> threading.RLock:
-        """Return the lock that keeps other threads out. Raises EdgeDLFError in a forked child."""
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other threads out. Raises EdgeDLFError in a forked child, after `close`, and within a step."""
         if os.getpid() != self._pid:
             raise EdgeDLFError("this family was loaded in the parent of this process; load it in this one")
-        return self._lock
+        with self._lock:
+            if self._is_closed:
+                raise EdgeDLFError("this FusedLlama has been closed")
+            if self._is_stepping:
+                raise EdgeDLFError("this thread is decoding already: a signal handler cannot begin or end a request")
+            yield
 
-    def run(self, answer: Answer) -> None:
-        """Step until the answer has tokens or has ended. Raises its error."""
+    def run(self, answer: Answer) -> list[Token]:
+        """Step until the answer has tokens, and return them, or has ended. Raises its error."""
         while not answer.tokens and not answer.has_ended:
             if answer not in self:
                 raise EdgeDLFError("this answer was ended by a newer request, or by close()")
             self.step()
-        if answer.error and not answer.tokens:
+        with self._lock:
+            tokens = answer.take()
+        if answer.error and not tokens:
             raise answer.error
+        return tokens
 
 
 class TokenStream(Iterator[Token]):
@@ -286,12 +327,13 @@ class TokenStream(Iterator[Token]):
         driver.add(answer)
 
     def __next__(self) -> Token:
-        if not self._ready:
-            self._driver.run(self.answer)
-            self._ready = self.answer.take()[::-1]
-        if not self._ready:
-            raise StopIteration
-        return self._ready.pop()
+        while True:
+            with suppress(IndexError):
+                return self._ready.pop()
+            tokens = self._driver.run(self.answer)
+            if not tokens:
+                raise StopIteration
+            self._ready[:0] = tokens[::-1]  # another thread may have put some there
 
     def close(self) -> None:
         """End the request."""

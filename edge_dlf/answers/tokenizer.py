@@ -217,10 +217,10 @@ class Tokenizer:
 
     def close(self) -> None:
         """End the processes that render the template and read forms. Calling it twice is no error."""
-        if self._forms is not None:
-            self._forms.close()
-        if self._template is not None:
-            self._template.close()
+        with self._lock:
+            for process in (self._forms, self._template):
+                if process is not None:
+                    process.close()
 
     def _with_bos(self, tokens: list[int]) -> list[int]:
         if self._model.adds_bos and tokens[:1] != [self._model.bos]:

@@ -89,7 +89,7 @@ def examine_family(load: Callable[[], tuple[FamilySpec, Mapping[str, Any]]]) -> 
         yield _problem("tokenizer", error, "take a base and experts made from models of the same series")
         return
     except ModelFileError as error:
-        yield _problem("files", error, "correct the path, or download the file again")
+        yield _problem("files", error, error.advice)
         return
     except LoadError as error:
         yield _problem("files", error, "correct the family")
@@ -245,6 +245,7 @@ def _template(files: FamilyFiles) -> Check:
 def _decodes(files: FamilyFiles, planner: Planner, n_ctx: int) -> Iterator[Check]:
     """Decode a few tokens with every member, each in a process of its own."""
     from ..families import guard
+    from ..gguf.info import MERGE
 
     try:
         plan = planner.plan(n_ctx)
@@ -258,6 +259,7 @@ def _decodes(files: FamilyFiles, planner: Planner, n_ctx: int) -> Iterator[Check
             yield _check(f"decode {name}", f"{found.tps:.1f} tokens/s alone", **facts)
         else:
             step = f"download the file again, or build llama.cpp again: {_REINSTALL}"
+            step = MERGE if name in files.loras else step
             yield _problem(f"decode {name}", found.reason, step, **facts)
 
 

@@ -14,7 +14,10 @@ from ..gguf.info import GGUFInfo, check_lora_fits, read_info
 from .spec import FamilySpec
 
 _UNUSED = 5  # GGUF's type of a token that never occurs
-_PADDING = re.compile(rb"(\[PAD\d+\]|<pad\d*>|<\|?(unused|extra|reserved|dummy)[\w-]*\|?>)", re.IGNORECASE)
+_PADDING = re.compile(
+    rb"[\[<]\|?([a-z]+_)*pad(ding)?(_?token|_id)?_?\d*\|?[\]>]|<\|?(unused|extra|reserved|dummy)[\w-]*\|?>",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,9 @@ def check_files(family: FamilySpec | str | Path) -> FamilyFiles:
         pairs = tuple((source.local_path(), 1.0 if scale is None else scale) for source, scale in expert.files)
         for path, _ in pairs:
             check_lora_fits(info(path), base)
+        paths = [path.resolve() for path, _ in pairs]
+        if twice := next((path for path in paths if paths.count(path) > 1), None):
+            raise FamilyError(f"expert {expert.name!r} names {twice} twice; name it once, with the sum of the scales")
         models[expert.name], loras[expert.name] = base, pairs
     for model in {id(model): model for model in models.values() if model is not large}.values():
         _check_one_tokenizer(large, model)

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..engine.backend import PLAIN_TOKENS, Run
 from ..errors import EdgeDLFError, ModelFileError
-from ..gguf.info import GGUFInfo, read_info
+from ..gguf.info import MERGE, GGUFInfo, read_info
 from ..gguf.rules import TRIED
 from ..llama import gpus, system_info
 from ..system.child import python_command
@@ -63,6 +63,27 @@ def require_runs(info: GGUFInfo, n_gpu_layers: int, split: Sequence[float] = ())
         raise ModelFileError(info.path, f"cannot be used, as a try in another process showed: {found.reason}")
 
 
+def require_adapters_run(
+    base: GGUFInfo, experts: Mapping[str, Adapters], n_gpu_layers: int, split: Sequence[float] = ()
+) -> None:
+    """Try LoRA experts, by name, over the base, before any of them is loaded in this process.
+
+    The results of earlier trials hold as long as the files and the build of llama.cpp are the same.
+    Raises ModelFileError if llama.cpp crashes on an adapter, or leaves a part of it out.
+    """
+    where: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "split": split}
+    new = [adapters for adapters in experts.values() if _remembered(base.shards, adapters) is None]
+    if len(new) > 1 and (found := try_model(base.shards, [pair for adapters in new for pair in adapters], **where)).ok:
+        for adapters in new:
+            remember(_COLLECTION, _key(base.shards, adapters), asdict(found))
+    for adapters in experts.values():
+        found = _remembered(base.shards, adapters) or try_model(base.shards, adapters, **where)
+        if not found.ok and found.is_final:
+            names = ", ".join(str(path) for path, _ in adapters)
+            reason = f"cannot be used over {base.path.name}, as a try in another process showed: {found.reason}"
+            raise ModelFileError(names, reason, MERGE)
+
+
 def try_model(
     shards: Sequence[Path],
     loras: Adapters = (),
@@ -85,9 +106,9 @@ def try_model(
     return found
 
 
-def _remembered(shards: Sequence[Path]) -> Trial | None:
+def _remembered(shards: Sequence[Path], loras: Adapters = ()) -> Trial | None:
     with suppress(TypeError):
-        return Trial(**recall(_COLLECTION, _key(shards, ())))
+        return Trial(**recall(_COLLECTION, _key(shards, loras)))
     return None
 
 
@@ -125,12 +146,15 @@ def main(question: str) -> None:
 def _decode(path: Path, loras: Adapters, gpu: Mapping[str, Any]) -> Trial:
     import numpy as np
 
-    from ..llama import LlamaBackend, Model
+    from ..llama import LlamaBackend, Model, applied_tensors
 
     model = Model(path, **gpu, weights=read_info(path).tensors)
     tokens = model.tokenize(b"The capital of France is", special=True) or [0]
     if model.adds_bos and model.bos is not None:
         tokens.insert(0, model.bos)
+    for lora, _ in loras:
+        if unread := sorted(read_info(lora).tensors.keys() - applied_tensors(model, lora)):
+            return Trial(False, f"{lora.name}: llama.cpp does not apply {unread[0]}, one of {len(unread)} such tensors")
     for n_ubatch in _attentions():
         backend = LlamaBackend(model, path.name, n_ctx=256, n_ubatch=n_ubatch, loras=loras)
         backend.decode([Run(0, tokens, 1)])

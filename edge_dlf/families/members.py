@@ -19,7 +19,7 @@ from ..system.machine import this_machine
 from ..system.remembered import states
 from .files import FamilyFiles
 from .footprint import footprint
-from .guard import require_runs
+from .guard import require_adapters_run, require_runs
 from .plan import Plan, Planner
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,9 @@ class Members:
                     require_runs(info, *where)
                     loaded[info.path] = Model(info.path, *where, info.tensors)
                     stack.callback(loaded[info.path].close)
+            if adapters := {m.name: files.loras[m.name] for m in plan.members if m.name in files.loras}:
+                one = next(iter(adapters))
+                require_adapters_run(files.models["base"], adapters, plan.layers[one], plan.splits[one])
             if self._streams is None:
                 self._streams = self._can_stream(plan, loaded)
             # Plain attention reads every cell of a cache, flash attention leaves out those of other sequences.

@@ -255,7 +255,7 @@ def read_toml(path: Path) -> Table:
         content = file.read(_MAX_FILE_BYTES + 1)
     _require(len(content) <= _MAX_FILE_BYTES, "is larger than 1 MiB, so it is no family.toml")
     try:
-        table: Table = tomllib.loads(content.decode("utf-8"))
+        table: Table = tomllib.loads(content.decode("utf-8-sig"))
         return table
     except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8, a number of thousands of digits
         raise InvalidParameterError(f"is not valid TOML: {error}") from error

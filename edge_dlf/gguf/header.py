@@ -38,13 +38,15 @@ _MAX_NAME_BYTES = 63  # GGML_MAX_NAME less its NUL
 _MAX_DIMS = 4
 _MAX_LAYERS = 512  # arrays up to this length keep their values: hyperparameters given layer by layer
 _MAX_KEPT_VALUES = 1 << 16
-_UINT32, _INT32, _STRING, _ARRAY = 4, 5, 8, 9
+_UINT32, _INT32, _FLOAT32, _STRING, _ARRAY = 4, 5, 6, 8, 9
 _SCALARS = {
     kind: struct.Struct(f"<{code}")
     for kind, code in zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
 }
 """Type of a value of the metadata that is no text and no array -> its layout."""
 _U32, _U64 = _SCALARS[4], _SCALARS[10]
+_TYPES = {"general.alignment": _UINT32, "adapter.lora.alpha": _FLOAT32}
+"""Keys whose value llama.cpp reads without a look at its type, which ends the process."""
 _TOKENS = "tokenizer.ggml.tokens"
 _TOKENIZER_LISTS = (_TOKENS, "tokenizer.ggml.merges")
 BLOCKS = {
@@ -232,11 +234,12 @@ def _check_distinct(header: _Cursor, texts: Texts) -> None:
 def _read_value(header: _Cursor, key: str) -> Scalar | Array:
     what = f"the value of {show(key)}"
     kind = header.number(_U32, what)
+    if kind != _TYPES.get(key, kind):
+        reason = f"damaged: {what} has the type {kind}, not {_TYPES[key]}"
+        raise ModelFileError(header.path, reason, "convert it to GGUF again, with llama.cpp's own scripts")
     if kind == _STRING:
         return header.text(what, _MAX_TEXT_BYTES).split(b"\0", 1)[0].decode("utf-8", "replace")
     if kind in _SCALARS:
-        if key == "general.alignment" and kind != _UINT32:
-            header.fail(f"damaged: {what} has the type {kind}, not {_UINT32}")
         scalar: bool | int | float = header.number(_SCALARS[kind], what)
         return scalar
     if kind != _ARRAY:

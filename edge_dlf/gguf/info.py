@@ -17,6 +17,9 @@ from .header import Array, Header, Scalar, Tensor, Vocabulary, read_header, show
 from .rules import NO_WEIGHTS, why_refused
 from .shards import shard_names
 
+CONVERT = "convert it to GGUF again, with llama.cpp's convert_lora_to_gguf.py"
+MERGE = "merge the adapter into its base (peft: merge_and_unload), convert that to GGUF, and give it as the expert"
+
 
 @dataclass(frozen=True)
 class GGUFInfo:
@@ -74,6 +77,8 @@ def read_info(path: str | Path, like: GGUFInfo | None = None) -> GGUFInfo:
         _fail(path, "does not name its architecture (general.architecture)")
     is_adapter = metadata.get("general.type") == "adapter"
     if is_adapter:
+        if len(shards) > 1:
+            _refuse(path, f"in {len(shards)} files, of which llama.cpp reads only the first")
         _check_adapter(path, metadata, tensors)
     elif reason := why_refused(architecture, metadata, first.vocabulary, tensors):
         _fail(path, reason)
@@ -95,17 +100,21 @@ def read_info(path: str | Path, like: GGUFInfo | None = None) -> GGUFInfo:
 def check_lora_fits(lora: GGUFInfo, base: GGUFInfo) -> None:
     """Raise ModelFileError, naming the file of `lora`, unless each of its pairs fits its tensor of `base`."""
     if not lora.is_adapter:
-        _fail(lora.path, "is a model, not a LoRA adapter")
+        _misfit(lora.path, "is a model, not a LoRA adapter")
     if lora.architecture != base.architecture:
-        _fail(lora.path, f"is a LoRA over {show(lora.architecture)}, {base.path.name} is {show(base.architecture)}")
+        _misfit(lora.path, f"is a LoRA over {show(lora.architecture)}, {base.path.name} is {show(base.architecture)}")
     for name, a, b in _lora_pairs(lora.tensors):
         if name not in base.tensors:
-            _fail(lora.path, f"is a LoRA over the tensor {show(name)}, which {base.path.name} does not have")
+            _misfit(lora.path, f"is a LoRA over the tensor {show(name)}, which {base.path.name} does not have")
+        if name == "token_embd.weight" and "output.weight" not in base.tensors:
+            _refuse(
+                lora.path, f"over {show(name)}, which {base.path.name} also has as its output; llama.cpp aborts on it"
+            )
         shape = base.tensors[name].shape
         is_embedding = name.endswith("token_embd.weight")  # its A is looked up by token, not multiplied
         wanted = (b.shape[1], a.shape[1]) if is_embedding else (a.shape[0], b.shape[1])
         if shape[:2] != wanted or shape[2:] != a.shape[2:]:
-            _fail(
+            _misfit(
                 lora.path,
                 f"is a LoRA over {show(name)} of shape {(*wanted, *a.shape[2:])}; in {base.path.name} it has {shape}",
             )
@@ -113,6 +122,15 @@ def check_lora_fits(lora: GGUFInfo, base: GGUFInfo) -> None:
 
 def _fail(path: Path, reason: str) -> NoReturn:
     raise ModelFileError(path, reason)
+
+
+def _misfit(lora: Path, reason: str) -> NoReturn:
+    raise ModelFileError(lora, reason, f"give the base that it was trained on, or {CONVERT}")
+
+
+def _refuse(lora: Path, reason: str) -> NoReturn:
+    """Fail over an adapter of which llama.cpp would abort, or leave something out without a word."""
+    raise ModelFileError(lora, f"is a LoRA adapter {reason}", MERGE)
 
 
 def _shards(path: Path, first: Header) -> tuple[Path, ...]:
@@ -149,25 +167,30 @@ def _lora_pairs(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor
 def _check_adapter(path: Path, metadata: Mapping[str, Scalar | Array], tensors: Mapping[str, Tensor]) -> None:
     kind, alpha = metadata.get("adapter.type"), metadata.get("adapter.lora.alpha")
     if kind != "lora":
-        _fail(path, f"is an adapter of type {show(str(kind))}; only LoRA adapters can be used")
+        _misfit(path, f"is an adapter of type {show(str(kind))}; only LoRA adapters can be used")
     if not isinstance(alpha, float) or not math.isfinite(alpha):
-        _fail(path, f"is a LoRA adapter whose adapter.lora.alpha is {alpha}")
+        _misfit(path, f"is a LoRA adapter whose adapter.lora.alpha is {alpha}")
+    for key in metadata:
+        if key.startswith("adapter.alora."):
+            _refuse(path, f"that is in effect after certain tokens only ({key}); here it would be from the start")
     for name in tensors:
         stem, _, suffix = name.rpartition(".")
         if suffix in ("lora_a", "lora_b"):
             other = f"{stem}.{'lora_b' if suffix == 'lora_a' else 'lora_a'}"
             if other not in tensors:
-                _fail(path, f"is a LoRA adapter without the tensor {show(other)}")
-        elif not name.endswith("_norm.weight"):
-            _fail(path, f"is a LoRA adapter with the tensor {show(name)}, which is not half of a pair")
+                _misfit(path, f"is a LoRA adapter without the tensor {show(other)}")
+        elif name.endswith("_norm.weight"):
+            _refuse(path, f"with the trained norm {show(name)}, which llama.cpp ignores")
+        else:
+            _misfit(path, f"is a LoRA adapter with the tensor {show(name)}, which is not half of a pair")
     pairs = _lora_pairs(tensors)
     if not pairs:
-        _fail(path, "is a LoRA adapter that changes nothing: it has no tensors")
+        _misfit(path, "is a LoRA adapter that changes nothing: it has no tensors")
     for name, a, b in pairs:
         if min(len(a.shape), len(b.shape)) < 2 or {a.type, b.type} & NO_WEIGHTS:
-            _fail(
+            _misfit(
                 path, f"damaged: its pair for {show(name)} has shapes {a.shape}, {b.shape} of type {a.type}, {b.type}"
             )
         rank = a.shape[0] if name.endswith("token_embd.weight") else a.shape[1]
         if rank != b.shape[0] or a.shape[2:] != b.shape[2:]:
-            _fail(path, f"damaged: the ranks of its pair for {show(name)} differ: shapes {a.shape} and {b.shape}")
+            _misfit(path, f"damaged: the ranks of its pair for {show(name)} differ: shapes {a.shape} and {b.shape}")

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import llama_cpp as lib
 
-from ..errors import InvalidParameterError, ModelFileError, OutOfMemoryError
+from ..errors import EdgeDLFError, InvalidParameterError, ModelFileError, OutOfMemoryError
 from ..gguf.header import Tensor
 from .amx import amx_crashes
+from .long_text import SHORT, check_runs, on_deep_stack, piece_pattern
 from .repack import overrides
 from .runtime import gpus, initialise
+
+_NAMED = lib.LLAMA_TOKEN_ATTR_UNKNOWN | lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
+"""Tokens that are found in a text by their names."""
 
 
 class Model:
@@ -54,88 +62,125 @@ class Model:
             params.tensor_buft_overrides = ctypes.cast(overridden, ctypes.c_void_p)
         self.path = path
         self._adapters: dict[Path, Any] = {}
+        self._lock = threading.RLock()
+        self._pid = self._lock_pid = os.getpid()
         # Kept, because they are needed for every token, and a call into C may have to wait for the GIL afterwards.
         self._eog: dict[int, bool] = {}
         self._pieces: dict[tuple[int, bool], bytes] = {}
         with log.listening():
-            self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
-        if not self.handle:
+            self._handle: Any = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._handle:
             if log.says_memory():
                 raise OutOfMemoryError(f"{path}: not enough memory for its weights ({log.reason()})")
             raise ModelFileError(path, f"llama.cpp cannot load it ({log.reason()})")
-        self.vocab = lib.llama_model_get_vocab(self.handle)
-        self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
-        self.n_bytes: int = lib.llama_model_size(self.handle)
-        self.n_ctx_train: int = lib.llama_model_n_ctx_train(self.handle)
+        self._vocab = vocab = lib.llama_model_get_vocab(self._handle)
+        self.n_vocab: int = lib.llama_vocab_n_tokens(vocab)
+        self.n_bytes: int = lib.llama_model_size(self._handle)
+        self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._handle)
+        self.can_trim = not (lib.llama_model_is_recurrent(self._handle) or lib.llama_model_is_hybrid(self._handle))
+        self.has_window = bool(lib.llama_model_n_swa(self._handle))
+        self.bos, self.eos, self.eot = (
+            _present(get(vocab)) for get in (lib.llama_vocab_bos, lib.llama_vocab_eos, lib.llama_vocab_eot)
+        )
+        self.adds_bos = bool(lib.llama_vocab_get_add_bos(vocab)) and self.bos is not None
+        self._kind = lib.llama_vocab_type(vocab)
+        pre = ctypes.create_string_buffer(64)
+        lib.llama_model_meta_val_str(self._handle, b"tokenizer.ggml.pre", pre, len(pre))
+        self._pre_tokenizer = pre.value.decode("utf-8", "replace")
+        template = lib.llama_model_chat_template(self._handle, None)
+        self.chat_template: str | None = template.decode("utf-8", "replace") if template else None
 
     @property
-    def can_trim(self) -> bool:
-        """Whether the KV cache can be rolled back; recurrent and hybrid models keep a state that cannot."""
-        return not (lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
+    def handle(self) -> Any:
+        """llama.cpp's model. Raises EdgeDLFError where it has been closed."""
+        with self._open():
+            return self._handle
 
     @property
-    def has_window(self) -> bool:
-        """Whether some layers use sliding-window attention."""
-        return bool(lib.llama_model_n_swa(self.handle))
+    def vocab(self) -> Any:
+        """llama.cpp's vocabulary. Raises EdgeDLFError where it has been closed."""
+        with self._open() as vocab:
+            return vocab
 
-    @property
-    def chat_template(self) -> str | None:
-        """The jinja template of the model's file."""
-        template = lib.llama_model_chat_template(self.handle, None)
-        return template.decode("utf-8", "replace") if template else None
-
-    @property
-    def bos(self) -> int | None:
-        """The token that begins a text, where the vocabulary has one."""
-        token = lib.llama_vocab_bos(self.vocab)
-        return token if token >= 0 else None
-
-    @property
-    def eos(self) -> int | None:
-        """The token that ends a text, where the vocabulary has one."""
-        token = lib.llama_vocab_eos(self.vocab)
-        return token if token >= 0 else None
-
-    @property
-    def eot(self) -> int | None:
-        """The token that ends a turn of a chat, where the vocabulary has one."""
-        token = lib.llama_vocab_eot(self.vocab)
-        return token if token >= 0 else None
-
-    @property
-    def adds_bos(self) -> bool:
-        """Whether the model expects its BOS token before every text."""
-        return bool(lib.llama_vocab_get_add_bos(self.vocab)) and self.bos is not None
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        """Keep the vocabulary from being freed by another thread meanwhile. Raises EdgeDLFError where it has been."""
+        if os.getpid() != self._lock_pid:  # a forked child: another thread of the parent may have held the lock
+            self._lock, self._lock_pid = threading.RLock(), os.getpid()
+        with self._lock:
+            if self._handle is None:
+                raise EdgeDLFError("this model has been closed")
+            yield self._vocab
 
     def is_eog(self, token: int) -> bool:
         """Whether `token` ends generation."""
         if token not in self._eog:
-            self._eog[token] = bool(lib.llama_vocab_is_eog(self.vocab, token))
+            with self._open() as vocab:
+                self._eog[token] = bool(lib.llama_vocab_is_eog(vocab, token))
         return self._eog[token]
 
     def control_tokens(self) -> list[int]:
         """Every control token. Text of a user must never become one."""
-        is_control = lib.llama_vocab_is_control
-        return [token for token in range(self.n_vocab) if is_control(self.vocab, token)]
+        with self._open() as vocab:
+            return [token for token in range(self.n_vocab) if lib.llama_vocab_is_control(vocab, token)]
 
     def tokenize(self, text: bytes, *, special: bool) -> list[int]:
-        """Token ids of `text`, with no BOS added; `special` reads the names of control tokens as these tokens."""
+        """Token ids of `text`, with no BOS added; `special` reads the names of control tokens as these tokens.
+
+        Raises InvalidParameterError or OutOfMemoryError for a text that is too long for this vocabulary's tokenizer.
+        """
+        if len(text) <= SHORT:
+            return self._tokens(text, special)
+        if self._kind == lib.LLAMA_VOCAB_TYPE_BPE:
+            read = text.decode("utf-8", "replace")
+            check_runs(read, self._pre_tokenizer)
+            return on_deep_stack(read, lambda: self._tokens(text, special))
+        if self._kind != lib.LLAMA_VOCAB_TYPE_SPM:
+            return self._tokens(text, special)
+        with suppress(UnicodeDecodeError):
+            first, *rest = self._piece.findall(text.decode())
+            tokens = self._tokens(first.encode(), special)
+            for piece in rest:
+                tokens += self._tokens(piece.encode(), special)[self._n_leading(piece) :]
+            return tokens
+        return self._tokens(text, special)
+
+    def _tokens(self, text: bytes, special: bool) -> list[int]:
         size = len(text) + 8
-        while True:
-            tokens = (lib.llama_token * size)()
-            n_tokens = lib.llama_tokenize(self.vocab, text, len(text), tokens, size, False, special)
-            if n_tokens >= 0:
-                return list(tokens[:n_tokens])
-            if n_tokens == -(2**31):
-                raise InvalidParameterError("the text has more tokens than llama.cpp can count")
-            size = -n_tokens
+        with self._open() as vocab:
+            while True:
+                tokens = (lib.llama_token * size)()
+                n_tokens = lib.llama_tokenize(vocab, text, len(text), tokens, size, False, special)
+                if n_tokens >= 0:
+                    return list(tokens[:n_tokens])
+                if n_tokens == -(2**31):
+                    raise InvalidParameterError("the text has more tokens than llama.cpp can count")
+                size = -n_tokens
+
+    def _n_leading(self, piece: str) -> int:
+        """Tokens that llama.cpp puts before a piece that begins with an unknown character, which is its bytes."""
+        first = piece[0].encode()
+        return len(self._tokens(first, False)) - len(first)
+
+    @cached_property
+    def _piece(self) -> re.Pattern[str]:
+        """Pattern of the pieces of a long text."""
+        with self._open() as vocab:
+            names = [
+                (lib.llama_vocab_get_text(vocab, n), lib.llama_vocab_get_attr(vocab, n)) for n in range(self.n_vocab)
+            ]
+        texts = [(name.decode("utf-8", "replace"), attributes) for name, attributes in names]
+        ends = {name[-1] for name, attributes in texts if name and attributes & _NAMED}
+        # A space stands in the tokens as another character.
+        return piece_pattern("".join({" "}.union(*(name for name, _ in texts))), "".join(ends | {" "}))
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Bytes of `token`; control tokens are empty unless `special`."""
         size = 64
         while (token, special) not in self._pieces:
             buffer = ctypes.create_string_buffer(size)
-            n_bytes = lib.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            with self._open() as vocab:
+                n_bytes = lib.llama_token_to_piece(vocab, token, buffer, size, 0, special)
             if n_bytes >= 0:
                 self._pieces[token, special] = buffer.raw[:n_bytes]
             size = -n_bytes
@@ -154,6 +199,14 @@ class Model:
 
     def close(self) -> None:
         """Free weights and adapters; every context over the model must be closed before."""
-        if self.handle:
-            lib.llama_model_free(self.handle)
-            self.handle = None
+        if os.getpid() != self._pid:  # what a forked child has belongs to its parent
+            return
+        with self._lock:
+            if self._handle is not None:
+                lib.llama_model_free(self._handle)
+                self._handle = None
+
+
+def _present(token: int) -> int | None:
+    """The token, or None for what stands for a token that the vocabulary does not have."""
+    return token if token >= 0 else None
