@@ -84,7 +84,7 @@ def step(decoder: Decoder, generation: Generation) -> list[Pick]:
 class EachThird:
     """A constraint: at each place of the answer another third of the tokens may stand.
 
-    n_asks: how often a question has to be asked until it is answered.
+    n_asks: how often a question has to be asked until it is answered, then and later.
     """
 
     def __init__(self, n_asks: int = 1) -> None:
@@ -94,7 +94,7 @@ class EachThird:
 
     def banned(self, ahead: Sequence[int], token: int, patience_s: float | None) -> npt.NDArray[np.int64] | None:
         self.asked.append(([*self.taken, *ahead], token))
-        if patience_s is not None and self.asked.count(self.asked[-1]) % self.n_asks:
+        if patience_s is not None and self.asked.count(self.asked[-1]) < self.n_asks:
             raise StillComputingError
         allowed = (len(self.taken) + len(ahead) + np.arange(N_VOCAB)) % 3 == 0
         return None if allowed[token] else np.flatnonzero(~allowed)
