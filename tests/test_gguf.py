@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import random
 import struct
+from array import array
 from pathlib import Path
 
 import gguf
@@ -17,6 +19,7 @@ from edge_dlf import ModelFileError
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.gguf.header import Array, header_hash, read_header
 from edge_dlf.gguf.info import check_lora_fits, read_info
+from edge_dlf.gguf.texts import Texts, plain_starts, repeated
 
 from .tiny import CHATML, SPECIAL_TOKENS, tiny_lora, tiny_model
 
@@ -419,3 +422,20 @@ def test_real_files_truncated_and_flipped(real_family: str, tmp_path: Path) -> N
             os.truncate(copy, info.file_bytes)
             with contextlib.suppress(ModelFileError):
                 read_info(copy)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_arrays_of_strings_are_read_as_one_length_after_the_other(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [0, 1, 7, 8, 9, 16, 255, 256, 257, 512, 65535, 65536, 70000] if seed % 2 else range(1, 12)
+    strings = [rng.randbytes(rng.choice(lengths)) for _ in range(rng.randrange(1, 200))]
+    strings = [string if rng.random() < 0.1 else string.replace(b"\0", b"x") for string in strings]
+    content = b"".join(len(string).to_bytes(8, "little") + string for string in strings)
+    ends = [0, *itertools.accumulate(8 + len(string) for string in strings)]
+    for behind in (b"", b"\1" * 9, bytes(20)):
+        for n in {len(strings), len(strings) // 2}:
+            found = plain_starts(content + behind, n).tolist()
+            assert found == ends[: len(found)]
+            assert len(found) <= n + 1
+    as_c = [string.split(b"\0", 1)[0] or b"[EMPTY_%d]" % number for number, string in enumerate(strings)]
+    assert (repeated(Texts(content, array("q", ends))) is None) == (len(set(as_c)) == len(as_c))

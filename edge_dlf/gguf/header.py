@@ -11,10 +11,8 @@ import math
 import os
 import stat
 import struct
-from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -22,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidParameterError, ModelFileError
+from .texts import NO_TEXTS, Texts, plain_starts, repeated
 
 Scalar = bool | int | float | str
 
@@ -82,27 +81,6 @@ class Array:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """An array of strings as it stands in a file, each after its length in 8 bytes.
-
-    starts: where the length of each begins, and the end of the last.
-    """
-
-    data: bytes
-    starts: array[int]
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def since(self, first: int) -> Iterator[bytes]:
-        """The strings from number `first` on."""
-        return (self.data[start + 8 : end] for start, end in pairwise(self.starts[first:]))
-
-
-_NO_TEXTS = Texts(b"", array("q", [0]))
-
-
-@dataclass(frozen=True)
 class Tensor:
     """A tensor's type, shape (row length first, as llama.cpp has it) and size."""
 
@@ -125,7 +103,7 @@ class Vocabulary:
     @property
     def tokens(self) -> Texts:
         """Text of every token, by id."""
-        return self.lists.get(_TOKENS, _NO_TEXTS)
+        return self.lists.get(_TOKENS, NO_TEXTS)
 
 
 @dataclass(frozen=True)
@@ -202,8 +180,9 @@ class _Cursor:
         if len(like) == n and self.buffer.startswith(like.data, pos):
             self.pos += len(like.data)
             return like
-        starts, unpack = array("q", [0]), _U64.unpack_from
-        for _ in range(n):
+        starts, unpack = plain_starts(self.buffer[pos : pos + _FIRST_READ_BYTES], n), _U64.unpack_from
+        pos += starts[-1]
+        for _ in range(n + 1 - len(starts)):
             if pos + 8 > len(self.buffer):
                 self.pos = min(pos, self.file_bytes)
                 self.need(8, what)
@@ -214,21 +193,6 @@ class _Cursor:
         self.pos = min(pos, self.file_bytes + 1)
         self.need(0, what)
         return Texts(self.buffer[begin : self.pos], starts)
-
-
-def _check_distinct(header: _Cursor, texts: Texts) -> None:
-    """Fail where two entries of the vocabulary are the same as C reads them: llama.cpp aborts on it."""
-    # By hashes and counts: half a million entries must not take 200 MB.
-    lengths = np.diff(np.frombuffer(texts.starts, np.int64)) - 8
-    n_not_nul = np.count_nonzero(np.frombuffer(texts.data, np.uint8)) - np.count_nonzero(lengths.view(np.uint8))
-    if n_not_nul == lengths.sum() and lengths.all() and len({*map(hash, texts.since(0))}) == len(texts):
-        return
-    seen: dict[int, int] = {}
-    for number, entry in enumerate(texts.since(0)):
-        text = entry.split(b"\0", 1)[0] or b"[EMPTY_%d]" % number
-        first = seen.setdefault(hash(text), number)
-        if first != number:
-            header.fail(f"damaged: its tokens {first} and {number} are both {show(text)}")
 
 
 def _read_value(header: _Cursor, key: str) -> Scalar | Array:
@@ -250,12 +214,13 @@ def _read_value(header: _Cursor, key: str) -> Scalar | Array:
             header.fail(f"damaged: {what} is an array of {length:,} texts")
         if key == _TOKENS and length > _MAX_VOCAB:
             header.fail(f"its vocabulary has {length:,} entries; the most that can be used are {_MAX_VOCAB:,}")
-        known = header.like.get(key, _NO_TEXTS)
+        known = header.like.get(key, NO_TEXTS)
         texts = header.texts(length, what, known)
         if key in _TOKENIZER_LISTS:
             header.lists[key] = texts
-        if key == _TOKENS and not known.data.startswith(texts.data):
-            _check_distinct(header, texts)
+        if key == _TOKENS and not known.data.startswith(texts.data) and (twice := repeated(texts)):
+            first, number, text = twice
+            header.fail(f"damaged: its tokens {first} and {number} are both {show(text)}")
         return Array(kind, length)
     if kind not in _SCALARS:
         header.fail(f"damaged: {what} is an array of the unknown type {kind}")
