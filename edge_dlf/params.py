@@ -14,7 +14,11 @@ import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+import numpy as np
+import numpy.typing as npt
 
 from .errors import InvalidParameterError
 
@@ -329,6 +333,12 @@ class SamplingParams:
     def penalises(self) -> bool:
         """Whether a token's chance depends on the tokens before it."""
         return self.repeat_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    @cached_property
+    def biases(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Tokens of logit_bias, ascending, and what is added to their logits. Computed once: there may be many."""
+        pairs = sorted((self.logit_bias or {}).items())
+        return np.array([token for token, _ in pairs], np.int64), np.array([value for _, value in pairs], np.float64)
 
 
 _FIELDS = (*dataclasses.fields(FusionParams), *dataclasses.fields(SamplingParams))

@@ -176,16 +176,17 @@ def _error(names: Sequence[str], member: int, fault: int, token: int, draw: Draw
 
 def _biases(draw: Draw, n_vocab: int) -> tuple[Int64Array, Float64Array]:
     """Tokens of logit_bias and banned tokens, ascending, and what is added to their logits."""
-    bias = dict(draw.sampling.logit_bias or {})
-    if draw.banned is None and not bias:
-        return _NO_TOKENS, _NO_BIASES
-    banned = _NO_TOKENS if draw.banned is None else draw.banned
-    tokens = np.union1d(banned, np.array([token for token in bias if token < n_vocab], np.int64)) if bias else banned
-    values = np.full(len(tokens), -np.inf)
-    if bias:
-        is_free = ~np.isin(tokens, banned)
-        values[is_free] = [bias[token] for token in tokens[is_free].tolist()]
-    return tokens, values
+    own, values = draw.sampling.biases
+    n_known = int(np.searchsorted(own, n_vocab))
+    own, values = own[:n_known], values[:n_known]
+    if draw.banned is None:
+        return own, values
+    tokens = np.union1d(draw.banned, own) if n_known else draw.banned
+    added = np.full(len(tokens), -np.inf)
+    if n_known:
+        is_free = ~np.isin(own, draw.banned, assume_unique=True)
+        added[np.searchsorted(tokens, own[is_free])] = values[is_free]
+    return tokens, added
 
 
 class AlphaSearch:

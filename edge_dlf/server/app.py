@@ -39,6 +39,8 @@ MAX_BODY = 8 * 2**20
 """Bytes of the longest body."""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 """Names of this machine for itself."""
+_SHORT_BODY = 64 * 2**10
+"""Bytes of a body that is read in no time."""
 _BODY_S = 30.0
 """Seconds that a client may take to send a body."""
 _OPEN = ("/", "/health")
@@ -175,7 +177,7 @@ class _Service:
 
     async def answer(self, request: Request, *, is_chat: bool) -> Response:
         try:
-            call = Call.parse(await _read(request), self.models, is_chat=is_chat)
+            call = await self._parsed(await _read(request), is_chat=is_chat)
             ticket = self.thread.ticket(len(call.requests), is_streamed=call.stream)
             try:
                 return await self._respond(request, call, ticket)
@@ -186,6 +188,11 @@ class _Service:
             raise
         except Exception as error:
             raise HTTPError.of(error) from error
+
+    async def _parsed(self, body: bytes, *, is_chat: bool) -> Call:
+        """Read a body, a long one beside other requests."""
+        parse = partial(Call.parse, body, self.models, is_chat=is_chat)
+        return parse() if len(body) <= _SHORT_BODY else await asyncio.to_thread(parse)
 
     async def _respond(self, request: Request, call: Call, ticket: Ticket) -> Response:
         loop = asyncio.get_running_loop()
