@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -55,6 +55,7 @@ class FusedLlama:
     remembers it. Members on the CPU are decoded in turn.
     n_parallel: requests that `batch` decodes at once; "auto" is 16, or 32 on a GPU. They share as many positions of a
     KV cache as memory allows, n_ctx at least.
+    as_correctors: experts that correct this large model without the base, whatever their files say of themselves.
     Its attribute `files` holds the headers of the family's files, `cache_types` the types of the KV cache.
 
     Raises LoadError (ModelFileError, FamilyError, VocabMismatchError) or OutOfMemoryError. One request at a time: a new
@@ -76,9 +77,10 @@ class FusedLlama:
         type_v: str | None = None,
         n_parallel: int | Literal["auto"] = 1,
         overlap: Overlap | Literal["auto"] = "auto",
+        as_correctors: Collection[str] = (),
     ) -> None:
         self._load(
-            check_files(FamilySpec.from_files(large, base, experts)),
+            check_files(FamilySpec.from_files(large, base, experts, as_correctors)),
             n_ctx=n_ctx,
             n_gpu_layers=n_gpu_layers,
             main_gpu=main_gpu,

@@ -52,6 +52,18 @@ def tiny_llm(tiny: Path) -> Iterator[FusedLlama]:
 
 
 @pytest.fixture(scope="session")
+def corrected(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a family of the tiny large model and a corrector, whose LoRA is over the tiny base."""
+    folder = tmp_path_factory.mktemp("corrected")
+    tiny_lora(folder / "fix.gguf", seed=4, trained=("corrector", tiny / "large.gguf"))
+    (folder / "family.toml").write_text(
+        f'name = "corrected"\n[large]\npath = "{tiny}/large.gguf"\n[base]\npath = "{tiny}/base.gguf"\n'
+        '[[experts]]\nname = "fix"\nlora = "fix.gguf"\n[defaults]\ntemperature = 0.0\n'
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def real_family() -> str:
     """The family that EDGE_DLF_TEST_FAMILY names; tests that need it are skipped where it is not set."""
     family = os.environ.get("EDGE_DLF_TEST_FAMILY")
