@@ -138,14 +138,9 @@ class FusedLlama:
             self._members.close()
             raise
         tokenizer = Tokenizer(self._members.vocabulary, files.n_vocab, ensemble.n_ctx)
+        spec = files.spec
         self._open_preparer: Preparer | None = Preparer(
-            self.name,
-            files.spec.defaults,
-            files.spec.profiles,
-            files.spec.profile,
-            ensemble,
-            tokenizer,
-            self._members.is_eog,
+            self.name, spec.defaults, spec.profiles, spec.profile, ensemble, tokenizer, self._members.is_eog
         )
         self._ensemble, self._driver = ensemble, Driver(decoder)
         n_ctx_train = files.models["large"].n_ctx_train

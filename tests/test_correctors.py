@@ -186,7 +186,7 @@ class TestFiles:
         assert list(files.models) == ["large", "fix"]
         assert files.methods == ("static", "weighted", "large")
         assert files.spec.defaults == {"method": "static", "temperature": 0.0}
-        assert files.roles({}) == Roles(("large", "fix"), ("fix",), (1.0, 1.0))
+        assert files.roles(files.spec.settings()) == Roles(("large", "fix"), ("fix",), (1.0, 1.0))
 
     def test_one_that_was_trained_through_the_fusion_is_an_expert(self, tiny: Path, tmp_path: Path) -> None:
         tiny_lora(tmp_path / "e.gguf", trained=("fusion", tiny / "base.gguf"))
@@ -229,8 +229,8 @@ class TestFiles:
         files = check_files(self.family(tiny, tmp_path, self.expert("lora") + self.expert("fix")))
         assert list(files.models) == ["large", "base", "lora", "fix"]
         assert files.methods == ("static", "weighted", "large", "base", "lora")
-        assert files.roles({"alpha": {"fix": 1.0}}).members == ("large", "fix")
-        assert files.roles({"alpha": 0.5}).weights == (1.0, -0.5, 0.5, 0.5)
+        assert files.roles({**files.spec.settings(), "alpha": {"fix": 1.0}}).members == ("large", "fix")
+        assert files.roles({**files.spec.settings(), "alpha": 0.5}).weights == (1.0, -0.5, 0.5, 0.5)
 
     def test_defaults_that_it_cannot_do(self, tiny: Path, corrected: Path, tmp_path: Path) -> None:
         shutil.copy(corrected / "fix.gguf", tmp_path)
@@ -303,7 +303,7 @@ class TestInMemory:
 
     def test_what_a_server_offers(self, tiny: Path, corrected: Path) -> None:
         with FusedLlama.from_family(corrected, n_ctx=128, n_threads=1) as llm:
-            assert models_of(llm, {}) == {"corrected": {"method": "static"}, "corrected:large": {"method": "large"}}
+            assert models_of(llm, {}) == {"corrected": {}, "corrected:large": {"edge_dlf": {"method": "large"}}}
             given = {"method": "weighted", "weights": {"large": 1.0, "fix": 0.5}}
             assert list(models_of(llm, given)) == [f"corrected{way}" for way in ("", ":static", ":weighted", ":large")]
 

@@ -65,7 +65,9 @@ class AnswerLosses:
         rows = np.concatenate([np.arange(self.starts[k], self.starts[k + 1]) for k in numbers])
         kept = tuple(self.kept[k] for k in numbers)
         starts = np.cumsum([0, *map(len, kept)])
-        return AnswerLosses(self.methods, self.rows.take(rows), starts, kept, self.losses[rows], self.right[rows])
+        return replace(
+            self, rows=self.rows.take(rows), starts=starts, kept=kept, losses=self.losses[rows], right=self.right[rows]
+        )
 
 
 def fixed_methods(files: FamilyFiles) -> tuple[Method, ...]:

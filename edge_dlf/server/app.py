@@ -171,9 +171,9 @@ class _Service:
 
     def _model(self, name: str) -> Dict:
         fields, spec = self.models[name], self.llm.files.spec
-        given = {**DEFAULTS, **spec.settings(fields.get("profile")), **self.rules.settings, **fields.get("edge_dlf", {})}
+        own = {**spec.settings(fields.get("profile")), **self.rules.settings, **fields.get("edge_dlf", {})}
         about = {"id": name, "object": "model", "created": 0, "owned_by": "edge-dlf"}
-        return {**about, "method": given["method"], "experts": list(self.llm.experts)}
+        return {**about, "method": own.get("method", DEFAULTS["method"]), "experts": list(self.llm.experts)}
 
     async def answer(self, request: Request, *, is_chat: bool) -> Response:
         try:
