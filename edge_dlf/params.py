@@ -241,7 +241,7 @@ def _check(params: FusionParams | SamplingParams) -> None:
 class FusionParams:
     """How the members' logits become one row.
 
-    With "dynamic" and "static": fused = large + Σ_t α_t (expert_t − base).
+    With "dynamic" and "static": fused = large + Σ_t α_t (expert_t − base); "static" adds α_t corrector_t as it is.
     With "weighted": fused(v) ∝ exp Σ_m w_m log p_m(v), over the members m with a weight w_m other than 0. Weights
     (1, −Σα, α_1, …) of large, base and experts are "static", 0.5 for large and 0.5 for all experts together "blend", a
     single weight of 1 that member alone.
