@@ -144,6 +144,7 @@ class TestEngine:
         ("settings", "reason"),
         [
             ({"method": "dynamic"}, "method dynamic finds α from what experts change in a base; .*fix.* is added"),
+            ({"method": "blend"}, "method blend takes a half of the large model; .*fix.* corrects the whole of it"),
             ({"method": "fix"}, "fix is a corrector: its logits mean nothing unless the large model's are added"),
             ({"method": "weighted", "weights": {"fix": 1.0}}, "fix is a corrector: .* a weight for large"),
             ({"method": "static", "plausibility": 0.1}, "plausibility goes by what an expert finds likely alone"),
