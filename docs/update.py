@@ -8,7 +8,8 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from edge_dlf.cli import main
-from edge_dlf.params import SETTINGS, Setting, Text, show
+from edge_dlf.cli.screen import show
+from edge_dlf.params import SETTINGS, Setting, Text
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/*.md")])

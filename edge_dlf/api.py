@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -51,8 +51,9 @@ class FusedLlama:
     "queue" hands all over from one thread, "threads" from a thread each; "auto" measures once what is fastest here, and
     remembers it. Members on the CPU are decoded in turn.
     n_parallel: requests that `batch` decodes at once; "auto" is 16, or 32 on a GPU. They share as many positions of a
-    KV cache as memory allows, n_ctx at least. Its attribute `files` holds the headers of the family's files,
-    `cache_types` the types of the KV cache.
+    KV cache as memory allows, n_ctx at least.
+    as_correctors: experts that correct this large model without the base, whatever their files say of themselves.
+    Its attribute `files` holds the headers of the family's files, `cache_types` the types of the KV cache.
 
     Raises LoadError (ModelFileError, FamilyError, VocabMismatchError) or OutOfMemoryError. One request at a time: a new
     one ends the one before. A context manager.
@@ -73,9 +74,10 @@ class FusedLlama:
         type_v: str | None = None,
         n_parallel: int | Literal["auto"] = 1,
         overlap: Overlap | Literal["auto"] = "auto",
+        as_correctors: Collection[str] = (),
     ) -> None:
         self._load(
-            check_files(FamilySpec.from_files(large, base, experts)),
+            check_files(FamilySpec.from_files(large, base, experts, as_correctors)),
             n_ctx=n_ctx,
             n_gpu_layers=n_gpu_layers,
             main_gpu=main_gpu,
@@ -133,14 +135,9 @@ class FusedLlama:
             self._members.close()
             raise
         tokenizer = Tokenizer(self._members.vocabulary, files.n_vocab, ensemble.n_ctx)
+        spec = files.spec
         self._open_preparer: Preparer | None = Preparer(
-            self.name,
-            files.spec.defaults,
-            files.spec.profiles,
-            files.spec.profile,
-            ensemble,
-            tokenizer,
-            self._members.is_eog,
+            self.name, spec.defaults, spec.profiles, spec.profile, ensemble, tokenizer, self._members.is_eog
         )
         self._ensemble, self._driver = ensemble, Driver(decoder)
         n_ctx_train = files.models["large"].n_ctx_train

@@ -31,8 +31,7 @@ the other without waiting for any, or handed over by a thread each."""
 OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 
 _T = TypeVar("_T")
-_FINITE = 1e38
-"""Numbers below this are finite as float32."""
+_FINITE = 1e38  # as float32
 
 
 def _require(condition: bool, message: str) -> None:
@@ -254,7 +253,7 @@ def _check(params: FusionParams | SamplingParams) -> None:
 class FusionParams:
     """How the members' logits become one row.
 
-    With "dynamic" and "static": fused = large + Σ_t α_t (expert_t − base).
+    With "dynamic" and "static": fused = large + Σ_t α_t (expert_t − base); "static" adds α_t corrector_t as it is.
     With "weighted": fused(v) ∝ exp Σ_m w_m log p_m(v), over the members m with a weight w_m other than 0. Weights
     (1, −Σα, α_1, …) of large, base and experts are "static", 0.5 for large and 0.5 for all experts together "blend", a
     single weight of 1 that member alone.
@@ -399,12 +398,3 @@ def check_names(fusion: FusionParams, experts: Sequence[str]) -> None:
     members = ("large", "base", *experts)
     unknown = [name for name in fusion.weights or () if name not in members]
     _require(not unknown, f"weights names {', '.join(map(repr, unknown))}; the members are {', '.join(members)}")
-
-
-def show(value: Any) -> str:
-    """Return a setting's value on one line, as `parse` reads it."""
-    if isinstance(value, Mapping):
-        return ",".join(f"{name}={number:g}" for name, number in value.items())
-    if isinstance(value, tuple):
-        return " ".join(map(repr, value))
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -16,7 +16,7 @@ from huggingface_hub.utils import close_session
 from edge_dlf import FusedLlama
 
 from .hub_server import HubServer, hub_server
-from .tiny import tiny_family
+from .tiny import tiny_family, tiny_lora
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -39,6 +39,18 @@ def tiny_llm(tiny: Path) -> Iterator[FusedLlama]:
     """The tiny family in memory; greedy by its defaults, a context of 256."""
     with FusedLlama.from_family(tiny, n_ctx=256, n_threads=1) as llm:
         yield llm
+
+
+@pytest.fixture(scope="session")
+def corrected(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a family of the tiny large model and a corrector, whose LoRA is over the tiny base."""
+    folder = tmp_path_factory.mktemp("corrected")
+    tiny_lora(folder / "fix.gguf", seed=4, trained=("corrector", tiny / "large.gguf"))
+    (folder / "family.toml").write_text(
+        f'name = "corrected"\n[large]\npath = "{tiny}/large.gguf"\n[base]\npath = "{tiny}/base.gguf"\n'
+        '[[experts]]\nname = "fix"\nlora = "fix.gguf"\n[defaults]\ntemperature = 0.0\n'
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -374,7 +374,7 @@ def test_an_unknown_argument_is_named(tiny_llm: FusedLlama, name: str) -> None:
     [
         ({"max_tokens": 0}, "max_tokens must be 1 or more, not 0"),
         ({"stop": [""]}, "stop string"),
-        ({"method": "poetry"}, "'poetry' is none of"),
+        ({"method": "poetry"}, "method must be one of .*, not 'poetry'"),
         ({"temperature": -1.0}, "temperature"),
         ({"logit_bias": {10**6: 1.0}}, "no token 1000000"),
         ({"prompts": {"poetry": "x"}}, "prompts names 'poetry'"),

@@ -11,13 +11,13 @@ import numpy.typing as npt
 import pytest
 
 from edge_dlf import FusionParams, NonFiniteLogitsError, SamplingParams
+from edge_dlf.cli.screen import show
 from edge_dlf.engine.constraint import Constraint, StillComputingError
 from edge_dlf.engine.decoder import Decoder
 from edge_dlf.engine.ensemble import Ensemble
 from edge_dlf.engine.generation import Generation, GenerationRequest
 from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.fusion.records import Pick
-from edge_dlf.params import show
 
 from . import naive
 from .fake_backend import FakeBackend

@@ -55,7 +55,8 @@ def test_a_method_decodes_only_the_members_it_needs(method: str, members: tuple[
 def test_an_unknown_method_is_named_with_the_known_ones() -> None:
     ensemble, _ = family()
     with pytest.raises(
-        InvalidParameterError, match=r"'poetry' is none of dynamic, static, blend, weighted, large, base, maths, law"
+        InvalidParameterError,
+        match="method must be one of dynamic, static, blend, weighted, large, base, maths, law, not 'poetry'",
     ):
         ensemble.roles(FusionParams(method="poetry"))
 

@@ -11,7 +11,8 @@ import pytest
 
 from edge_dlf import FusionParams, InvalidParameterError, SamplingParams
 from edge_dlf.cli import main
-from edge_dlf.params import DEFAULTS, FUSION, SAMPLING, SETTINGS, check_settings, settable, show
+from edge_dlf.cli.screen import show
+from edge_dlf.params import DEFAULTS, FUSION, SAMPLING, SETTINGS, check_settings, settable
 from edge_dlf.server import openapi
 from edge_dlf.server.calls import MAX_CHOICES, MAX_TOP_LOGPROBS
 

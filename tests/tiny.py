@@ -12,6 +12,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from edge_dlf.gguf.header import header_hash
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -232,16 +234,20 @@ def tiny_lora(
     strength: float = 0.5,
     n_embd: int = 32,
     n_layer: int = 2,
+    trained: tuple[str, Path] | None = None,
 ) -> Path:
     """Write a LoRA adapter over `tiny_model` of the same `arch`, `n_embd` and `n_layer`, and return `path`.
 
     It adds `alpha / rank · B A` to the query and down projections; `strength` is its size relative to their weights (at
-    alpha = rank), 0 changes nothing.
+    alpha = rank), 0 changes nothing. trained: what its metadata says that it was trained as, and for which large model.
     """
     writer = gguf.GGUFWriter(path, arch)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
+    if trained:
+        writer.add_string("edge_dlf.trained.through", trained[0])
+        writer.add_string("edge_dlf.trained.large", header_hash(trained[1]))
     rng = np.random.default_rng(seed)
     for layer in range(n_layer):
         for name, rows, columns in (("attn_q", n_embd, n_embd), ("ffn_down", n_embd, 2 * n_embd)):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import EdgeDLFError
-from ..params import METHODS
 from .opening import family_command, open_family
 from .options import Options, family_argument, method_option, shared_options
 from .screen import Screen
@@ -38,12 +37,12 @@ def chat(ctx: click.Context, /, trace: Path | None, **shared: Any) -> None:
     options, screen = Options.of(ctx, shared), Screen()
     with tracing(trace, options.spec.name) as tracer, open_family(options, screen) as llm:
         conversation = Conversation(options.system)
-        session = Session(llm, screen, dict(options.settings), options.spec, conversation, tracer)
+        session = Session(llm, screen, dict(options.settings), llm.files.spec, conversation, tracer)
         if not screen.is_terminal:
             ctx.exit(answer_lines(session))
         from .editor import Editor
 
-        ctx.exit(converse(session, Editor((*METHODS, *llm.experts), screen.say)))
+        ctx.exit(converse(session, Editor(llm.files.methods, screen.say)))
 
 
 def converse(session: Session, editor: Editor) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import InvalidParameterError
-from ..params import METHODS, Setting, settable, show
+from ..params import Setting, settable
 from . import conversation
-from .screen import one_line
+from .screen import one_line, show
 from .session import Session
 
 
@@ -62,7 +62,7 @@ def _retry(session: Session, _: str) -> None:
 def _method(session: Session, name: str) -> None:
     if name:
         _choose(session, "method", name)
-    names = ", ".join((*METHODS, *session.llm.experts))
+    names = ", ".join(session.llm.files.methods)
     session.screen.say(f"method: {session.value('method')}" + ("" if name else f" (of {names})"))
 
 

@@ -45,7 +45,7 @@ def compare(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, **
     options, screen = Options.of(ctx, shared), Screen()
     questions = _questions(prompt, options, raw=raw)
     with open_family(options, screen) as llm, interruptible(screen, llm.interrupt):
-        methods = options.methods(llm.experts)
+        methods = options.methods(llm.files)
         is_wide = shutil.get_terminal_size().columns >= len(methods) * _LEAST_COLUMN
         # One seed for all: methods that agree then draw the same token.
         settings = {"seed": secrets.randbits(32), **options.settings}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidParameterError
-from ..params import DEFAULTS, FUSION, check_settings, settable
+from ..params import DEFAULTS, FUSION, settable
 from ..system.paths import expanded
 from .interrupts import interruptible
 from .opening import family_command, open_family
@@ -77,9 +77,7 @@ def evaluate(
         raise InvalidParameterError(f"eval needs the harness: pip install 'edge-dlf[eval]' ({error})") from error
     output = expanded(output)
     plan = Plan([task for task in tasks.split(",") if task], _data(data), limit, fewshot, chat, options.system)
-    experts = [expert.name for expert in options.spec.experts]
-    chosen = methods.split() if methods else options.methods(experts)
-    variants = [_variant(text, options, experts) for text in chosen]
+    variants = [_variant(text, options) for text in (methods.split() if methods else options.methods(options.files))]
     llm: FusedLlama | None = None
     with ExitStack() as stack:
         stop = stack.enter_context(interruptible(screen, lambda: llm.interrupt() if llm else None))
@@ -95,7 +93,7 @@ def evaluate(
     screen.say(f"results: {output / 'results.md'}, {output / 'results.json'}")
 
 
-def _variant(text: str, options: Options, experts: Sequence[str]) -> Variant:
+def _variant(text: str, options: Options) -> Variant:
     """METHOD[:SETTING=VALUE,…], over what the shared options and the family say."""
     from ..evidence.evaluate import Variant
 
@@ -114,7 +112,7 @@ def _variant(text: str, options: Options, experts: Sequence[str]) -> Variant:
             raise InvalidParameterError(
                 f"expected METHOD:SETTING=VALUE, not {text!r}; the settings are fewshot, {', '.join(known)}"
             )
-    check_settings({**options.spec.settings(), **settings}, experts)
+    options.files.roles({**options.files.spec.settings(), **settings})
     return Variant(text, settings, n_fewshot)
 
 
@@ -133,6 +131,6 @@ def _manifest(options: Options, settings: Mapping[str, Any]) -> Manifest:
     """The family, and every parameter that can change an answer or a score."""
     from ..families.manifest import Manifest
 
-    given = {**DEFAULTS, **options.spec.settings(), **settings}
+    given = {**DEFAULTS, **options.files.spec.settings(), **settings}
     fusion = {name: value for name, value in given.items() if name in FUSION}
     return Manifest.of(options.files, {**fusion, "system": options.system, **options.cache})

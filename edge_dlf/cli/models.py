@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import FamilyError
-from ..params import show as shown
 from .opening import size
 from .screen import Screen, printable
+from .screen import show as shown
 
 if TYPE_CHECKING:
     from ..families.catalogue import Entry

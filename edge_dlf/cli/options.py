@@ -13,9 +13,10 @@ import click
 from click.core import ParameterSource
 
 from ..errors import InvalidParameterError
-from ..params import OVERLAPS, SETTINGS, ByName, Kind, Number, Setting, Text, Texts, check_settings, settable, show
+from ..params import OVERLAPS, SETTINGS, ByName, Kind, Number, Setting, Text, Texts, check_settings, settable
 from ..system.jsonl import parse_object
 from ..system.paths import shipped_dir
+from .screen import show
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
@@ -66,10 +67,10 @@ class Options:
         from ..families.spec import FamilySpec
 
         is_named = names_a_family(values)
-        family, experts = _source(ctx, values) if is_named else _shipped(), dict(values["expert"])
-        if len(experts) < len(values["expert"]):
-            raise InvalidParameterError("two experts have the same name")
-        spec = FamilySpec.load(family) if family else FamilySpec.from_files(values["large"], values["base"], experts)
+        family = _source(ctx, values) if is_named else _shipped()
+        if family and values["as_corrector"]:
+            raise InvalidParameterError("--as-corrector goes with --expert; a family.toml has as_corrector = true")
+        spec = FamilySpec.load(family) if family else spec_of_files(values)
         given = {name: value for name, value in values.items() if value not in (None, ())}
         settings = {name: s.read(given[name]) for name, s in settable("command line").items() if name in given}
         spec = spec.choosing(settings.pop("profile", None))
@@ -79,10 +80,12 @@ class Options:
         ray = given.get("ray")
         return cls(spec, family, loading, settings, given.get("system"), ray, is_named)
 
-    def methods(self, experts: Sequence[str]) -> tuple[str, ...]:
+    def methods(self, files: FamilyFiles) -> tuple[str, ...]:
         """Return the methods to set side by side. "weighted" is one where the user or the family gives weights."""
         has_weights = {**self.spec.settings(), **self.settings}.get("weights") is not None
-        return ("large", *experts, "static", "blend", *(["weighted"] if has_weights else []), "dynamic")
+        experts = [expert.name for expert in self.spec.experts]
+        wanted = ("large", *experts, "static", "blend", *(["weighted"] if has_weights else []), "dynamic")
+        return tuple(name for name in wanted if name in files.methods)
 
     @cached_property
     def files(self) -> FamilyFiles:
@@ -101,6 +104,7 @@ class Options:
         """The family, in memory."""
         from ..api import FusedLlama
 
+        self.files.roles({**self.files.spec.settings(), **self.settings})
         return FusedLlama.from_family(self.files, **{"n_ctx": None, **self.loading})
 
     def load_on_ray(self) -> RayLlama:
@@ -114,6 +118,16 @@ class Options:
         # By its name, for a machine may keep the family in another folder.
         load = partial(FusedLlama.from_family, self.family or self.spec, profile=self.spec.profile)
         return RayLlama(load, address=self.ray, **self.loading)
+
+
+def spec_of_files(values: Mapping[str, Any]) -> FamilySpec:
+    """The family that --large, --base, --expert and --as-corrector make. Raises InvalidParameterError."""
+    from ..families.spec import FamilySpec
+
+    experts = dict(values["expert"])
+    if len(experts) < len(values["expert"]):
+        raise InvalidParameterError("two experts have the same name")
+    return FamilySpec.from_files(values["large"], values["base"], experts, values["as_corrector"])
 
 
 def names_a_family(values: Mapping[str, Any]) -> bool:
@@ -212,6 +226,12 @@ _FAMILY: Sequence[Decorator] = (
     click.option("--base", type=click.Path(path_type=Path), help="GGUF of the base."),
     click.option(
         "--expert", type=_Expert(), multiple=True, help="An expert: a GGUF, or a LoRA over the base. Repeatable."
+    ),
+    click.option(
+        "--as-corrector",
+        metavar="NAME",
+        multiple=True,
+        help="Take this --expert as a corrector of --large, whatever its file says. Repeatable.",
     ),
 )
 _SETTINGS: Sequence[Decorator] = (

@@ -6,10 +6,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -157,3 +157,12 @@ def cut_short(report: Report, n_ctx: int) -> str | None:
     """A notice about an answer that the end of the context cut short; None for others."""
     is_full = report.finish_reason == "length" and report.n_prompt + report.n_generated >= n_ctx
     return f"cut short: the context of {n_ctx} tokens is full" if is_full else None
+
+
+def show(value: Any) -> str:
+    """Return a setting's value on one line, as `parse` reads it."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={number:g}" for name, number in value.items())
+    if isinstance(value, tuple):
+        return " ".join(map(repr, value))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

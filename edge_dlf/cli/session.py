@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ContextOverflowError
-from ..params import DEFAULTS, check_settings
+from ..params import DEFAULTS
 from .conversation import Conversation
 from .interrupts import interruptible
 from .paint import AlphaPaint, color_system
@@ -56,7 +56,7 @@ class Session:
 
     def change(self, settings: dict[str, Any]) -> None:
         """Take other choices of the user, if the family can use them. Raises InvalidParameterError."""
-        check_settings({**self.spec.settings(settings.get("profile")), **settings}, self.llm.experts)
+        self.llm.files.roles({**self.spec.settings(settings.get("profile")), **settings})
         self.settings = settings
 
     def paint(self) -> AlphaPaint | None:

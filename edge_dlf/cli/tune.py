@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidParameterError
-from ..params import show
 from .interrupts import interruptible
 from .opening import family_command, open_family
 from .options import Options, reading_options
 from .prompts import raw_option
-from .screen import Screen, one_line
+from .screen import Screen, one_line, show
 
 if TYPE_CHECKING:
     from ..evidence.held_out import Outcome

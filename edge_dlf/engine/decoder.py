@@ -254,10 +254,13 @@ class Decoder:
     def _traced(
         self, generation: Generation, rows: Sequence[Logits | Sequence[Logits]], draw: Draw, pick: Pick
     ) -> Pick:
-        """Add to a pick why it was chosen. A member whose own row is an error is left out."""
+        """Add to a pick why it was chosen. A member whose own row is an error is left out, and so is a corrector, whose
+        own row means nothing."""
         roles, draw = generation.request.roles, dataclasses.replace(draw, n_top=N_CANDIDATES)
         alone = {}
         for name, row in zip(roles.members, rows, strict=True):
+            if name in self.ensemble.correctors:
+                continue
             (own,) = self.fuser.pick([row], (name,), generation.request.fusion, [()], [draw])
             if own.error is None:
                 alone[name] = own

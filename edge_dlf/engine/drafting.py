@@ -121,8 +121,10 @@ class Drafting:
 
     def _drafting_member(self, generation: Generation) -> str | None:
         """Return the member that would draft: the expert of the largest α of late, unless it is negative, or the base
-        for the large model alone; None where there is none, or no room for it, or an expert answers alone."""
-        members, experts, strength = generation.members, generation.request.roles.experts, generation.strength
+        for the large model alone; None where there is none, or no room for it, or an expert answers alone. A corrector
+        does not draft: alone it foretells nothing."""
+        members, strength = generation.members, generation.strength
+        experts = [name for name in generation.request.roles.experts if name not in self._ensemble.correctors]
         if experts:
             name = max(experts, key=lambda name: strength.get(name, 0.0))
             return name if len(members) > 1 and strength.get(name, 0.0) >= 0 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress, count
@@ -23,8 +23,8 @@ class Roles:
 
     members: their names. Penalties and noise go by the text of the first one.
     experts: those of them whose weights α are reported, the last of the members.
-    weights: fixed weights: α of each expert, or with "weighted" and "blend" the weight of each member; () where one
-        member answers alone, None where α is searched for at each step.
+    weights: fixed weights: α of each expert, or, with "weighted", "blend" or correctors, the weight of each member; ()
+        where one member answers alone, None where α is searched for at each step.
     """
 
     members: tuple[str, ...]
@@ -32,34 +32,80 @@ class Roles:
     weights: tuple[float, ...] | None = ()
 
     @classmethod
-    def of(cls, params: FusionParams, names: Sequence[str]) -> Roles:
+    def of(cls, params: FusionParams, names: Sequence[str], correctors: Collection[str] = ()) -> Roles:
         """Return who takes part in `params.method` of all members `names`: "large", "base" and the experts.
 
-        Raises InvalidParameterError for a name that no member has.
+        correctors: those experts whose logits are added to the large model's as they are, without the base's.
+
+        Raises InvalidParameterError for a name that no member has, and for what a corrector cannot do.
         """
         experts = tuple(name for name in names if name not in ("large", "base"))
         check_names(params, experts)
+        roles = cls._unchecked(params, names, experts, correctors)
+        if correctors:
+            _check_correctors(params, names, roles, [name for name in experts if name in correctors])
+        return roles
+
+    @classmethod
+    def _unchecked(
+        cls, params: FusionParams, names: Sequence[str], experts: tuple[str, ...], correctors: Collection[str]
+    ) -> Roles:
         if params.method == "dynamic":
             return cls(("large", "base", *experts), experts, None)
         if params.method == "static":
             alpha = params.alpha if isinstance(params.alpha, Mapping) else dict.fromkeys(experts, params.alpha)
-            alphas = tuple(float(alpha.get(name, 0.0)) for name in experts)
-            return cls(("large", "base", *experts), experts, alphas)
-        if params.method in ("weighted", "blend"):
-            even = {"large": 0.5, **dict.fromkeys(experts, 0.5 / len(experts))}
-            given = even if params.method == "blend" else params.weights or {}
-            weights = {name: float(given.get(name, 0.0)) for name in names}
-            members = tuple(name for name in names if weights[name])
-            taking_part = tuple(name for name in members if name in experts)
-            return cls(members, taking_part, tuple(weights[name] for name in members))
-        if params.method not in names:
-            raise InvalidParameterError(f"method {params.method!r} is none of {', '.join((*METHODS, *experts))}")
+            alphas = {name: float(alpha.get(name, 0.0)) for name in experts}
+            if not correctors:
+                return cls(("large", "base", *experts), experts, tuple(alphas.values()))
+            to_base = -sum(alphas[name] for name in experts if name not in correctors)
+            return cls._weighted({"large": 1.0, "base": to_base, **alphas}, names, experts)
+        if params.method == "blend":
+            return cls._weighted({"large": 0.5, **dict.fromkeys(experts, 0.5 / len(experts))}, names, experts)
+        if params.method == "weighted":
+            return cls._weighted(params.weights or {}, names, experts)
+        if params.method not in (*names, "base"):
+            methods = ", ".join((*METHODS, *experts))
+            raise InvalidParameterError(f"method must be one of {methods}, not {params.method!r}")
         return cls((params.method,))
+
+    @classmethod
+    def _weighted(cls, weights: Mapping[str, float], names: Sequence[str], experts: Sequence[str]) -> Roles:
+        """Return the members whose weight is not 0."""
+        members = tuple(name for name in names if weights.get(name))
+        taking_part = tuple(name for name in members if name in experts)
+        return cls(members, taking_part, tuple(float(weights[name]) for name in members))
 
     def alphas(self, weights: Sequence[float] | None = None) -> tuple[float, ...]:
         """Return α of each expert among the weights of a pick, or among the fixed ones; () if none are fixed."""
         weights = tuple(self.weights or () if weights is None else weights)
         return weights[len(weights) - len(self.experts) :] if weights else ()
+
+
+def _check_correctors(params: FusionParams, names: Sequence[str], roles: Roles, correctors: Sequence[str]) -> None:
+    """Raise InvalidParameterError where a method asks of these correctors, or of a base, what they cannot do."""
+    who = " and ".join(correctors)
+    asks_for_base = params.method == "base" or (params.method == "weighted" and (params.weights or {}).get("base"))
+    if asks_for_base and "base" not in names:
+        raise InvalidParameterError(f"there is no base to decode: {who} is added to the large model as it is")
+    if params.method == "dynamic":
+        raise InvalidParameterError(
+            f"method dynamic finds α from what experts change in a base; {who} is added without one: "
+            "use static or weighted"
+        )
+    if params.method == "blend":
+        raise InvalidParameterError(
+            f"method blend takes a half of the large model; {who} corrects the whole of it: use static or weighted"
+        )
+    taking_part = [name for name in correctors if name in roles.members]
+    if taking_part and "large" not in roles.members:
+        raise InvalidParameterError(
+            f"{taking_part[0]} is a corrector: its logits mean nothing unless the large model's are added to them; "
+            "use static, or weighted with a weight for large"
+        )
+    if taking_part and params.plausibility:
+        raise InvalidParameterError(
+            f"plausibility goes by what an expert finds likely alone; {taking_part[0]} is a corrector"
+        )
 
 
 class _CacheIndex:
@@ -108,6 +154,7 @@ class Ensemble:
     """The members of a family by role name: "large", "base" and the experts' own names.
 
     members: those in memory. names: those, and the ones that `require` can load.
+    correctors: experts that correct the large model without the base, as `Roles.of` takes them.
     n_vocab: tokens that all members share. What lies beyond in longer rows is padding.
     n_ctx: positions that every member has for one sequence.
     n_batch: tokens that every member can evaluate in one batch.
@@ -123,9 +170,11 @@ class Ensemble:
         clock: Callable[[], float] = time.perf_counter,
         names: Sequence[str] = (),
         load: Callable[[Sequence[str]], Mapping[str, Backend]] = lambda names: {},
+        correctors: Collection[str] = (),
     ) -> None:
         self.members = dict(members)
         self.names = tuple(names) or tuple(members)
+        self.correctors = frozenset(correctors)
         self._load, self._loading = load, threading.Lock()
         self.clock = clock
         self.groups = tuple(groups) or (self.names,)
@@ -140,8 +189,8 @@ class Ensemble:
         self._caches = {name: _CacheIndex() for name in members}
 
     def roles(self, params: FusionParams) -> Roles:
-        """Return who takes part in `params.method`. Raises InvalidParameterError for a name that no member has."""
-        return Roles.of(params, self.names)
+        """Return who takes part in `params.method`. Raises InvalidParameterError as `Roles.of`."""
+        return Roles.of(params, self.names, self.correctors)
 
     def require(self, names: Iterable[str]) -> None:
         """Load those of `names` that are not in memory. May be called from any thread, beside a step.

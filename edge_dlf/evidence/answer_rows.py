@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..api import FusedLlama
+from ..engine.ensemble import Roles
+from ..families.files import FamilyFiles
 from ..fusion import fit
 from ..fusion.dispatch import Rows
 from ..fusion.fuser import Fuser
@@ -29,18 +31,20 @@ _SEARCH = ("search", "alpha_max", "alpha_step")
 
 
 class Method(NamedTuple):
-    """A way to answer: its name in a table, the settings of a request for it, the members that it decodes."""
+    """A way to answer: its name in a table, the settings of a request for it, who takes part."""
 
     name: str
     settings: dict[str, Any]
-    members: tuple[str, ...]
+    roles: Roles
 
 
 @dataclass(frozen=True)
 class AnswerLosses:
     """What the pass found, example by example.
 
-    methods: the C fixed methods.
+    methods: the C fixed methods; the first are each member alone. A corrector is among these, though it is no method:
+        its loss tells whether it gives the answers any probability.
+    correctors: those members that are no use without the large model.
     rows: of every answer token in turn, reduced, with a column for each member.
     starts: number of the first row of each of the n examples, and the number of all rows, (n + 1,).
     kept: of each example its reduced rows as `fit.keep` lays them out, (rows, M + 1, N).
@@ -49,6 +53,7 @@ class AnswerLosses:
     """
 
     methods: tuple[Method, ...]
+    correctors: frozenset[str]
     rows: fit.AnswerRows
     starts: npt.NDArray[np.int64]
     kept: tuple[npt.NDArray[np.float32], ...]
@@ -60,19 +65,25 @@ class AnswerLosses:
         rows = np.concatenate([np.arange(self.starts[k], self.starts[k + 1]) for k in numbers])
         kept = tuple(self.kept[k] for k in numbers)
         starts = np.cumsum([0, *map(len, kept)])
-        return AnswerLosses(self.methods, self.rows.take(rows), starts, kept, self.losses[rows], self.right[rows])
+        return replace(
+            self, rows=self.rows.take(rows), starts=starts, kept=kept, losses=self.losses[rows], right=self.right[rows]
+        )
 
 
-def fixed_methods(experts: Sequence[str]) -> tuple[Method, ...]:
-    """Every member alone, static and dynamic. Of several experts, static gives each an equal share of α."""
-    everyone = ("large", "base", *experts)
-    each = " each" if len(experts) > 1 else ""
-    alphas = [share / len(experts) for share in (0.5, 1.0)]
+def fixed_methods(files: FamilyFiles) -> tuple[Method, ...]:
+    """Every member alone, static, and dynamic unless there are correctors. Of several experts, static gives each an
+    equal share of α."""
+    n_experts = len(files.spec.experts)
+    each = " each" if n_experts > 1 else ""
+    alphas = [share / n_experts for share in (0.5, 1.0)]
+    fused: dict[str, dict[str, Any]] = {f"static, α = {a:g}{each}": {"method": "static", "alpha": a} for a in alphas}
+    if "dynamic" in files.methods:
+        fused["dynamic"] = {"method": "dynamic"}
+        fused[f"dynamic, β = {PLAUSIBILITY:g}"] = {"method": "dynamic", "plausibility": PLAUSIBILITY}
+    roles = {name: Roles.of(FusionParams(**s), tuple(files.models), files.correctors) for name, s in fused.items()}
     return (
-        *(Method(f"{name} alone", {"method": name}, (name,)) for name in everyone),
-        *(Method(f"static, α = {a:g}{each}", {"method": "static", "alpha": a}, everyone) for a in alphas),
-        Method("dynamic", {"method": "dynamic"}, everyone),
-        Method(f"dynamic, β = {PLAUSIBILITY:g}", {"method": "dynamic", "plausibility": PLAUSIBILITY}, everyone),
+        *(Method(f"{name} alone", {"method": name}, Roles((name,))) for name in files.models),
+        *(Method(name, settings, roles[name]) for name, settings in fused.items()),
     )
 
 
@@ -91,7 +102,7 @@ def evaluate(
     Raises NonFiniteLogitsError where a member returns NaN.
     """
     names = llm.driver.decoder.ensemble.names
-    methods = fixed_methods(llm.experts)
+    methods = fixed_methods(llm.files)
     n_kept = n_kept_tokens(llm.n_vocab, len(names) + 1, examples, _MOST)
     search = {name: value for name, value in llm.files.spec.defaults.items() if name in _SEARCH}
     columns = (
@@ -103,7 +114,7 @@ def evaluate(
     arrays = read_answers(
         llm, names, examples, columns, reduce, how=[n_kept, search], kind="tune", folder=folder, tell=tell
     )
-    return _joined(names, methods, n_kept, arrays)
+    return _joined(names, methods, llm.files.correctors, n_kept, arrays)
 
 
 def n_kept_tokens(n_vocab: int, n_columns: int, examples: Sequence[Example], most: int) -> int:
@@ -142,7 +153,7 @@ class _Reduction:
         losses = np.empty((len(draws), len(self._methods)), np.float32)
         right = np.empty(losses.shape, np.bool_)
         found: list[Pick] = []
-        for c, (_, settings, own) in enumerate(self._methods):
+        for c, (_, settings, roles) in enumerate(self._methods):
             params = FusionParams(**{**self._search, **settings})
             if params.plausibility:  # a filter on what `dynamic`, the method before, has found: losses are the same
                 filtered = [replace(draw, scored=None, plausibility=params.plausibility) for draw in draws]
@@ -151,9 +162,9 @@ class _Reduction:
                 right[:, c] = [_checked(pick).token == gold for pick, gold in zip(picks, golds, strict=True)]
                 losses[:, c] = losses[:, c - 1]
                 continue
-            taken = [rows for rows, name in zip(members, names, strict=True) if name in own]
-            alphas = [(float(settings.get("alpha", 0.0)),) * (len(own) - 2)] * len(draws)
-            found = [_checked(pick) for pick in self._fuser.pick(taken, own, params, alphas, given)]
+            taken = [rows for rows, name in zip(members, names, strict=True) if name in roles.members]
+            weights = [roles.weights or ()] * len(draws)
+            found = [_checked(pick) for pick in self._fuser.pick(taken, roles.members, params, weights, given)]
             losses[:, c] = [-pick.logprob for pick in found]
             right[:, c] = [pick.top_logprobs[0][0] == gold for pick, gold in zip(found, golds, strict=True)]
         return losses, right
@@ -170,7 +181,13 @@ def sample_seed(draws: Sequence[Draw]) -> int:
     return draws[0].seed << 32 | draws[0].position
 
 
-def _joined(names: tuple[str, ...], methods: tuple[Method, ...], n_kept: int, arrays: Sequence[Arrays]) -> AnswerLosses:
+def _joined(
+    names: tuple[str, ...],
+    methods: tuple[Method, ...],
+    correctors: frozenset[str],
+    n_kept: int,
+    arrays: Sequence[Arrays],
+) -> AnswerLosses:
     kept, losses, right = zip(*arrays, strict=True)
     starts = np.cumsum([0, *map(len, kept)])
     row_bytes = 4 * (len(names) + 1) * n_kept
@@ -178,4 +195,4 @@ def _joined(names: tuple[str, ...], methods: tuple[Method, ...], n_kept: int, ar
     columns = first[:, None] + 4 * n_kept * np.arange(len(names) + 1)
     golds = np.zeros(len(first), np.int64)
     rows = fit.AnswerRows(names, n_kept, columns[:, :-1], golds, columns[:, -1], tuple(kept))
-    return AnswerLosses(methods, rows, starts, tuple(kept), np.concatenate(losses), np.concatenate(right))
+    return AnswerLosses(methods, correctors, rows, starts, tuple(kept), np.concatenate(losses), np.concatenate(right))

@@ -167,7 +167,7 @@ def parallel_tps(llm: FusedLlama, n: int) -> float:
     driver, answers = llm.driver, []
     for k in range(n):
         prompt = llm.tokenize(_PROMPTS[k % len(_PROMPTS)])[: 8 + k]
-        settings = {"max_tokens": 2 * N_PARALLEL_STEPS, "temperature": 0.0, "method": "dynamic"}
+        settings = {"max_tokens": 2 * N_PARALLEL_STEPS, "temperature": 0.0, "method": llm.files.methods[0]}
         answers.append(llm.prepare(Request(False, prompt, settings), draft="off").answer)
     driver.forget()
     for answer in answers:
@@ -189,8 +189,8 @@ def answer_in_turn(llm: FusedLlama, token_s: float, tell: Callable[[str], None])
     token_s: seconds that all methods together take for a token.
     """
     methods: dict[str, dict[str, Any]] = {
-        "plain": {"draft": "off", "method": "dynamic"},
-        "drafted": {"draft": "auto", "method": "dynamic"},
+        "plain": {"draft": "off", "method": llm.files.methods[0]},
+        "drafted": {"draft": "auto", "method": llm.files.methods[0]},
         "large": {"draft": "off", "method": "large"},
     }
     fewest, most = _N_TOKENS
@@ -211,13 +211,13 @@ def answer_in_turn(llm: FusedLlama, token_s: float, tell: Callable[[str], None])
 
 
 def search_s(llm: FusedLlama) -> float:
-    """Return the seconds that the search for α, the fusion and the greedy choice take for one row."""
-    decoder, fusion = llm.driver.decoder, FusionParams()
+    """Return the seconds that the search for α, if any, the fusion and the greedy choice take for one row."""
+    decoder, fusion = llm.driver.decoder, FusionParams(llm.files.methods[0])
     roles, prompt = decoder.ensemble.roles(fusion), llm.tokenize(_PROMPTS[0])
     request = GenerationRequest(roles, dict.fromkeys(roles.members, prompt), fusion, SamplingParams(temperature=0.0))
     rows = decoder.ensemble.decode({name: [Run(0, prompt, 1)] for name in roles.members})
     logits, draw = [rows[name] for name in roles.members], Generation(request).draw()
-    times = _timed(lambda: decoder.fuser.pick(logits, roles.members, fusion, [()], [draw]), 9)
+    times = _timed(lambda: decoder.fuser.pick(logits, roles.members, fusion, [roles.weights or ()], [draw]), 9)
     decoder.ensemble.forget()
     return median(times)
 

@@ -111,13 +111,17 @@ class HeldOut:
         self._alone = found.losses[:, : len(self.names)].mean(axis=0, dtype=np.float64)
 
     def fixed(self) -> Iterator[Outcome]:
-        """Yield every member alone, static, dynamic and blend."""
+        """Yield every member alone that can be, static, dynamic and blend."""
         starts = self._found.starts[:-1]
-        for c, (name, settings, members) in enumerate(self._found.methods):
+        for c, (name, settings, roles) in enumerate(self._found.methods):
+            members = roles.members
+            if self._is_useless(members):
+                continue
             losses = np.add.reduceat(self._found.losses[:, c].astype(np.float64), starts)
             n_right = np.add.reduceat(self._found.right[:, c].astype(np.int64), starts)
             yield Outcome(name, settings, members, losses, self.n_tokens, n_right, self._bytes(members))
-        yield self._blend()
+        if not self._found.correctors:
+            yield self._blend()
 
     def _blend(self) -> Outcome:
         """The weighted fusion with weights that are the same for every task."""
@@ -132,11 +136,12 @@ class HeldOut:
         )
 
     def weighted(self) -> Iterator[Outcome]:
-        """Yield the weighted fusion of each useful subset of members."""
+        """Yield the weighted fusion of each useful subset of members: a corrector only beside the large model."""
         usable = [m for m in range(len(self.names)) if math.isfinite(self._alone[m])]
         if len(usable) <= _ALL_SUBSETS:
             for size in range(2, len(usable) + 1):
-                yield from map(self._outcome, itertools.combinations(usable, size))
+                subsets = itertools.combinations(usable, size)
+                yield from (self._outcome(each) for each in subsets if not self._is_useless(self._named(each)))
             return
         # Of the full set, the member goes first without which the held-out loss is lowest, and so on.
         tried: set[tuple[int, ...]] = set()
@@ -148,11 +153,13 @@ class HeldOut:
             if len(subset) == 2:
                 break
             smaller = [tuple(m for m in subset if m != gone) for gone in subset]
+            smaller = [each for each in smaller if not self._is_useless(self._named(each))]
             outcome, subset = min(
                 ((self._outcome(each, quick=True), each) for each in smaller), key=lambda pair: pair[0].losses.sum()
             )
             outcome = self._outcome(subset)
-        best = min(usable[2:], key=lambda m: float(self._alone[m]), default=None) if usable[:2] == [0, 1] else None
+        experts = [m for m in usable if self.names[m] not in ("large", "base", *self._found.correctors)]
+        best = min(experts, key=lambda m: float(self._alone[m]), default=None) if usable[:2] == [0, 1] else None
         if best is not None:
             yield from (self._outcome(each) for each in ((0, best), (0, 1, best)) if each not in tried)
 
@@ -192,11 +199,17 @@ class HeldOut:
         )
 
     def _priors(self, members: Sequence[int]) -> list[tuple[str, tuple[float, ...]]]:
-        """Half of the large model and half of the best expert, where both are there, and the best member alone."""
-        experts = [m for m in members if self.names[m] not in ("large", "base")]
-        best = min(members, key=lambda m: float(self._alone[m]))
+        """Half of the large model and half of the best expert, where both are there, and the best member alone; with
+        correctors, the sum that they were trained for, and the large model alone."""
+        correctors = [m for m in members if self.names[m] in self._found.correctors]
+        experts = [m for m in members if self.names[m] not in ("large", "base") and m not in correctors]
+        best = 0 if correctors else min(members, key=lambda m: float(self._alone[m]))
         priors = [(f"{self.names[best]} alone", tuple(float(m == best) for m in members))]
-        if experts and self.names[members[0]] == "large":
+        if correctors:
+            share = {0: 1.0, **dict.fromkeys(correctors, 1 / len(correctors))}
+            name = " + ".join(self._named((0, *correctors)))
+            priors.insert(0, (name, tuple(share.get(m, 0.0) for m in members)))
+        elif experts and self.names[members[0]] == "large":
             expert = min(experts, key=lambda m: float(self._alone[m]))
             half = tuple(0.5 if m in (members[0], expert) else 0.0 for m in members)
             priors.insert(0, (f"half large, half {self.names[expert]}", half))
@@ -221,6 +234,13 @@ class HeldOut:
             z[(kept[:, -1] <= PADDING) | ~np.isfinite(z)] = -np.inf
             counts.append(int((z[:, 0] >= z.max(axis=1)).sum()))
         return np.array(counts)
+
+    def _named(self, members: Sequence[int]) -> tuple[str, ...]:
+        return tuple(self.names[m] for m in members)
+
+    def _is_useless(self, members: Sequence[str]) -> bool:
+        """Whether a corrector would be there without the large model."""
+        return "large" not in members and not self._found.correctors.isdisjoint(members)
 
     def _bytes(self, members: Sequence[str]) -> int:
         return sum(self._n_bytes[name] for name in members)

@@ -289,7 +289,8 @@ def _conclusion(outcomes: Sequence[Outcome], recommended: Outcome) -> tuple[str,
             f"no member knows this task: the recommended method has {recommended.share_right:.0%} of the tokens right. "
             "An expert trained on such examples would help more than weights."
         )
-    notes += [_about_memory(o) for o in alone[2:] if _seems_memorised(o, alone[0])] or [_FLATTERED]
+    experts = [outcome for outcome in alone if outcome.members[0] not in ("large", "base")]
+    notes += [_about_memory(o) for o in experts if _seems_memorised(o, alone[0])] or [_FLATTERED]
     return verdict[0].upper() + verdict[1:], notes
 
 

@@ -32,12 +32,12 @@ def describe(files: FamilyFiles) -> dict[str, Any]:
     """
     members = [
         {
-            "kind": f"LoRA over {info.architecture}" if info.is_adapter else info.architecture,
+            "kind": _kind(files, role, info),
             "quantization": quantization(info),
             "n_vocab": info.n_vocab,
             "license": _text(info.metadata.get("general.license")),
         }
-        for info in (files.infos[source.local_path()] for source in files.spec.sources)
+        for role, info in ((role, files.infos[source.local_path()]) for role, source, _ in files.spec.members)
     ]
     large = files.models["large"]
     texts = large.vocabulary.tokens
@@ -52,6 +52,13 @@ def describe(files: FamilyFiles) -> dict[str, Any]:
         "members": members,
     }
     return {name: value for name, value in told.items() if value}
+
+
+def _kind(files: FamilyFiles, role: str, info: GGUFInfo) -> str:
+    kind = f"LoRA over {info.architecture}" if info.is_adapter else info.architecture
+    if role in files.correctors:
+        return f"corrector, {kind}"
+    return kind if role in files.models else f"{kind}, for LoRAs to go over"
 
 
 def _text(value: Scalar | Array | None) -> str | None:

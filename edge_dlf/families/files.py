@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ..engine.ensemble import Roles
 from ..errors import FamilyError, InvalidParameterError, VocabMismatchError
-from ..gguf.header import show
+from ..gguf.header import header_hash, show
 from ..gguf.info import GGUFInfo, check_lora_fits, read_info
-from .spec import FamilySpec
+from ..params import METHODS, params_of
+from .spec import ExpertSpec, FamilySpec
 
+_THROUGH = "edge_dlf.trained.through"
+"""Key of an adapter's header: what it was trained as, such as "corrector"."""
+_LARGE = "edge_dlf.trained.large"
+"""Key of an adapter's header: `header_hash` of the large model that it was trained for."""
 _UNUSED = 5  # GGUF's type of a token that never occurs
 _PADDING = re.compile(
     rb"[\[<]\|?([a-z]+_)*pad(ding)?(_?token|_id)?_?\d*\|?[\]>]|<\|?(unused|extra|reserved|dummy)[\w-]*\|?>",
@@ -24,11 +32,13 @@ _PADDING = re.compile(
 class FamilyFiles:
     """A family and the headers of its files, which fit together. Whatever needs a header takes it from here.
 
-    spec: the family.
+    spec: the family. Its defaults name a method where the global one, dynamic, cannot be used.
     infos: file -> its header, LoRA adapters included.
-    models: role -> header of its model; a LoRA expert has the base's.
+    models: role -> header of its model; a LoRA expert has the base's. Where all experts are correctors there is no role
+        "base": its file only holds the weights that their LoRAs go over.
     loras: LoRA expert -> its (file, scale) pairs.
     n_vocab: tokens that all models share; longer lists only add padding.
+    correctors: experts that are added to the large model as they are, without the base.
     """
 
     spec: FamilySpec
@@ -36,6 +46,20 @@ class FamilyFiles:
     models: Mapping[str, GGUFInfo]
     loras: Mapping[str, tuple[tuple[Path, float], ...]]
     n_vocab: int
+    correctors: frozenset[str] = frozenset()
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that the family can be asked for."""
+        experts = [expert.name for expert in self.spec.experts]
+        impossible = {*self.correctors, "dynamic", "blend"} if self.correctors else set()
+        impossible |= {"base"} - set(self.models)
+        return tuple(name for name in (*METHODS, *experts) if name not in impossible)
+
+    def roles(self, settings: Mapping[str, Any]) -> Roles:
+        """Who takes part under `settings`. Raises InvalidParameterError for what this family cannot do."""
+        _, fusion = params_of(settings)
+        return Roles.of(fusion, tuple(self.models), self.correctors)
 
     def layers(self, n_gpu_layers: int | Mapping[str, int]) -> dict[str, int]:
         """Layers to offload for each role; members that a mapping leaves out are offloaded whole.
@@ -79,11 +103,13 @@ class FamilyFiles:
         """
         if not isinstance(value, Mapping):
             return dict.fromkeys(self.models, value)
-        if unknown := sorted(set(value) - set(self.models)):
-            raise InvalidParameterError(f"{setting} names {unknown[0]!r}; the members are {', '.join(self.models)}")
         if shared := sorted(set(value) & set(self.loras)):
             raise InvalidParameterError(f"{setting} names {shared[0]!r}, a LoRA that has its layers from the base")
-        return {name: value.get(name) for name in self.models}
+        owners = {name: "base" if name in self.loras else name for name in self.models}
+        if unknown := sorted(set(value) - set(owners.values())):
+            known = ", ".join(dict.fromkeys(owners.values()))
+            raise InvalidParameterError(f"{setting} names {unknown[0]!r}; the models are {known}")
+        return {name: value.get(owner) for name, owner in owners.items()}
 
 
 def check_files(family: FamilySpec | str | Path) -> FamilyFiles:
@@ -106,12 +132,15 @@ def check_files(family: FamilySpec | str | Path) -> FamilyFiles:
             raise FamilyError(f"{model.path}: is a LoRA adapter; {role} must be a whole model")
     models = {"large": large, "base": base}
     loras: dict[str, tuple[tuple[Path, float], ...]] = {}
+    correctors = set()
     for expert in spec.experts:
-        ((source, scale), *_) = expert.files
-        if scale is None and not info(source.local_path()).is_adapter:
-            models[expert.name] = info(source.local_path())
-            continue
         pairs = tuple((source.local_path(), 1.0 if scale is None else scale) for source, scale in expert.files)
+        if _is_corrector(expert, [info(path) for path, _ in pairs], large):
+            correctors.add(expert.name)
+        ((first, _), *_), ((_, scale), *_) = pairs, expert.files
+        if scale is None and not info(first).is_adapter:
+            models[expert.name] = info(first)
+            continue
         for path, _ in pairs:
             check_lora_fits(info(path), base)
         paths = [path.resolve() for path, _ in pairs]
@@ -120,7 +149,44 @@ def check_files(family: FamilySpec | str | Path) -> FamilyFiles:
         models[expert.name], loras[expert.name] = base, pairs
     for model in {id(model): model for model in models.values() if model is not large}.values():
         _check_one_tokenizer(large, model)
-    return FamilyFiles(spec, infos, models, loras, min(map(_n_vocab, models.values())))
+    n_vocab = min(map(_n_vocab, models.values()))
+    if len(correctors) == len(spec.experts):
+        del models["base"]
+    files = FamilyFiles(spec, infos, models, loras, n_vocab, frozenset(correctors))
+    return _with_method(files) if correctors else files
+
+
+def _is_corrector(expert: ExpertSpec, infos: Sequence[GGUFInfo], large: GGUFInfo) -> bool:
+    """Whether an expert of these files corrects the large model without the base.
+
+    Raises FamilyError for a corrector of another large model, and for one that is mixed with other adapters.
+    """
+    if expert.as_corrector:
+        return True
+    made = [info for info in infos if info.metadata.get(_THROUGH) == "corrector"]
+    if made and len(made) < len(infos):
+        (other, *_) = (info for info in infos if info not in made)
+        raise FamilyError(f"expert {expert.name!r}: {made[0].path.name} is a corrector, {other.path.name} is not")
+    for info in made:
+        if info.metadata.get(_LARGE) != header_hash(large.path):
+            raise FamilyError(
+                f"{info.path}: corrects another large model than {large.path.name}; to use it with this one all the "
+                f"same: --as-corrector {expert.name}, or as_corrector = true in family.toml"
+            )
+    return bool(made)
+
+
+def _with_method(files: FamilyFiles) -> FamilyFiles:
+    """The family with static as its own method, unless it names one. Raises FamilyError for one that it cannot do."""
+    spec = dataclasses.replace(files.spec, defaults={"method": "static", **files.spec.defaults})
+    files = dataclasses.replace(files, spec=spec)
+    for profile in (None, *spec.profiles):
+        try:
+            files.roles(spec.settings(profile))
+        except InvalidParameterError as error:
+            what = f"profile {profile}" if profile else "[defaults]"
+            raise FamilyError(f"{spec.name}: its {what} cannot be used: {error}") from error
+    return files
 
 
 def _check_one_tokenizer(a: GGUFInfo, b: GGUFInfo) -> None:

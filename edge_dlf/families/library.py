@@ -168,9 +168,10 @@ def _table(source: ModelSource) -> dict[str, Any]:
 
 def _expert_table(expert: ExpertSpec) -> dict[str, Any]:
     loras, scales = zip(*expert.files, strict=True)
+    table: dict[str, Any] = {"name": expert.name, **({"as_corrector": True} if expert.as_corrector else {})}
     if scales == (None,):
-        return {"name": expert.name, **_table(loras[0])}
-    return {"name": expert.name, "lora": [str(source.path) for source in loras], "scale": list(scales)}
+        return {**table, **_table(loras[0])}
+    return {**table, "lora": [str(source.path) for source in loras], "scale": list(scales)}
 
 
 @dataclass(frozen=True)

@@ -79,12 +79,15 @@ class Manifest:
 
 def _family(files: FamilyFiles) -> dict[str, list[dict[str, Any]]]:
     entries = {file: list(map(_entry, info.shards, repeat(info))) for file, info in files.infos.items()}
-    return {
+    family = {
         role: [{**entry, "scale": scale} for path, scale in files.loras[role] for entry in entries[path]]
         if role in files.loras
         else entries[info.path]
         for role, info in files.models.items()
     }
+    for name in files.correctors:
+        family[name] = [{**entry, "corrector": True} for entry in family[name]]
+    return family
 
 
 def _entry(path: Path, info: GGUFInfo) -> dict[str, Any]:
@@ -109,13 +112,14 @@ def _sampled_digest(path: Path, header_bytes: int) -> str:
 
 def _identity(entry: Mapping[str, Any]) -> list[Any]:
     """What makes two files the same: not the name, for a file may have been moved."""
-    return [entry.get("bytes"), entry.get("digest"), entry.get("scale")]
+    return [entry.get(key) for key in ("bytes", "digest", "scale", "corrector")]
 
 
 def _names(files: Sequence[Mapping[str, Any]]) -> str:
     return " + ".join(
         f"{file.get('file')} ({file.get('bytes'):,} bytes, {str(file.get('digest'))[:8]}"
-        + (f", scale {file['scale']:g})" if "scale" in file else ")")
+        + (f", scale {file['scale']:g}" if "scale" in file else "")
+        + (", a corrector)" if file.get("corrector") else ")")
         for file in files
     )
 

@@ -10,11 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
-from ..engine.ensemble import Ensemble, Roles
+from ..engine.ensemble import Ensemble
 from ..engine.overlap import choose_overlap
 from ..errors import InvalidParameterError, OutOfMemoryError
 from ..llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights, system_info
-from ..params import OVERLAPS, Overlap, params_of
+from ..params import OVERLAPS, Overlap
 from ..system.machine import this_machine
 from ..system.remembered import states
 from .files import FamilyFiles
@@ -70,7 +70,7 @@ def plan_memory(
         machine,
         n_seqs=beside.n_seqs if beside else n_seqs,
         repacks=repacks_weights(),
-        names=names or Roles.of(params_of(files.spec.settings())[1], tuple(files.models)).members,
+        names=names or files.roles(files.spec.settings()).members,
         beside=beside,
         **asked,
     )
@@ -131,8 +131,10 @@ class Members:
 
     def ensemble(self) -> Ensemble:
         """Return the members as the engine decodes them, which asks for the others when a request needs them."""
-        files = self._files
-        return Ensemble(self.backends, files.n_vocab, self.lanes, names=tuple(files.models), load=self._load_more)
+        files, names = self._files, tuple(self._files.models)
+        return Ensemble(
+            self.backends, files.n_vocab, self.lanes, names=names, load=self._load_more, correctors=files.correctors
+        )
 
     def set_overlap(self, ensemble: Ensemble, overlap: Overlap | Literal["auto"]) -> None:
         """Let members that are wholly on GPUs be decoded at the same time, as asked, or as is fastest here."""

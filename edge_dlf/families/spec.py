@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -71,16 +71,19 @@ class ExpertSpec:
     """One expert: a model, a LoRA over the base, or several LoRAs with scales.
 
     files: (file, scale) pairs. A file without a scale is the only one; its header tells whether it is a LoRA.
+    as_corrector: whether it is added to the large model without the base, whatever its header says.
     """
 
     name: str
     files: tuple[tuple[ModelSource, float | None], ...]
+    as_corrector: bool = False
 
 
 @dataclass(frozen=True)
 class FamilySpec:
     """One large model, one base and at least one expert.
 
+    base: also the model that LoRA experts go over; where all experts are correctors it is that alone.
     defaults: fields of FusionParams and SamplingParams by name.
     profiles: name -> settings as in `defaults`, which hold where the profile is chosen.
     profile: the one that is chosen for all requests.
@@ -192,8 +195,11 @@ class FamilySpec:
         large: str | Path,
         base: str | Path,
         experts: Mapping[str, str | Path | Sequence[tuple[str | Path, float]]],
+        as_correctors: Collection[str] = (),
     ) -> FamilySpec:
         """Make a family of files: `experts` maps a name to a GGUF (a model or a LoRA) or to [(LoRA, scale), …].
+
+        as_correctors: names of experts that are correctors of this large model, whatever their headers say.
 
         Raises InvalidParameterError.
         """
@@ -202,8 +208,11 @@ class FamilySpec:
         for name, files in experts.items():
             pairs = [(files, None)] if isinstance(files, str | os.PathLike) else _pairs(name, files)
             where = f"expert {name!r}"
-            specs.append(ExpertSpec(name, tuple((_local(file, folder, where), scale) for file, scale in pairs)))
+            sources = tuple((_local(file, folder, where), scale) for file, scale in pairs)
+            specs.append(ExpertSpec(name, sources, name in as_correctors))
         _check_names([spec.name for spec in specs])
+        for name in as_correctors:
+            _require(name in experts, f"as_corrector names {name!r}; the experts are {', '.join(experts)}")
         return cls(Path(large).stem, _local(large, folder, "large"), _local(base, folder, "base"), tuple(specs))
 
 
@@ -312,15 +321,18 @@ def _sha256(table: Table, where: str) -> tuple[str, ...]:
 def _expert(table: Table, folder: Path) -> ExpertSpec:
     name = str(table["name"])
     where = f"expert {name!r}"
+    as_corrector = table.get("as_corrector", False)
+    _require(isinstance(as_corrector, bool), f"as_corrector of {where} must be true or false, not {as_corrector!r}")
     if "lora" not in table:
-        return ExpertSpec(name, ((_source(table, folder, where, frozenset({"name"})), None),))
-    _known(table, {"name", "lora", "scale"}, f"{where}, which has a lora,")
+        source = _source(table, folder, where, frozenset({"name", "as_corrector"}))
+        return ExpertSpec(name, ((source, None),), as_corrector)
+    _known(table, {"name", "lora", "scale", "as_corrector"}, f"{where}, which has a lora,")
     loras = table["lora"] if isinstance(table["lora"], list) else [table["lora"]]
     scales = table.get("scale", [1.0] * len(loras))
     scales = scales if isinstance(scales, list) else [scales]
     _require(len(scales) == len(loras), f"{where} has {len(loras)} in lora and {len(scales)} in scale")
     pairs = _pairs(name, list(zip(loras, scales, strict=True)))
-    return ExpertSpec(name, tuple((_local(lora, folder, where), scale) for lora, scale in pairs))
+    return ExpertSpec(name, tuple((_local(lora, folder, where), scale) for lora, scale in pairs), as_corrector)
 
 
 def _pairs(name: Any, files: Any) -> list[tuple[Any, float]]:

@@ -60,14 +60,14 @@ class Fuser:
     ) -> list[Pick]:
         """Fuse each of K rows and choose a token from it.
 
-        With method="weighted" or "blend" the fused row is Σ_m w_m logits_m, so that fused(v) ∝ exp Σ_m w_m log p_m(v).
-        With the other methods a single member answers alone, and its row is taken as it is. Several are fused to
-        large + Σ_t α_t (expert_t − base), and with method="dynamic" α is searched first. No row is normalised.
+        With a weight for each member the fused row is Σ_m w_m logits_m, so that fused(v) ∝ exp Σ_m w_m log p_m(v).
+        With an α for each expert it is large + Σ_t α_t (expert_t − base), and with method="dynamic" α is searched
+        first. With neither a single member answers alone, and its row is taken as it is. No row is normalised.
 
-        members: rows of large, base, expert 1, …, expert T, or of one member; with weights, of any members
+        members: rows of M members: large, base, expert 1, …, expert T, or one; with weights, any members
         names: of the members, for errors
-        weights: α of each expert for each row, (K, T); with "weighted" and "blend", the weight of each member, (K, M).
-            Ignored where α is searched or one member answers alone
+        weights: α of each expert for each row, (K, T), or the weight of each member, (K, M), or nothing, (K, 0).
+            Ignored where α is searched
         draws: how to choose from each row, (K,)
 
         A token is impossible in the weighted fusion if a member with a positive weight gives it −inf. A member with
@@ -83,14 +83,12 @@ class Fuser:
         addresses = row_addresses(members, len(draws), self.n_vocab)
         choices: list[AlphaChoice | None] = [None] * len(draws)
         errors: dict[int, EdgeDLFError] = {}
-        is_weighted = params.method in ("weighted", "blend") and len(weights[0]) > 0
-        if len(members) == 1 and not is_weighted:
-            weights = [()] * len(draws)
-        elif params.method == "dynamic":
+        if params.method == "dynamic" and len(members) > 1:
             choices, found = self._search.search(addresses, names, params)
             errors.update(found)
             n_experts = len(members) - 2
             weights = [_alphas(choice, n_experts) for choice in choices]
+        is_weighted = len(weights[0]) == len(members)
         terms = _weighted_terms(tuple(names)) if is_weighted else _difference_terms(len(members))
         factors = np.array(weights if is_weighted else [(1.0, *row) for row in weights], np.float64)
         if factors.shape != (len(draws), len(terms)):

@@ -110,11 +110,11 @@ def models_of(llm: FusedLlama, settings: Mapping[str, Any]) -> dict[str, Dict]:
 
     settings: of the server, for requests that do not set them. A profile goes before an expert of the same name.
     """
-    spec = llm.files.spec
+    spec, methods = llm.files.spec, llm.files.methods
     given = {**DEFAULTS, **spec.settings(), **settings}
-    methods = ["dynamic"] if given["method"] != "dynamic" else []
-    methods += ["static", "blend", *(["weighted"] if given["weights"] else []), "large", *llm.experts]
-    models: dict[str, Dict] = {name: {"edge_dlf": {"method": name}} for name in methods}
+    hidden = {"base", *([] if given["weights"] else ["weighted"])}
+    hidden |= {methods[0]} if given["method"] == methods[0] else set()
+    models: dict[str, Dict] = {name: {"edge_dlf": {"method": name}} for name in methods if name not in hidden}
     models |= {name: {"profile": name} for name in spec.profiles}
     return {llm.name: {}, **{f"{llm.name}:{name}": fields for name, fields in models.items()}}
 
@@ -172,8 +172,10 @@ class _Service:
         return _JSON(self._model(name))
 
     def _model(self, name: str) -> Dict:
+        fields, spec = self.models[name], self.llm.files.spec
+        own = {**spec.settings(fields.get("profile")), **self.rules.settings, **fields.get("edge_dlf", {})}
         about = {"id": name, "object": "model", "created": 0, "owned_by": "edge-dlf"}
-        return {**about, "experts": list(self.llm.experts)}
+        return {**about, "method": own.get("method", DEFAULTS["method"]), "experts": list(self.llm.experts)}
 
     async def answer(self, request: Request, *, is_chat: bool) -> Response:
         try:
