@@ -159,7 +159,7 @@ class Members:
                     stack.callback(loaded[info.path].close)
             if adapters := {m.name: files.loras[m.name] for m in plan.members if m.name in files.loras}:
                 one = next(iter(adapters))
-                require_adapters_run(files.models["base"], adapters, plan.layers[one], plan.splits[one])
+                require_adapters_run(files.models[one], adapters, plan.layers[one], plan.splits[one])
             if self._streams is None:
                 self._streams = self._can_stream(plan, loaded)
             # Plain attention reads every cell of a cache, flash attention leaves out those of other sequences.
