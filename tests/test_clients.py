@@ -18,6 +18,7 @@ from edge_dlf.server import Rules
 
 from .http_server import Served, serving
 from .test_structured import SCHEMAS
+from .tiny import CHATML, tiny_model
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 FORM: Any = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": SCHEMAS["object"]}}
@@ -91,6 +92,64 @@ def test_langchain_s_adapter_chats_streams_and_gets_json(server: Served) -> None
     jsonschema.validate(person, SCHEMAS["object"])
     with pytest.raises(openai.BadRequestError):
         chat.invoke("x" * 5000)
+
+
+@pytest.fixture(scope="module")
+def calling(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[str]:
+    """Base URL of a server whose model knows tools, and thinks, by its chat template."""
+    turns = CHATML.replace("message['content']", "message['content'] ~ (message.tool_calls | default('') | string)")
+    source = turns + "{% if tools %}{{ tools | tojson }}{% endif %}<think>\n{# </think> <tool_call> role tool #}"
+    large = tiny_model(tmp_path_factory.mktemp("calling") / "large.gguf", seed=1, n_embd=64, chat_template=source)
+    rules = Rules({"max_tokens": 200, "think_budget": 3})
+    experts = {"lora": tiny / "lora.gguf"}
+    with FusedLlama(large, tiny / "base.gguf", experts, n_ctx=512, n_threads=1) as llm, serving(llm, rules) as server:
+        yield f"{server.base_url}".rstrip("/") + "/v1"
+
+
+WEATHER: Any = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 5}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOL: Any = {"type": "function", "function": {"name": "weather", "description": "Weather", "parameters": WEATHER}}
+
+
+def test_openai_s_client_calls_tools_and_sends_results(calling: str) -> None:
+    with openai.OpenAI(base_url=calling, api_key="none", max_retries=0) as client:
+        model = client.models.list().data[0].id
+        ask: dict[str, Any] = {"model": model, "tools": [TOOL], "parallel_tool_calls": False, "seed": 3}
+        answer = client.chat.completions.create(**ask, messages=HELLO, tool_choice="required")
+        (choice,) = answer.choices
+        (call,) = choice.message.tool_calls or []
+        assert isinstance(call, openai.types.chat.ChatCompletionMessageFunctionToolCall)
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content is None
+        assert choice.message.model_extra
+        thought = choice.message.model_extra["reasoning_content"]
+        assert answer.usage
+        assert answer.usage.completion_tokens_details
+        assert answer.usage.completion_tokens_details.reasoning_tokens
+        jsonschema.validate(json.loads(call.function.arguments), WEATHER)
+        with client.chat.completions.stream(**ask, messages=HELLO, tool_choice="required") as events:
+            streamed = events.get_final_completion().choices[0]
+        (same,) = streamed.message.tool_calls or []
+        assert same.function.arguments == call.function.arguments
+        assert (streamed.message.model_extra or {})["reasoning_content"] == thought
+        result = {"role": "tool", "tool_call_id": call.id, "content": "cold"}
+        told = client.chat.completions.create(**ask, messages=[*HELLO, choice.message, result], max_tokens=20)
+        assert told.usage
+        assert told.usage.prompt_tokens > answer.usage.prompt_tokens
+
+
+def test_langchain_s_adapter_binds_tools(calling: str) -> None:
+    langchain = pytest.importorskip("langchain_openai", reason="needs langchain-openai")
+    name = openai.OpenAI(base_url=calling, api_key="none").models.list().data[0].id
+    chat = langchain.ChatOpenAI(model=name, base_url=calling, api_key="none", seed=3, max_retries=0)
+    bound = chat.bind_tools([TOOL], tool_choice="required", strict=True, parallel_tool_calls=False)
+    (call,) = bound.invoke("Hello").tool_calls
+    assert call["name"] == "weather"
+    jsonschema.validate(call["args"], WEATHER)
 
 
 @pytest.mark.exhaustive
