@@ -248,7 +248,7 @@ class Attack:
                     self.report.n_forms[kind] = self.report.n_forms.get(kind, 0) + 1
                     self.report.outcomes[found] = self.report.outcomes.get(found, 0) + 1
                     self.report.slowest_form_s = max(self.report.slowest_form_s, time.perf_counter() - started)
-                    if not (found in ("stop", "length") or found.startswith("400")):
+                    if not (found in ("stop", "length") or found.startswith(("400", "413"))):
                         self.report.faults.append(f"{kind}: {found}: {json.dumps(form):.300}")
 
     def wait_and_see(self) -> None:

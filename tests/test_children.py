@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_dlf.answers.forms import Forms
 from edge_dlf.answers.sandbox import TemplateProcess
 from edge_dlf.families import guard
 from edge_dlf.llama import amx
@@ -15,7 +16,21 @@ from edge_dlf.system import remembered
 from edge_dlf.system.child import python_command
 from edge_dlf.system.paths import shipped_dir
 
-NAMES = ("json", "types", "enum", "re", "select", "signal", "numpy", "psutil", "jinja2", "llama_cpp", "edge_dlf")
+NAMES = (
+    "json",
+    "types",
+    "enum",
+    "re",
+    "select",
+    "signal",
+    "numpy",
+    "psutil",
+    "jinja2",
+    "llguidance",
+    "resource",
+    "llama_cpp",
+    "edge_dlf",
+)
 
 
 @pytest.fixture(params=["absent", "empty", "absolute"])
@@ -36,6 +51,15 @@ def test_the_process_of_a_chat_template(trap: Path) -> None:
         assert template.render([{"role": "user", "content": "Hello"}]) == "Hello"
     finally:
         template.close()
+    assert not (trap / "ran").exists()
+
+
+def test_the_processes_that_keep_answers_to_their_forms(trap: Path) -> None:
+    forms = Forms([*(bytes([byte]) for byte in range(256)), b""], [256])
+    try:
+        assert forms.grammar('root ::= "ab"').banned([97], 98, None) is None
+    finally:
+        forms.close()
     assert not (trap / "ran").exists()
 
 

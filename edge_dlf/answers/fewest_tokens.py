@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_BLOCK = 1 << 20
+"""Bytes that are counted at once, in eight times as much memory."""
+
 
 class FewestTokens:
     """A lower bound of the number of tokens of a text, in a fraction of the time that llama.cpp takes to count them.
@@ -27,5 +30,7 @@ class FewestTokens:
         """Return the bound for `text`."""
         if not self._is_known:
             return 0
-        counts = np.bincount(np.frombuffer(text, np.uint8), minlength=256)
+        held, counts = np.frombuffer(text, np.uint8), np.zeros(256, np.int64)
+        for start in range(0, len(held), _BLOCK):
+            counts += np.bincount(held[start : start + _BLOCK], minlength=256)
         return int((-(-counts // self._most_in_one)).max())
