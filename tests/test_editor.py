@@ -157,9 +157,9 @@ class TestTerminal:
 
     def test_an_error_is_one_line(self, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
         llm = FakeLlama([DecodeError("large\nfailed")])
-        assert self.converse(llm, "Hi", "\r", "/set top-k -1", "\r", "Ho", "\r", CTRL_D) == 0
+        assert self.converse(llm, "Hi", "\r", "/set top-k -2", "\r", "Ho", "\r", CTRL_D) == 0
         lines = capsys.readouterr().err.splitlines()
-        assert lines[1:3] == ["edge-dlf: large failed", "edge-dlf: top_k must be 0 or more, not -1"]
+        assert lines[1:3] == ["edge-dlf: large failed", "edge-dlf: top_k must be 0 or more, not -2"]
         assert llm.requests[-1][0] == "user: Ho\n"
 
     def test_two_ctrl_c_on_an_empty_line_leave(self, state: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ def test_a_call_after_close_is_an_error(llm: FusedLlama, name: str) -> None:
         lambda llm: llm.create_chat_completion(MESSAGES, stream=True, logprobs=True, top_logprobs=5),
         lambda llm: llm.batch(["hello", "you"] * 3, max_tokens=20),
         lambda llm: llm.score([("hello", [104, 5])] * 8),
-        lambda llm: llm.stream("hello", grammar='root ::= "a" root'),
+        lambda llm: llm.stream("hello", grammar='root ::= "a"+'),
     ],
 )
 def test_what_is_kept_after_close_is_an_error(llm: FusedLlama, make: Callable[[FusedLlama], Iterator[Any]]) -> None:
@@ -246,7 +246,7 @@ EXITS = {
     "open streams": "streams = [llm.stream('hello') for _ in range(3)]; next(streams[-1])",
     "open chunks": "kept = llm.create_completion('hello', stream=True); next(kept)",
     "a batch": "kept = llm.batch(['hello', 'you'] * 9); next(kept)",
-    "a grammar": "kept = llm.stream('hello', grammar='root ::= \"a\" root'); next(kept)",
+    "a grammar": "kept = llm.stream('hello', grammar='root ::= \"a\"+'); next(kept)",
     "a cycle": "kept = [llm.stream('hello')]; kept.append(kept); del llm",
     "only a stream": "kept = llm.stream('hello'); next(kept); del llm; gc.collect(); next(kept)",
     "a thread": "threading.Thread(target=lambda: list(llm.stream('hello')), daemon=True).start()",
