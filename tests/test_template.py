@@ -209,8 +209,8 @@ def test_a_developer_is_the_system_where_the_template_knows_no_other(role: str) 
 
 
 def test_a_template_that_knows_the_developer_gets_it() -> None:
-    source = "{{ 'developer' if messages[0].role == 'developer' else 'other' }}"
-    assert tokens([{"role": "developer", "content": "x"}], source) == ["developer"]
+    source = "{{ 'developer ' if messages[0].role == 'developer' else 'other' }}{{ messages[0].content }}"
+    assert tokens([{"role": "developer", "content": "x"}], source) == ["developer x"]
 
 
 @pytest.mark.parametrize(
@@ -221,11 +221,52 @@ def test_a_template_that_knows_the_developer_gets_it() -> None:
         ({"role": "user", "content": [{"type": "image_url", "text": "x"}]}, "must be text"),
         ({"role": "user", "content": [{"type": "input_audio", "text": "x"}]}, "must be text"),
         ({"role": "user", "content": None}, "must be text"),
+        ({"role": "user", "content": "x", "images": ["a"]}, "images cannot be used"),
+        ({"role": "user", "content": "x", "audio": {"id": "1"}}, "audio cannot be used"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "x", "image_url": {"url": "data:"}}]},
+            "image_url cannot",
+        ),
+        ({"role": "content", "content": "x"}, "knows no role 'content'"),
     ],
 )
 def test_what_a_template_would_drop_is_refused(message: dict[str, object], reason: str) -> None:
     with pytest.raises(InvalidParameterError, match=reason):
         tokens([message], "{{ messages[0].content }}")
+
+
+USERS_ALONE = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+FIRST_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'user' or loop.first %}{{ m.content|upper }}{% endif %}{% endfor %}"
+)
+TOOLS = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "roles", "dropped"),
+    [
+        (USERS_ALONE, ["system", "user"], "system"),
+        (USERS_ALONE, ["developer", "user"], "system"),
+        (USERS_ALONE, ["user", "system"], "system"),
+        (USERS_ALONE, ["user", "assistant"], None),
+        (FIRST_SYSTEM, ["system", "user"], None),
+        (FIRST_SYSTEM, ["user", "system", "user"], "system"),
+        (TOOLS, ["user", "tool"], "tool"),
+    ],
+)
+def test_a_template_that_drops_a_message_is_told(source: str, roles: list[str], dropped: str | None) -> None:
+    messages = [{"role": role, "content": "be kind"} for role in roles]
+    if dropped is None:
+        assert tokens(messages, source)
+    else:
+        messages[roles.index(dropped if dropped in roles else roles[0])]["content"] = "be brief"
+        with pytest.raises(InvalidParameterError, match=f"drops the message of role '{dropped}'"):
+            tokens(messages, source)
+
+
+def test_a_message_that_a_template_reads_as_a_switch_is_heard() -> None:
+    source = "{{ 'no thinking' if '/no_think' in messages[0].content else 'thinking' }}{{ messages[1].content }}"
+    assert tokens([{"role": "system", "content": "/no_think"}, *user("x")], source) == ["no thinkingx"]
 
 
 def test_threads_and_forks_get_their_own_prompts() -> None:

@@ -17,6 +17,7 @@ Message: TypeAlias = Mapping[str, Any]
 """An OpenAI-shaped chat message: `role`, and `content` as text or as a list of `{"type": "text", "text": …}`."""
 
 _OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
+_MEDIA = ("audio", "file", "files", "image", "image_url", "images", "input_audio", "video", "video_url", "videos")
 _ROLES = ("system", "user", "assistant")
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
@@ -92,7 +93,9 @@ class ChatTemplate:
         if tools:
             given["tools"] = list(tools.definitions)
         shield = _absent_noncharacter([*plain, given])
-        text = self._render([self._shielded(message, shield) for message in plain], self._shielded(given, shield))
+        plain, given = [self._shielded(message, shield) for message in plain], self._shielded(given, shield)
+        text = self._render(plain, given)
+        self._require_all_heard(plain, given, text)
         tags = self.dialect.tags
         is_thinking = tags is not None and text.rstrip().endswith(tags[0])
         if tags and is_thinking and think == "off":
@@ -124,11 +127,29 @@ class ChatTemplate:
         "developer" is what OpenAI's clients call "system". Raises InvalidParameterError for an unknown role.
         """
         role = message["role"]
-        if role == "developer" and role not in self._source:
+        is_known = role in _ROLES or re.search(rf"""['"]{re.escape(role)}['"]""", self._source)
+        if role == "developer" and not is_known:
             return {**message, "role": "system"}
-        if role not in _ROLES and not re.search(rf"\b{re.escape(role)}\b", self._source):
+        if not is_known:
             raise InvalidParameterError(f"the model's chat template knows no role {role!r:.60}")
         return message
+
+    def _require_all_heard(self, messages: list[dict[str, Any]], given: Mapping[str, Any], text: str) -> None:
+        """Raise InvalidParameterError where the prompt would be the same whatever a system's or tool's message said.
+
+        Users and assistants are heard by every template, but for what an assistant thought or said beside a call.
+        """
+        for n, message in enumerate(messages):
+            content = message["content"].strip()
+            if message["role"] in ("user", "assistant") or not content or content in text:
+                continue
+            other = [*messages[:n], {**message, "content": "." if content != "." else "-"}, *messages[n + 1 :]]
+            try:
+                is_heard = self._render(other, given) != text
+            except InvalidParameterError:
+                is_heard = True
+            if not is_heard:
+                raise InvalidParameterError(f"the model's chat template drops the message of role {message['role']!r}")
 
     def close(self) -> None:
         """End the template's process. Calling it twice is no error."""
@@ -168,6 +189,7 @@ def _with_text_content(message: Message) -> dict[str, Any]:
     """Return a copy whose content is one string. Raises InvalidParameterError for content that is not text."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidParameterError(f"a message must have a role and content, not {message!r:.80}")
+    _require_no_media(message)
     content = message.get("content")
     if content is None and message["role"] == "assistant":
         content = ""
@@ -188,7 +210,15 @@ def _text_of(part: Any) -> str:
     """Return the text of one part of a message's content."""
     if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
         raise InvalidParameterError(f"each part of a message's content must be text, not {part!r:.80}")
+    _require_no_media(part)
     return str(part["text"])
+
+
+def _require_no_media(fields: Mapping[str, Any]) -> None:
+    """Raise InvalidParameterError where something other than text stands beside the text."""
+    for name in _MEDIA:
+        if fields.get(name):
+            raise InvalidParameterError(f"messages hold text alone: {name} cannot be used")
 
 
 def _absent_noncharacter(values: list[dict[str, Any]]) -> str:
