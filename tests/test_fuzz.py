@@ -1,4 +1,4 @@
-"""Ten thousand damaged headers on every run; `python tests/fuzz_headers.py` checks as many as one likes."""
+"""Some damaged files of every kind on every run; the programs that make them check as many as one likes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from . import fuzz_files
 
 
 def test_ten_thousand_damaged_headers_are_refused_or_accepted() -> None:
@@ -21,3 +25,20 @@ def test_ten_thousand_damaged_headers_are_refused_or_accepted() -> None:
     assert n_reasons >= 20
     assert n_accepted > 100
     assert peak_mb < 200
+
+
+@pytest.mark.parametrize(
+    ("target", "n_cases", "outcomes"),
+    [
+        ("lora", 400, {"refused by its header", "accepted, then runs"}),
+        ("kernels", 500, {"to be compiled", "found again"}),
+        ("family", 1000, {"refused", "a family"}),
+    ],
+)
+def test_damaged_files_beside_models(tmp_path: Path, target: str, n_cases: int, outcomes: set[str]) -> None:
+    if target == "kernels":
+        numba = pytest.importorskip("numba")
+        if numba.config.DISABLE_JIT:
+            pytest.skip("nothing is compiled")
+    counts = fuzz_files.fuzz(target, n_cases, 1, tmp_path)
+    assert counts.keys() >= outcomes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from pkgutil import iter_modules
@@ -73,6 +74,36 @@ def test_a_folder_in_the_place_of_a_file_stops_nothing(cache: Path) -> None:
         file.unlink()
         (file / "x").mkdir(parents=True)
     assert not is_found()
+
+
+def test_files_of_another_machine_or_numba_are_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as other:
+        other.setattr("numba.core.codegen.JITCPUCodegen.magic_tuple", lambda _: ("x", "another-cpu", "+none"))
+        assert not is_found()
+        assert is_found()
+    assert not is_found()
+    (index,) = cache.rglob("*.nbi")
+    index.write_bytes(pickle.dumps("0.1") + index.read_bytes())
+    assert not is_found()
+    assert is_found()
+
+
+def test_every_file_damaged_at_once(cache: Path) -> None:
+    assert not is_found()
+    for file in cache.rglob("*.nb?"):
+        file.write_bytes(b"")
+    assert not is_found()
+    assert is_found()
+
+
+def test_what_another_process_removes_meanwhile(cache: Path) -> None:
+    assert not is_found()
+    (index,) = cache.rglob("*.nbi")
+    for file in cache.rglob("*.nbc"):
+        file.unlink()
+    assert index.exists()
+    assert not is_found()
+    assert is_found()
 
 
 def test_a_full_disk_stops_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
