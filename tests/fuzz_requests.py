@@ -150,7 +150,7 @@ def scripted_server() -> Iterator[Callable[[bool, bytes], int]]:
     }
     ensemble = Ensemble(members, n_vocab)
     vocabulary: Any = Bytes()
-    tokenizer = Tokenizer(vocabulary, n_vocab)
+    tokenizer = Tokenizer(vocabulary, n_vocab, ensemble.n_ctx)
     preparer = Preparer("fake", {}, {}, None, ensemble, tokenizer, (257).__eq__)
     driver = Driver(Decoder(ensemble, Fuser(n_vocab)))
     llm: Any = SimpleNamespace(
