@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from ..engine.constraint import Constraint
-from ..errors import ContextOverflowError, InvalidParameterError
+from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError
 from ..params import Text
+from ..system.locks import ForkSafeLock
 from .call_grammar import call_grammar
 from .dialects import Dialect
 from .fewest_tokens import FewestTokens
@@ -39,7 +39,7 @@ class Tokenizer:
 
     def __init__(self, model: Model, n_vocab: int, n_ctx: int) -> None:
         self.n_vocab, self._n_ctx = n_vocab, n_ctx
-        self._lock = threading.Lock()
+        self._lock, self._is_closed = ForkSafeLock(), False
         self._fewest: FewestTokens | None = None
         self._model = model
         self._template: ChatTemplate | None = None
@@ -120,6 +120,8 @@ class Tokenizer:
     ) -> ChatPrompt:
         """Prompt for the assistant's answer to `messages`, as `ChatTemplate.prompt` makes it."""
         with self._lock:
+            if self._is_closed:
+                raise EdgeDLFError("this FusedLlama has been closed")
             if self._template is None:
                 self._template = self._compile_template()
         prompt = self._template.prompt(messages, tools, think, variables)
@@ -218,6 +220,7 @@ class Tokenizer:
     def close(self) -> None:
         """End the processes that render the template and read forms. Calling it twice is no error."""
         with self._lock:
+            self._is_closed = True
             for process in (self._forms, self._template):
                 if process is not None:
                     process.close()

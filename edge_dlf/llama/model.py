@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -16,6 +15,7 @@ import llama_cpp as lib
 
 from ..errors import EdgeDLFError, InvalidParameterError, ModelFileError, OutOfMemoryError
 from ..gguf.header import Tensor
+from ..system.locks import ForkSafeLock
 from .amx import amx_crashes
 from .long_text import SHORT, check_runs, on_deep_stack, piece_pattern
 from .repack import overrides
@@ -62,8 +62,7 @@ class Model:
             params.tensor_buft_overrides = ctypes.cast(overridden, ctypes.c_void_p)
         self.path = path
         self._adapters: dict[Path, Any] = {}
-        self._lock = threading.RLock()
-        self._pid = self._lock_pid = os.getpid()
+        self._lock, self._pid = ForkSafeLock(), os.getpid()
         # Kept, because they are needed for every token, and a call into C may have to wait for the GIL afterwards.
         self._eog: dict[int, bool] = {}
         self._pieces: dict[tuple[int, bool], bytes] = {}
@@ -105,8 +104,6 @@ class Model:
     @contextmanager
     def _open(self) -> Iterator[Any]:
         """Keep the vocabulary from being freed by another thread meanwhile. Raises EdgeDLFError where it has been."""
-        if os.getpid() != self._lock_pid:  # a forked child: another thread of the parent may have held the lock
-            self._lock, self._lock_pid = threading.RLock(), os.getpid()
         with self._lock:
             if self._handle is None:
                 raise EdgeDLFError("this model has been closed")

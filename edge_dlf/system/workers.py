@@ -15,12 +15,13 @@ import signal
 import socket
 import struct
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..errors import EdgeDLFError
 from .child import python_command
+from .locks import ForkSafeLock
 
 _SERVE = f"import sys; from {__name__} import serve; serve(int(sys.argv[1]), sys.argv[2])"
 _LENGTH = struct.Struct("!Q")
@@ -95,15 +96,20 @@ class Workers:
         self._prepare, self._material = prepare, material
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
+        self._lock, self._pid = ForkSafeLock(), os.getpid()
+        self._is_closed = False
 
     def worker(self) -> Connection:
-        """Return the connection to a new worker. May be called by several threads, and in a forked child."""
-        if os.getpid() != self._pid:  # the process belongs to the parent, and another thread of it may hold the lock
-            self._pid, self._lock, self._control, self._process = os.getpid(), threading.Lock(), None, None
+        """Return the connection to a new worker. May be called by several threads, and in a forked child.
+
+        Raises EdgeDLFError after `close`.
+        """
         ours, theirs = socket.socketpair()
-        with self._lock, theirs:
+        with self._lock, ours, theirs:
+            if self._is_closed:
+                raise EdgeDLFError("this FusedLlama has been closed")
+            if os.getpid() != self._pid:  # the process belongs to the parent
+                self._pid, self._control, self._process = os.getpid(), None, None
             for is_new in (False, True):
                 if self._control is None or is_new:
                     self._start()
@@ -111,10 +117,15 @@ class Workers:
                 with suppress(OSError):
                     socket.send_fds(self._control, [b"."], [theirs.fileno()])
                     break
-        return Connection(ours.detach())
+            return Connection(ours.detach())
 
     def close(self) -> None:
         """End the process. Workers end with their connections. Calling it twice is no error."""
+        with self._lock:
+            self._is_closed = True
+            self._end()
+
+    def _end(self) -> None:
         if self._control is not None and os.getpid() == self._pid:
             self._control.close()
         if self._process is not None and os.getpid() == self._pid:
@@ -123,7 +134,7 @@ class Workers:
         self._control = self._process = None
 
     def _start(self) -> None:
-        self.close()
+        self._end()
         self._control, theirs = socket.socketpair()
         with theirs:
             # Its own session: Ctrl-C in the terminal is meant for this process.
