@@ -268,10 +268,13 @@ class Attack:
                 self.is_over.wait(0.05)
 
     def last_blow(self) -> list[threading.Thread]:
-        """Send forms that compute for as long as they may, whose answers nobody waits for."""
+        """Send forms that are read, or that each token computes, for as long as they may."""
+        endless = 'root ::= s\ns ::= s s | s s s | "x" | ""'
+        rules = "\n".join(f'r{n} ::= "x"' for n in range(100_000))
+        huge = f"root ::= {' '.join(f'r{n}' for n in range(100_000))}\n{rules}"
 
-        def send() -> None:
-            body = {"prompt": "a", "grammar": 'root ::= s\ns ::= s s | s s s | "x" | ""', "logit_bias": {"87": 100}}
+        def send(grammar: str) -> None:
+            body = {"prompt": "a", "grammar": grammar, "logit_bias": {"87": 100}}
             with httpx.Client(base_url=self.url, timeout=120) as client:
                 for _ in range(50):
                     try:
@@ -279,7 +282,7 @@ class Attack:
                     except httpx.HTTPError:
                         return
 
-        threads = [threading.Thread(target=send) for _ in range(N_OTHERS)]
+        threads = [threading.Thread(target=send, args=(grammar,)) for grammar in (endless, huge) * (N_OTHERS // 2)]
         for thread in threads:
             thread.start()
         return threads

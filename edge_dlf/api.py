@@ -165,6 +165,11 @@ class FusedLlama:
         """Stop the running request from another thread. It raises RequestInterruptedError, later ones do not."""
         self._members.interrupt.set()
 
+    def end_forms(self) -> None:
+        """From any thread, end every grammar and JSON schema that is read or kept to. Their requests fail."""
+        if self._open_preparer is not None:
+            self._open_preparer.tokenizer.end_forms()
+
     @property
     def _preparer(self) -> Preparer:
         if self._open_preparer is None:

@@ -222,6 +222,16 @@ def test_what_follows_thinking_keeps_to_its_form(forms: Forms, patience_s: float
     assert json.loads(answer) == [7]
 
 
+def test_every_form_can_be_ended_at_once_and_later_ones_are_kept_to(forms: Forms) -> None:
+    form = forms.grammar('root ::= "ab"')
+    take(form, "a")
+    forms.end()
+    forms.end()
+    with pytest.raises(InvalidParameterError, match="cannot be kept to"):
+        form.banned([], ord("b"), None)
+    take(forms.grammar('root ::= "ab"'), "ab")
+
+
 def test_the_process_that_forks_is_started_again(forms: Forms) -> None:
     forms.grammar('root ::= "ab"')
     process = forms._workers._process

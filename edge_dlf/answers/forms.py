@@ -57,6 +57,10 @@ class Forms:
         """Return the form of a grammar of llguidance that `call_grammar` made. Raises InvalidParameterError."""
         return self._form("JSON schema", grammar)
 
+    def end(self) -> None:
+        """End all forms, those that are being read too. Their answers fail; later ones are kept to."""
+        self._workers.end()
+
     def close(self) -> None:
         """End the process that they come from. Calling it twice is no error."""
         self._workers.close()

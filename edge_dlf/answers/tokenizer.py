@@ -217,6 +217,11 @@ class Tokenizer:
         self._require_room(part)
         return self._model.tokenize(part, special=False)
 
+    def end_forms(self) -> None:
+        """End all forms, those that are being read too. Their answers fail."""
+        if (forms := self._forms) is not None:
+            forms.end()
+
     def close(self) -> None:
         """End the processes that render the template and read forms. Calling it twice is no error."""
         with self._lock:

@@ -82,6 +82,8 @@ def make_app(llm: FusedLlama, rules: Rules) -> Starlette:
         service.thread.open()
         yield
         await asyncio.to_thread(service.thread.close)
+        service.preparing.shutdown(wait=False, cancel_futures=True)
+        llm.end_forms()
         service.preparing.shutdown()
 
     routes = [

@@ -186,6 +186,7 @@ class DecodingThread:
     def _end_all(self) -> None:
         self._has_stopped = True
         self._fail_all(stopping())
+        self.llm.end_forms()
 
     def _step(self) -> None:
         """Run one step of all answers. What it gave is handed over while the members compute the next one."""

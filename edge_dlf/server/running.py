@@ -24,7 +24,7 @@ from .decoding import DecodingThread
 if TYPE_CHECKING:
     from ..api import FusedLlama
 
-GRACE_S = 4.0
+GRACE_S = 3.0
 """Seconds that answers may take after the first signal."""
 _PROBE_S = 0.5
 """Seconds until the first look whether a client is still there, and until the second; then the pause doubles."""

@@ -120,9 +120,15 @@ class Workers:
             return Connection(ours.detach())
 
     def close(self) -> None:
-        """End the process. Workers end with their connections. Calling it twice is no error."""
+        """End the process and all workers, and start none any more. Calling it twice is no error."""
+        self._is_closed = True
+        self.end()
+
+    def end(self) -> None:
+        """End the process and all workers. A later job starts it again. May be called by any thread."""
         with self._lock:
-            self._is_closed = True
+            if self._process is not None and os.getpid() == self._pid:
+                os.killpg(self._process.pid, signal.SIGKILL)  # workers are in the group of the process they come from
             self._end()
 
     def _end(self) -> None:
@@ -137,7 +143,7 @@ class Workers:
         self._end()
         self._control, theirs = socket.socketpair()
         with theirs:
-            # Its own session: Ctrl-C in the terminal is meant for this process.
+            # Its own session, and so its own group: Ctrl-C in the terminal is meant for this process.
             self._process = subprocess.Popen(
                 python_command(_SERVE, str(theirs.fileno()), self._prepare),
                 stdin=subprocess.DEVNULL,
