@@ -24,7 +24,7 @@ from .families.files import FamilyFiles, check_files
 from .families.members import Members, plan_memory
 from .families.spec import FamilySpec
 from .llama import default_n_threads
-from .params import OVERLAPS, Overlap
+from .params import OVERLAPS, Number, Overlap
 
 if TYPE_CHECKING:
     from .fusion.fuser import Fuser
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 ExpertFiles: TypeAlias = str | Path | Sequence[tuple[str | Path, float]]
 
 _MAX_OWN_CTX = 4096
+_THREADS = Number(0, is_whole=True, minus_one=0)
 
 
 class FusedLlama:
@@ -118,6 +119,8 @@ class FusedLlama:
     ) -> None:
         if overlap not in ("auto", *OVERLAPS):
             raise InvalidParameterError(f"overlap must be auto, {', '.join(OVERLAPS)}, not {overlap!r}")
+        n_ctx = None if n_ctx is None else count("n_ctx", n_ctx)
+        n_threads = None if n_threads is None else _THREADS.read("n_threads", n_threads) or None
         n_ctx = n_ctx or min(_MAX_OWN_CTX, files.models["large"].n_ctx_train or _MAX_OWN_CTX)
         self.name, self.files, self.cache_types = files.spec.name, files, (type_k or "f16", type_v or "f16")
         planned = partial(plan_memory, files, n_ctx=n_ctx, type_k=type_k, type_v=type_v, **asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import struct
@@ -317,6 +318,31 @@ def test_logprobs_are_of_the_fused_distribution(tiny_llm: FusedLlama) -> None:
     assert hot["choices"][0]["logprobs"]["top_logprobs"][0] == pytest.approx(logprobs["top_logprobs"][0], abs=1e-4)
 
 
+@pytest.mark.parametrize("stop", [None, ["no such text"], ["\n", "zzz"]])
+@pytest.mark.parametrize("prompt", ["The cat", "Größe 😀: ", ""])
+def test_offsets_of_a_completion_begin_after_its_prompt(tiny_llm: FusedLlama, prompt: str, stop: Any) -> None:
+    choice = tiny_llm.create_completion(prompt, max_tokens=8, logprobs=1, stop=stop)["choices"][0]
+    offsets, tokens = choice["logprobs"]["text_offset"], choice["logprobs"]["tokens"]
+    assert len(offsets) == len(tokens)
+    assert offsets == sorted(offsets)
+    assert offsets[:1] == [len(prompt)][: len(tokens)]
+    assert all(len(prompt) <= offset <= len(prompt) + len(choice["text"]) for offset in offsets)
+
+
+def test_the_sampled_token_is_among_the_likely_ones(tiny_llm: FusedLlama) -> None:
+    hot = {"temperature": 5.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1}
+    logprobs = tiny_llm.create_completion("The", max_tokens=12, logprobs=1, **hot)["choices"][0]["logprobs"]
+    assert all(token in top for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
+    assert any(len(top) == 2 for top in logprobs["top_logprobs"])
+
+
+def test_an_answer_of_no_tokens_has_no_offsets(tiny_llm: FusedLlama) -> None:
+    (end,) = tiny_llm.tokenize("<|im_end|>")
+    ends = {"logit_bias": {token: -math.inf for token in range(tiny_llm.n_vocab) if token != end}}
+    choice = tiny_llm.create_completion("The", max_tokens=3, logprobs=2, **ends)["choices"][0]
+    assert choice["logprobs"] == {"tokens": [], "text_offset": [], "token_logprobs": [], "top_logprobs": []}
+
+
 def test_a_prompt_per_member(tiny_llm: FusedLlama) -> None:
     own = tiny_llm.create_completion(PROMPT, max_tokens=20, prompts={"lora": "Question: " + PROMPT})
     same = tiny_llm.create_completion(PROMPT, max_tokens=20, prompts={"lora": PROMPT})
@@ -359,6 +385,47 @@ def test_chat_logprobs_and_prompts(tiny_llm: FusedLlama) -> None:
     for entry in result["choices"][0]["logprobs"]["content"]:
         assert len(entry["top_logprobs"]) == 2
         assert bytes(entry["bytes"]).decode("utf-8", "replace") == entry["token"]
+
+
+@pytest.mark.parametrize(
+    ("loading", "message"),
+    [
+        ({"n_ctx": True}, "n_ctx must be an integer, not True"),
+        ({"n_ctx": 1.5}, "n_ctx must be an integer"),
+        ({"n_ctx": "64"}, "n_ctx must be an integer"),
+        ({"n_ctx": -5}, "n_ctx must be 0 or more"),
+        ({"n_threads": True}, "n_threads must be an integer"),
+        ({"n_threads": -5}, "n_threads must be 0 or more"),
+        ({"n_parallel": True}, "n_parallel must be"),
+        ({"n_parallel": "x"}, "n_parallel must be"),
+        ({"n_gpu_layers": True}, "n_gpu_layers must be an integer"),
+        ({"n_gpu_layers": {"large": 1.5}}, "n_gpu_layers of large must be an integer"),
+        ({"main_gpu": "x"}, "main_gpu must be"),
+        ({"tensor_split": "3,1"}, "tensor_split must be shares"),
+        ({"tensor_split": [True]}, "tensor_split must be shares"),
+    ],
+)
+def test_what_cannot_be_loaded_so_is_told(tiny: Path, loading: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        FusedLlama.from_family(tiny, **loading)
+
+
+def test_loading_takes_whole_numbers_however_they_are_written(tiny: Path) -> None:
+    given = {"n_ctx": np.int64(64), "n_threads": 1.0, "n_gpu_layers": np.int64(0), "n_parallel": 2.0}
+    with FusedLlama.from_family(tiny, **given) as llm:
+        assert (llm.n_ctx, llm.driver.n_parallel) == (64, 2)
+
+
+@pytest.mark.parametrize("family", [None, 5, b"tiny", [], object()], ids=repr)
+def test_a_family_is_a_path_or_a_name(family: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="a path must be text"):
+        FusedLlama.from_family(family)
+
+
+@pytest.mark.parametrize("files", [(5, "b", {}), (b"a", "b", {}), ("a", "b", None), ("a", "b", ["c"])], ids=repr)
+def test_files_are_paths_and_experts_have_names(files: Any) -> None:
+    with pytest.raises(EdgeDLFError):
+        FusedLlama(*files)
 
 
 @pytest.mark.parametrize("name", ["mirostat_mode", "suffix", "tfs_z", "temprature"])

@@ -227,7 +227,6 @@ def test_a_template_that_knows_the_developer_gets_it() -> None:
             {"role": "user", "content": [{"type": "text", "text": "x", "image_url": {"url": "data:"}}]},
             "image_url cannot",
         ),
-        ({"role": "content", "content": "x"}, "knows no role 'content'"),
     ],
 )
 def test_what_a_template_would_drop_is_refused(message: dict[str, object], reason: str) -> None:
@@ -262,6 +261,13 @@ def test_a_template_that_drops_a_message_is_told(source: str, roles: list[str], 
         messages[roles.index(dropped if dropped in roles else roles[0])]["content"] = "be brief"
         with pytest.raises(InvalidParameterError, match=f"drops the message of role '{dropped}'"):
             tokens(messages, source)
+
+
+def test_a_template_that_writes_any_role_out_hears_a_tool_if_it_speaks_of_tools() -> None:
+    source = (
+        "{% for tool in tools or [] %}{{ tool }}{% endfor %}{% for m in messages %}{{ m.role ~ m.content }}{% endfor %}"
+    )
+    assert tokens([{"role": "tool", "content": "42"}], source) == ["tool42"]
 
 
 def test_a_message_that_a_template_reads_as_a_switch_is_heard() -> None:

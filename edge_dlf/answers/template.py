@@ -127,7 +127,7 @@ class ChatTemplate:
         "developer" is what OpenAI's clients call "system". Raises InvalidParameterError for an unknown role.
         """
         role = message["role"]
-        is_known = role in _ROLES or re.search(rf"""['"]{re.escape(role)}['"]""", self._source)
+        is_known = role in _ROLES or re.search(rf"\b{re.escape(role)}\b", self._source)
         if role == "developer" and not is_known:
             return {**message, "role": "system"}
         if not is_known:

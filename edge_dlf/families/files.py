@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ..engine.ensemble import Roles
 from ..errors import FamilyError, InvalidParameterError, VocabMismatchError
 from ..gguf.header import header_hash, show
 from ..gguf.info import GGUFInfo, check_lora_fits, read_info
-from ..params import METHODS, params_of
+from ..params import METHODS, ByName, Number, params_of
 from .spec import ExpertSpec, FamilySpec
 
 _THROUGH = "edge_dlf.trained.through"
@@ -78,12 +78,16 @@ class FamilyFiles:
         """
         own = self._each("main_gpu", main_gpu)
         numbers = [n for n in own.values() if n is not None]
-        shares = tuple(float(share) for share in tensor_split or ())
+        shares: tuple[float, ...] = ()
+        with suppress(TypeError, InvalidParameterError):  # what is no number is told below
+            shares = tuple(Number(0).read("a share", share) for share in tensor_split or ())
         if min(numbers, default=0) < 0:
             raise InvalidParameterError(f"main_gpu counts GPUs from 0 on, it cannot be {main_gpu!r}")
         if tensor_split is not None:
-            if not all(0 <= share < math.inf for share in shares) or not sum(shares):
-                raise InvalidParameterError(f"tensor_split must be shares of each GPU, such as 3,1; not {[*shares]}")
+            if not sum(shares):
+                raise InvalidParameterError(
+                    f"tensor_split must be shares of each GPU, such as 3,1; not {tensor_split!r}"
+                )
             if len(numbers) == len(own):
                 raise InvalidParameterError("tensor_split and main_gpu for every member exclude each other")
         if n_gpus and max(numbers, default=0) >= n_gpus:
@@ -101,6 +105,7 @@ class FamilyFiles:
 
         Raises InvalidParameterError for unknown names, and for a LoRA, which has the base's value.
         """
+        value = None if value is None else ByName(Number(is_whole=True)).read(setting, value)
         if not isinstance(value, Mapping):
             return dict.fromkeys(self.models, value)
         if shared := sorted(set(value) & set(self.loras)):

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from ..engine.ensemble import Ensemble
 from ..engine.overlap import choose_overlap
-from ..errors import InvalidParameterError, OutOfMemoryError
+from ..errors import OutOfMemoryError
 from ..llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights, system_info
-from ..params import OVERLAPS, Overlap
+from ..params import OVERLAPS, Number, Overlap
 from ..system.machine import this_machine
 from ..system.remembered import states
 from .files import FamilyFiles
@@ -61,10 +61,8 @@ def plan_memory(
     no layer off a GPU. Raises OutOfMemoryError or InvalidParameterError.
     """
     machine = this_machine(gpus())
-    is_number = isinstance(n_parallel, int) and not isinstance(n_parallel, bool) and 1 <= n_parallel <= MAX_PARALLEL
-    if not is_number and n_parallel != "auto":
-        raise InvalidParameterError(f"n_parallel must be auto or 1 to {MAX_PARALLEL}, not {n_parallel!r}")
-    n_seqs = _AUTO_PARALLEL[bool(machine.gpus)] if n_parallel == "auto" else int(n_parallel)
+    asked_for = Number(1, MAX_PARALLEL, is_whole=True, words=("auto",)).read("n_parallel", n_parallel)
+    n_seqs = _AUTO_PARALLEL[bool(machine.gpus)] if asked_for == "auto" else asked_for
     planner = Planner(
         files,
         machine,

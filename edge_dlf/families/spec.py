@@ -205,6 +205,8 @@ class FamilySpec:
         """
         folder = Path()
         specs = []
+        _require(isinstance(experts, Mapping), f"experts must map names to files, not {experts!r:.60}")
+        of_large, of_base = _local(large, folder, "large"), _local(base, folder, "base")
         for name, files in experts.items():
             pairs = [(files, None)] if isinstance(files, str | os.PathLike) else _pairs(name, files)
             where = f"expert {name!r}"
@@ -213,7 +215,7 @@ class FamilySpec:
         _check_names([spec.name for spec in specs])
         for name in as_correctors:
             _require(name in experts, f"as_corrector names {name!r}; the experts are {', '.join(experts)}")
-        return cls(Path(large).stem, _local(large, folder, "large"), _local(base, folder, "base"), tuple(specs))
+        return cls(Path(large).stem, of_large, of_base, tuple(specs))
 
 
 def is_name(text: Any) -> bool:

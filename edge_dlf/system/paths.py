@@ -26,6 +26,8 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise InvalidParameterError(f"{path}: there is no such home folder") from error
+    except TypeError:
+        raise InvalidParameterError(f"a path must be text, not {path!r:.60}") from None
 
 
 def shipped_dir() -> Path:
