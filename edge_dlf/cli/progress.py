@@ -61,6 +61,21 @@ class ProgressLine(Progress):
             self._said_s = self.elapsed_s
             self._say(self.figures())
 
+    def counter(self, check: Callable[[], None]) -> Callable[[int], None]:
+        """Return what takes the number that are done so far, of which the first were done by an earlier run.
+
+        check: called each time, and may raise.
+        """
+
+        def tell(n_done: int) -> None:
+            if self.n_done == 0:
+                self.n_before = n_done
+            self.n_done = n_done
+            self.tell()
+            check()
+
+        return tell
+
     @contextmanager
     def shown(self, screen: Screen) -> Iterator[None]:
         """Show the figures while this lasts; time counts from here."""

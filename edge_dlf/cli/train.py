@@ -150,15 +150,7 @@ def _read_large(screen: Screen, prepared: Prepared, llm: Any, n_threads: int) ->
     progress = ProgressLine(len(prepared.examples))
     progress.unit = "examples read by the large model"
     with interruptible(screen, llm.interrupt) as stop, progress.shown(screen):
-
-        def tell(n_done: int) -> None:
-            if progress.n_done == 0:
-                progress.n_before = n_done
-            progress.n_done = n_done
-            progress.tell()
-            stop.check()
-
-        return prepared.read_rows(llm, n_threads, tell)
+        return prepared.read_rows(llm, n_threads, progress.counter(stop.check))
 
 
 class _Line(ProgressLine):

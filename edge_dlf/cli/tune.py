@@ -119,15 +119,8 @@ def _results(
         read = {name: tokenized(llm, rows, raw=raw, system=options.system) for name, rows in tasks.items()}
         progress = ProgressLine(len(set(chain(*read.values()))))
         progress.unit = "examples"
-
-        def tell(n_done: int) -> None:
-            if progress.n_done == 0:
-                progress.n_before = n_done
-            progress.n_done = n_done
-            progress.tell()
-            stop.check()
-
         with progress.shown(screen):
+            tell = progress.counter(stop.check)
             results = tune_tasks(llm, read, n_threads=options.loading.get("n_threads"), tell=tell)
         if n_checked:
             results = {name: check(llm, result, n_checked) for name, result in results.items()}
