@@ -189,6 +189,12 @@ class TestAForkedChild:
         assert said == ("works" if name in WORKS_IN_A_CHILD else "this family was loaded in the parent of this process")
         CALLS[name](llm)
 
+    def test_forms_of_the_parent_go_on(self, llm: FusedLlama) -> None:
+        stream = llm.stream("hello", max_tokens=5, grammar='root ::= "a" "b" "c" "d" "e"')
+        assert next(stream).text == "a"
+        assert _in_child(llm.close) == "works"
+        assert "".join(token.text for token in stream) == "bcde"
+
     def test_what_it_closes_is_the_parents(self, llm: FusedLlama) -> None:
         stream = llm.stream("hello", max_tokens=5)
         assert next(stream)
