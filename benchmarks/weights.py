@@ -5,7 +5,7 @@
     python benchmarks/weights.py curve --family FAMILY --examples EXAMPLES.jsonl [--raw]     loss on the other examples
 
 Answers are greedy and generated; every method gets the same questions. Needs reasoning-gym, which draws the questions:
-pip install '.[train]'. Takes some minutes on one thread.
+pip install '.[recipe]'. Takes some minutes on one thread.
 """
 
 from __future__ import annotations

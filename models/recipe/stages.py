@@ -129,13 +129,14 @@ def make_experts(build: Build) -> None:
     """An adapter for each task, by `edge-dlf train` through the large model."""
     for task in SEEN:
         data = build.path(f"{task}.jsonl")
-        data.write_text("".join(map(_as_row, itertools.islice(lessons([task], SEED + 3), N_LESSONS))))
+        data.write_text("".join(map(as_row, itertools.islice(lessons([task], SEED + 3), N_LESSONS))))
         files = (build.path("base.gguf"), data, "--through", build.path("large.gguf"), "-o", build.path(f"{task}.gguf"))
         command = [sys.executable, "-m", "edge_dlf", "train", *files, *TRAIN]
         subprocess.run(list(map(str, command)), check=True)
 
 
-def _as_row(turns: Sequence[Turn]) -> str:
+def as_row(turns: Sequence[Turn]) -> str:
+    """A line of examples for `edge-dlf train`."""
     messages = [
         {"role": role, "content": text}
         for turn in turns
