@@ -286,6 +286,17 @@ class TestStopped:
         assert (code, out.stat().st_mtime_ns) == (0, before)
         assert "has been trained so already" in said
 
+    @pytest.mark.parametrize(
+        ("options", "tune", "last"), [((), "", "chat e"), (("--raw",), " --raw", "generate --raw")]
+    )
+    def test_the_next_steps_ask_in_the_form_that_was_trained(
+        self, tmp_path: Path, data: Path, base: Path, options: tuple[str, ...], tune: str, last: str
+    ) -> None:
+        command = ["train", *map(str, (base, data, "-o", tmp_path / "e.gguf", *QUICK, "--steps", 2)), *options]
+        lines = CliRunner().invoke(main, command).stdout.splitlines()
+        assert lines[2].strip() == f"edge-dlf tune OTHER_EXAMPLES.jsonl -f e --write{tune}"
+        assert lines[3].strip().startswith(f"edge-dlf {last}")
+
     def test_weights_that_do_best_on_held_out_examples_are_kept(self, tmp_path: Path, base: Path) -> None:
         rng = np.random.default_rng(1)
         rows = [

@@ -94,7 +94,7 @@ def train(
         pieces = [llm.detokenize([token]) for token in range(llm.n_vocab)]
     state = _train(screen, prepared, constants, pieces)
     screen.say(_summary(prepared, state))
-    for line in _next_steps(job):
+    for line in _next_steps(job, raw=raw):
         screen.show(line)
 
 
@@ -213,8 +213,8 @@ def _summary(prepared: Prepared, state: State) -> str:
     return " · ".join(parts)
 
 
-def _next_steps(job: Job) -> Iterator[str]:
-    """What to do with the adapter."""
+def _next_steps(job: Job, *, raw: bool) -> Iterator[str]:
+    """What to do with the adapter, in the form that it was trained with."""
     name = job.out.stem
     large = shlex.quote(str(job.large or "LARGE.gguf"))
     files = f"--large {large} --base {shlex.quote(str(job.base))}"
@@ -222,5 +222,5 @@ def _next_steps(job: Job) -> Iterator[str]:
     named = " ".join(f"--expert {shlex.quote(f'{path.stem}={path}')}" for path in experts)
     yield "To use it:"
     yield f"  edge-dlf new {shlex.quote(name)} {files} {named}"
-    yield f"  edge-dlf tune OTHER_EXAMPLES.jsonl -f {shlex.quote(name)} --write"
-    yield f"  edge-dlf chat {shlex.quote(name)}"
+    yield f"  edge-dlf tune OTHER_EXAMPLES.jsonl -f {shlex.quote(name)} --write{' --raw' if raw else ''}"
+    yield f"  edge-dlf generate --raw -f {shlex.quote(name)} PROMPT" if raw else f"  edge-dlf chat {shlex.quote(name)}"
