@@ -28,6 +28,7 @@ from .params import FusionParams, SamplingParams
 
 if TYPE_CHECKING:
     from .api import FusedLlama
+    from .evidence.tune import tune
     from .fusion.arrays import fuse_logits, search_alpha
 
 __version__ = "0.2.0"
@@ -53,9 +54,15 @@ __all__ = [
     "VocabMismatchError",
     "fuse_logits",
     "search_alpha",
+    "tune",
 ]
 
-_LAZY = {"FusedLlama": ".api", "fuse_logits": ".fusion.arrays", "search_alpha": ".fusion.arrays"}
+_LAZY = {
+    "FusedLlama": ".api",
+    "fuse_logits": ".fusion.arrays",
+    "search_alpha": ".fusion.arrays",
+    "tune": ".evidence.tune",
+}
 
 
 def __getattr__(name: str) -> Any:

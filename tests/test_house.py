@@ -137,6 +137,7 @@ def test_the_public_face() -> None:
         "VocabMismatchError",
         "fuse_logits",
         "search_alpha",
+        "tune",
     }
     for name in edge_dlf.__all__:
         assert getattr(edge_dlf, name).__name__ == name

@@ -85,7 +85,9 @@ def test_few_examples_tell_nothing(tiny_llm: FusedLlama, tmp_path: Path) -> None
 def test_a_task_that_no_member_knows_is_named(tiny_llm: FusedLlama, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     examples = [Example((65, 66 + k), tuple(rng.integers(0, 250, 6).tolist()), "") for k in range(12)]
-    assert tuned(tiny_llm, examples, tmp_path).verdict.startswith("No member knows this task: ")
+    result = tuned(tiny_llm, examples, tmp_path)
+    assert result.verdict.startswith("No member knows this task: ")
+    assert not result.is_known
 
 
 def test_every_method_has_the_loss_of_its_scores(tiny_llm: FusedLlama, tmp_path: Path) -> None:
@@ -293,20 +295,39 @@ def test_several_tasks_are_compared_in_one_pass(tiny_llm: FusedLlama, tmp_path: 
 def test_each_task_of_a_file_gets_a_table_and_a_profile(demo: Path, sums: Path, tmp_path: Path) -> None:
     path, both = tmp_path / "two.jsonl", []
     for row in map(json.loads, sums.read_text().splitlines()):
-        both += [{**row, "task": "adding"}, {**row, "answer": row["answer"].upper(), "task": "shouting"}]
+        both += [{**row, "task": "adding"}, {**row, "answer": row["answer"].removesuffix("."), "task": "bare"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in both))
     result = run(path, "-f", demo, "--task-field", "task", "--write", "--check", "2")
     assert result.exit_code == 0, result.output
-    for task in ("adding", "shouting"):
+    for task in ("adding", "bare"):
         assert f"== {task}\nmine, {len(SUMS)} examples" in result.stdout
         assert f"To use it: edge-dlf chat -f {demo} --profile {task}" in result.stdout
     spec = FamilySpec.load(demo)
-    assert list(spec.profiles) == ["adding", "shouting"]
+    assert list(spec.profiles) == ["adding", "bare"]
     assert spec.defaults["method"] == "static"
     found = json.loads(run(path, "-f", demo, "--task-field", "task", "--json").stdout)["tasks"]
     assert {task: own["recommended"]["method"] for task, own in found.items()} == {
         task: own["method"] for task, own in spec.profiles.items()
     }
+
+
+def test_nothing_is_written_for_a_task_that_no_member_knows(demo: Path, sums: Path, tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(0), tmp_path / "two.jsonl"
+    rows = [{**json.loads(row), "task": "adding"} for row in sums.read_text().splitlines()]
+    for row in rows[:12]:
+        rows.append({**row, "answer": "".join(map(chr, rng.integers(0x3041, 0x3096, 6))), "task": "noise"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(path, "-f", demo, "--task-field", "task", "--write")
+    assert result.exit_code == 1
+    assert "No member knows this task" in result.stdout
+    assert result.stderr.splitlines()[-1].endswith("no member knows these tasks: noise")
+    assert list(FamilySpec.load(demo).profiles) == ["adding"]
+    before = (demo / "family.toml").read_text()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["task"] == "noise"))
+    result = run(path, "-f", demo, "--write")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].endswith("no member knows this task")
+    assert (demo / "family.toml").read_text() == before
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InvalidParameterError
+from ..errors import EdgeDLFError, InvalidParameterError
 from .interrupts import interruptible
 from .opening import family_command, open_family
 from .options import Options, reading_options
@@ -95,11 +95,16 @@ def tune(
                 screen.show(f"== {one_line(task)}")
             _show(screen, result)
             how = f"--profile {profiles[task]}" if profiles[task] else _flags(result.settings)
-            screen.show(f"To use it: edge-dlf chat {_named(options)} {how}")
+            if result.is_known:
+                screen.show(f"To use it: edge-dlf chat {_named(options)} {how}")
     if file:
-        write_settings(file, {profiles[task]: result.settings for task, result in results.items()})
-        for name in profiles.values():
+        known = {profiles[task]: result.settings for task, result in results.items() if result.is_known}
+        write_settings(file, known)
+        for name in known:
             screen.say(f"written to {f'[profiles.{name}]' if name else '[defaults]'} of {file}")
+        if unknown := [task for task, result in results.items() if not result.is_known]:
+            which = f"these tasks: {', '.join(map(one_line, unknown))}" if task_field else "this task"
+            raise EdgeDLFError(f"nothing is written for a task that no member knows, and no member knows {which}")
 
 
 def _results(

@@ -76,6 +76,11 @@ class TuneResult:
         return {"method": settings["method"], "weights": None, **unfiltered, **settings}
 
     @property
+    def is_known(self) -> bool:
+        """Whether the recommended method knows anything of the task."""
+        return _mean(self.recommended) <= _UNKNOWN[0] or self.recommended.share_right >= _UNKNOWN[1]
+
+    @property
     def runner_up(self) -> Outcome:
         """The method with the lowest loss beside the recommended one."""
         return min((one for one in self.outcomes if one is not self.recommended), key=_mean)
@@ -190,17 +195,9 @@ def _compared(
     best = min(outcomes, key=_mean)
     recommended = _cheapest(outcomes, best)
     verdict, notes = _conclusion(outcomes, recommended)
-    return TuneResult(
-        llm.name,
-        llm.files.spec.defaults,
-        examples,
-        outcomes,
-        best,
-        recommended,
-        verdict,
-        notes,
-        held_out.fold_of_example,
-    )
+    defaults, folds = llm.files.spec.defaults, held_out.fold_of_example
+    result = TuneResult(llm.name, defaults, examples, outcomes, best, recommended, verdict, notes, folds)
+    return result if result.is_known else replace(result, verdict=_about_ignorance(recommended))
 
 
 def _distinct(task: str, examples: Sequence[Example]) -> list[Example]:
@@ -284,11 +281,6 @@ def _conclusion(outcomes: Sequence[Outcome], recommended: Outcome) -> tuple[str,
             verdict = f"Too few examples to tell: {recommended.name} has {gain}{_more(ahead, n)}."
         if recommended.fold_weights:
             notes.append(_about_weights(recommended))
-    if _mean(recommended) > _UNKNOWN[0] and recommended.share_right < _UNKNOWN[1]:
-        verdict = (
-            f"no member knows this task: the recommended method has {recommended.share_right:.0%} of the tokens right. "
-            "An expert trained on such examples would help more than weights."
-        )
     experts = [outcome for outcome in alone if outcome.members[0] not in ("large", "base")]
     notes += [_about_memory(o) for o in experts if _seems_memorised(o, alone[0])] or [_FLATTERED]
     return verdict[0].upper() + verdict[1:], notes
@@ -311,6 +303,13 @@ def _about_weights(outcome: Outcome) -> str:
     if gain > max(0.02 * _mean(outcome), SAME):
         return f"{shrunk}; more examples may lower the loss by about {nats(gain)} nats a token."
     return f"{shrunk}; more examples would hardly change them."
+
+
+def _about_ignorance(recommended: Outcome) -> str:
+    return (
+        f"No member knows this task: the recommended method has {recommended.share_right:.0%} of the tokens right. "
+        "An expert trained on such examples would help more than weights."
+    )
 
 
 def _seems_memorised(outcome: Outcome, large: Outcome) -> bool:
