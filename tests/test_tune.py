@@ -22,6 +22,7 @@ from edge_dlf.engine.backend import Run
 from edge_dlf.evidence import tune as tuning
 from edge_dlf.evidence.answer_rows import AnswerLosses, evaluate
 from edge_dlf.evidence.examples import Example
+from edge_dlf.evidence.held_out import Outcome
 from edge_dlf.families.defaults import with_settings
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.system.paths import shipped_dir
@@ -75,6 +76,24 @@ def test_a_mixture_is_recommended_where_both_halves_gave_the_answers(tiny_llm: F
     assert weights["large"] == pytest.approx(0.6, abs=0.1)
     assert weights["tuned"] == pytest.approx(0.7, abs=0.1)
     assert result.verdict.startswith("Fusion helps: weighted has ")
+
+
+@pytest.mark.parametrize(
+    ("weights", "n"), [({"tuned": 1.0}, 30), ({"large": 0.1, "tuned": 0.9}, 30), ({"large": 0.6, "tuned": 0.7}, 8)]
+)
+def test_the_cheapest_that_cannot_be_told_from_the_best_is_recommended(
+    tiny_llm: FusedLlama, tmp_path: Path, weights: dict[str, float], n: int
+) -> None:
+    result = tuned(tiny_llm, drawn(tiny_llm, weights, n), tmp_path)
+
+    def is_as_good(outcome: Outcome) -> bool:
+        behind = outcome.above(result.best)
+        one_standard_error = (result.best.loss.high - result.best.loss.mean) / 1.96
+        return behind.mean <= 1e-3 or (behind.low <= 0 and behind.mean <= one_standard_error)
+
+    assert is_as_good(result.recommended)
+    cheaper = [outcome for outcome in result.outcomes if outcome.n_bytes < result.recommended.n_bytes]
+    assert not any(map(is_as_good, cheaper))
 
 
 def test_few_examples_tell_nothing(tiny_llm: FusedLlama, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """What to run for a task, found from examples with answers: a member alone, static, dynamic, or fitted weights.
 
 Every method is compared by its loss, −log p of the answers in nats a token, on examples that its weights were not
-fitted on. The cheapest method whose loss is within one standard error, or a thousandth of a nat, of the lowest is
-recommended.
+fitted on. The cheapest method whose loss cannot be told from the lowest is recommended: it is within one standard error
+of it, and the 95% interval of the difference on the same examples reaches nought; or it is within a thousandth of a nat.
 """
 
 from __future__ import annotations
@@ -251,8 +251,11 @@ def _cheapest(outcomes: Sequence[Outcome], best: Outcome) -> Outcome:
 
 
 def _is_as_good(outcome: Outcome, best: Outcome) -> bool:
-    difference = outcome.above(best)
-    return math.isfinite(difference.mean) and difference.mean <= max(SAME, (difference.high - difference.mean) / Z)
+    """Whether chance explains what the loss is above the lowest, and it is no more than that one's standard error."""
+    difference, standard_error = outcome.above(best), (best.loss.high - best.loss.mean) / Z
+    if not math.isfinite(difference.mean):
+        return False
+    return difference.mean <= SAME or (difference.low <= 0 and difference.mean <= standard_error)
 
 
 def _conclusion(outcomes: Sequence[Outcome], recommended: Outcome) -> tuple[str, list[str]]:
