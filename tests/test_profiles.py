@@ -16,6 +16,7 @@ from edge_dlf.batch import run_file
 from edge_dlf.cli import main
 from edge_dlf.families.library import write_family
 from edge_dlf.families.spec import FamilySpec
+from edge_dlf.server import Rules
 
 from .fake_llm import FakeLlama, fake_session
 from .http_server import Served, serving
@@ -158,11 +159,20 @@ def test_a_server_offers_each_profile_as_a_model(server: Served, tiny_llm: Fused
         assert answer["edge_dlf"]["method"] == "weighted"
     assert ask(model="tiny:lora")["edge_dlf"]["method"] == "static"
     assert ask(model="tiny:support", edge_dlf={"method": "lora"})["edge_dlf"]["method"] == "lora"
+
     assert ask(model="tiny:large", profile="support")["edge_dlf"]["method"] == "large"
     assert ask(profile="nobody")["error"]["message"] == UNKNOWN
     assert ask(edge_dlf={"profile": "support"})["error"]["code"] == "invalid_value"
     schemas = server.get("/openapi.json").json()["paths"]["/v1/completions"]["post"]["requestBody"]
     assert "profile" in schemas["content"]["application/json"]["schema"]["properties"]
+
+
+def test_a_profile_goes_before_the_server_s_own_method(family: Path) -> None:
+    rules = Rules({"method": "large", "max_tokens": 2})
+    with FusedLlama.from_family(family, n_ctx=256, n_threads=1) as llm, serving(llm, rules) as server:
+        described = server.get("/v1/models/tiny:support").json()
+        answer = server.post("/v1/chat/completions", json={"model": "tiny:support", "messages": HELLO}).json()
+        assert described["method"] == answer["edge_dlf"]["method"] == "weighted"
 
 
 def cli(*arguments: object, env: dict[str, str] | None = None) -> Result:

@@ -105,11 +105,23 @@ def test_usage_is_sent_only_if_asked_for_and_alpha_too(server: Served) -> None:
     assert not any("usage" in event for event in plain[:-1])
     assert [("edge_dlf" in event) for event in plain[:-1]] == [False, False, False, False, True]
     traced = events(server.post(CHAT, json={**body, "edge_dlf": {"trace": True}}))
-    assert {"alpha", "expert", "from_draft"} == set(traced[1]["edge_dlf"])
+    assert {"alpha", "expert", "from_draft", "logprob", "large"} == set(traced[1]["edge_dlf"])
     whole = server.post(CHAT, json={"messages": HELLO, "max_tokens": 3, "edge_dlf": {"trace": True}}).json()
     (tokens,) = whole["edge_dlf"]["trace"]
     assert "".join(token["text"] for token in tokens) == whole["choices"][0]["message"]["content"]
     assert [token["alpha"] for token in tokens] == [event["edge_dlf"]["alpha"] for event in traced[1:4]]
+    expected = server.llm.create_chat_completion(HELLO, max_tokens=3, trace=True)["edge_dlf"]["trace"]["tokens"]
+    assert [token["large"]["choice"] for token in tokens] == [own["members"]["large"]["name"] for own in expected]
+    for token, own in zip(tokens, expected, strict=True):
+        alone = {id: logprob for id, _, logprob in own["members"]["large"]["top"]}
+        assert token["logprob"] == pytest.approx(own["logprob"], abs=1e-4)
+        assert token["large"]["logprob"] == pytest.approx(alone.get(own["id"]), abs=1e-4)
+
+
+def test_no_large_model_is_told_of_where_none_takes_part(server: Served) -> None:
+    fusion = {"trace": True, "method": "weighted", "weights": {"lora": 1.0}}
+    answer = server.post(CHAT, json={"messages": HELLO, "max_tokens": 1, "edge_dlf": fusion}).json()
+    assert [token["large"] for (token,) in answer["edge_dlf"]["trace"]] == [None]
 
 
 def test_settings_of_the_fusion_go_before_the_model_s(server: Served) -> None:
@@ -276,6 +288,21 @@ def test_models_are_the_ways_to_fuse(server: Served) -> None:
     assert names == ["tiny", "tiny:static", "tiny:blend", "tiny:large", "tiny:lora", "tiny:tuned"]
     for name in names:
         assert server.get(f"/v1/models/{name}").json()["id"] == name
+
+
+def test_models_tell_their_numbers_as_requests_may_set_them(tiny: Path, tmp_path: Path) -> None:
+    family = weighted_family(tiny, tmp_path, "weighted", large=0.5, tuned=0.7)
+    toml = (family / "family.toml").read_text()
+    (family / "family.toml").write_text(toml.replace("[large]", 'examples = ["Who?"]\n[large]', 1))
+    with FusedLlama.from_family(family, n_ctx=256, n_threads=1) as llm, serving(llm) as server:
+        offered = server.get("/v1/models").json()
+        models = {model["id"]: model for model in offered["data"]}
+        assert offered["edge_dlf"] == {"examples": ["Who?"]}
+        assert models["tiny"]["weights"] == {"large": 0.5, "base": 0.0, "lora": 0.0, "tuned": 0.7}
+        assert models["tiny:blend"]["weights"] == {"large": 0.5, "base": 0.0, "lora": 0.25, "tuned": 0.25}
+        assert models["tiny:static"]["alpha"] == {"lora": 1.0, "tuned": 1.0}
+        assert "weights" not in models["tiny:dynamic"]
+        assert "alpha" not in models["tiny:large"]
 
 
 def test_a_family_s_own_method_and_weights_are_on_offer(tiny: Path, library: FusedLlama, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +72,25 @@ class Completion:
     def closing(self) -> Dict:
         """Return the chunk that tells why the answer ended."""
         return self._envelope(self.chunk_object, self._end(self.answer.report.finish_reason))
+
+    def traced(self, token: Token) -> Dict:
+        """Return how a traced token came about.
+
+        large: what the large model alone would have chosen, and its log-probability for this token if that is among its
+            likeliest; None where it takes no part.
+        """
+        large = token.trace.members.get("large") if token.trace else None
+        return {
+            "alpha": token.alpha,
+            "expert": token.expert,
+            "from_draft": token.from_draft,
+            "logprob": token.logprob if math.isfinite(token.logprob) else None,
+            "large": large
+            and {
+                "choice": self._name(large.token),
+                "logprob": dict(large.top_logprobs).get(token.id),
+            },
+        }
 
     def no_choice(self) -> Dict:
         """Return a chunk of no choice, for what concerns all of them."""

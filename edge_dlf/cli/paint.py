@@ -10,9 +10,9 @@ from rich.color_triplet import ColorTriplet
 from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 
+from ..system.page import COLOURS
 from .screen import may_style
 
-_HUES = ((255, 95, 0), (0, 160, 255), (80, 200, 0), (215, 80, 255), (240, 180, 0), (0, 205, 175))
 _GREY = ColorTriplet(150, 150, 150)
 
 
@@ -20,7 +20,7 @@ class AlphaPaint:
     """Colours for `experts`, from the terminal's own colour at α = 0 to the full hue at alpha_max."""
 
     def __init__(self, experts: Sequence[str], alpha_max: float, system: ColorSystem) -> None:
-        self._hues = {name: ColorTriplet(*_HUES[t % len(_HUES)]) for t, name in enumerate(experts)}
+        self._hues = {name: ColorTriplet(*COLOURS[t % len(COLOURS)]) for t, name in enumerate(experts)}
         self._alpha_max = alpha_max
         self._system = system
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
 import json
 import re
@@ -12,9 +11,9 @@ import tempfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict
-from importlib.resources import files
 from typing import IO, Any, BinaryIO
 
+from ..system.page import read_page
 from .trace import Entry, Totals
 
 PAGE_TOKENS = 2000
@@ -52,14 +51,13 @@ def _write(
     file: BinaryIO, title: str, totals: Totals, overview: list[list[float]], first: bytes, rest: IO[bytes]
 ) -> None:
     """Fill in the template. Pages that are not shown first come after the script that shows them."""
-    template = files("edge_dlf.evidence").joinpath("trace_page.html").read_text("utf-8")
-    (style,), (script,) = (re.findall(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL) for tag in ("style", "script"))
+    template, policy = read_page("edge_dlf.evidence", "trace_page.html")
     sums = {name: value for name, value in asdict(totals).items() if not name.startswith("_")}
     meta = {"title": title, "totals": sums, "pages": overview}
     head, tail = template.split("{{rest}}")
     values = {
         "title": html.escape(title),
-        "policy": f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'",
+        "policy": policy,
         "meta": json.dumps(meta).replace("<", "\\u003c"),
         "first": first.decode("ascii"),
     }
@@ -67,10 +65,6 @@ def _write(
     rest.seek(0)
     shutil.copyfileobj(rest, file)
     file.write(tail.encode())
-
-
-def _digest(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _pages(entries: Iterable[Entry]) -> Iterable[list[Entry]]:

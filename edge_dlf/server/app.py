@@ -24,7 +24,7 @@ from ..answers.completion import Completion, Dict
 from ..answers.requests import CHAT, COMPLETIONS
 from ..answers.token import Token
 from ..errors import InvalidParameterError
-from ..params import DEFAULTS
+from ..params import DEFAULTS, profile_of
 from . import openapi
 from .calls import Call, chunks, closing, encode, opening, total, whole
 from .decoding import DecodingThread, Ticket
@@ -165,7 +165,8 @@ class _Service:
         return _JSON(openapi.document(tuple(self.models)))
 
     async def list_models(self, request: Request) -> Response:
-        return _JSON({"object": "list", "data": list(map(self._model, self.models))})
+        models, examples = list(map(self._model, self.models)), list(self.llm.files.spec.examples)
+        return _JSON({"object": "list", "data": models, "edge_dlf": {"examples": examples}})
 
     async def show_model(self, request: Request) -> Response:
         name = request.path_params["model"]
@@ -174,10 +175,20 @@ class _Service:
         return _JSON(self._model(name))
 
     def _model(self, name: str) -> Dict:
-        fields, spec = self.models[name], self.llm.files.spec
-        own = {**spec.settings(fields.get("profile")), **self.rules.settings, **fields.get("edge_dlf", {})}
+        """Describe a model. Where its method has fixed numbers, they are told as a request may set them."""
+        fields, files = self.models[name], self.llm.files
+        profile = profile_of(files.spec.profiles, fields.get("profile"))
+        own = {**DEFAULTS, **files.spec.settings(), **self.rules.settings, **profile, **fields.get("edge_dlf", {})}
+        method, roles = own["method"], files.roles(own)
         about = {"id": name, "object": "model", "created": 0, "owned_by": "edge-dlf"}
-        return {**about, "method": own.get("method", DEFAULTS["method"]), "experts": list(self.llm.experts)}
+        about |= {"method": method, "experts": list(self.llm.experts)}
+        if method == "static":
+            alphas = dict(zip(roles.experts, roles.alphas(), strict=True))
+            return {**about, "alpha": {expert: alphas.get(expert, 0.0) for expert in self.llm.experts}}
+        if method in ("weighted", "blend"):
+            weights = dict(zip(roles.members, roles.weights or (), strict=True))
+            return {**about, "weights": {member: weights.get(member, 0.0) for member in files.models}}
+        return about
 
     async def answer(self, request: Request, *, is_chat: bool) -> Response:
         try:

@@ -24,7 +24,8 @@ _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", "
 
 @dataclass(frozen=True)
 class Call:
-    """One body, read. requests: one for each choice, `n` for each prompt. trace: whether each token's α is told."""
+    """One body, read. requests: one for each choice, `n` for each prompt. trace: whether is told how each token came
+    about."""
 
     model: str
     requests: tuple[Request, ...]
@@ -73,7 +74,7 @@ class Call:
 
     def prepare(self, llm: FusedLlama, settings: Mapping[str, Any]) -> list[Completion]:
         """Return the choices, checked, of which nothing has been evaluated yet. Raises EdgeDLFError."""
-        choices = [llm.prepare(request, **settings) for request in self.requests]
+        choices = [llm.prepare(request, trace=self.trace, **settings) for request in self.requests]
         for index, choice in enumerate(choices):
             choice.join(choices[0], index)
         return choices
@@ -87,7 +88,10 @@ def whole(call: Call, choices: Sequence[Completion], tokens: Sequence[Sequence[T
     if call.trace:
         first["edge_dlf"] = {
             **first["edge_dlf"],
-            "trace": [[{"text": token.text, **traced(token)} for token in own] for own in tokens],
+            "trace": [
+                [{"text": token.text, **choice.traced(token)} for token in own]
+                for choice, own in zip(choices, tokens, strict=True)
+            ],
         }
     return first
 
@@ -117,7 +121,7 @@ def chunks(call: Call, choice: Completion, tokens: Sequence[Token]) -> list[Dict
     made = []
     for token in tokens:
         chunk = {**choice.chunk(token), **_common(call)}
-        made.append({**chunk, "edge_dlf": traced(token)} if call.trace else chunk)
+        made.append({**chunk, "edge_dlf": choice.traced(token)} if call.trace else chunk)
     return made
 
 
@@ -129,11 +133,6 @@ def closing(call: Call, choice: Completion) -> Dict:
 def total(call: Call, choices: Sequence[Completion]) -> Dict:
     """Return the chunk after all others, which holds their usage."""
     return {**choices[0].no_choice(), **_common(call), "usage": usage(call, choices)}
-
-
-def traced(token: Token) -> Dict:
-    """Return how a token came about."""
-    return {"alpha": token.alpha, "expert": token.expert, "from_draft": token.from_draft}
 
 
 def encode(value: Any) -> bytes:

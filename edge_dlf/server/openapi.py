@@ -48,7 +48,8 @@ def document(models: Sequence[str]) -> Dict:
 def _settings() -> Dict:
     """Return the fields of a request that are rows of the table of settings."""
     fusion = {name: _or_null(setting.schema()) for name, setting in settable("edge_dlf").items()}
-    fusion["trace"] = _or_null({"type": "boolean", "description": "Tell α and expert of each token."})
+    told = "Tell α, expert and log-probability of each token, and what the large model alone would have chosen."
+    fusion["trace"] = _or_null({"type": "boolean", "description": told})
     return {
         **{name: setting.schema() for name, setting in settable("body").items()},
         **{
