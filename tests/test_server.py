@@ -105,7 +105,7 @@ def test_usage_is_sent_only_if_asked_for_and_alpha_too(server: Served) -> None:
     assert not any("usage" in event for event in plain[:-1])
     assert [("edge_dlf" in event) for event in plain[:-1]] == [False, False, False, False, True]
     traced = events(server.post(CHAT, json={**body, "edge_dlf": {"trace": True}}))
-    assert {"alpha", "expert", "from_draft", "logprob", "large"} == set(traced[1]["edge_dlf"])
+    assert {"alpha", "expert", "from_draft", "logprob", "changed", "large"} == set(traced[1]["edge_dlf"])
     whole = server.post(CHAT, json={"messages": HELLO, "max_tokens": 3, "edge_dlf": {"trace": True}}).json()
     (tokens,) = whole["edge_dlf"]["trace"]
     assert "".join(token["text"] for token in tokens) == whole["choices"][0]["message"]["content"]
@@ -114,6 +114,7 @@ def test_usage_is_sent_only_if_asked_for_and_alpha_too(server: Served) -> None:
     assert [token["large"]["choice"] for token in tokens] == [own["members"]["large"]["name"] for own in expected]
     for token, own in zip(tokens, expected, strict=True):
         alone = {id: logprob for id, _, logprob in own["members"]["large"]["top"]}
+        assert token["changed"] == own["changed"]
         assert token["logprob"] == pytest.approx(own["logprob"], abs=1e-4)
         assert token["large"]["logprob"] == pytest.approx(alone.get(own["id"]), abs=1e-4)
 

@@ -76,8 +76,9 @@ class Completion:
     def traced(self, token: Token) -> Dict:
         """Return how a traced token came about.
 
-        large: what the large model alone would have chosen, and its log-probability for this token if that is among its
-            likeliest; None where it takes no part.
+        changed: whether the large model alone would have chosen another one.
+        large: its choice, and its log-probability for this token if that is among its likeliest; None where it takes no
+            part.
         """
         large = token.trace.members.get("large") if token.trace else None
         return {
@@ -85,11 +86,8 @@ class Completion:
             "expert": token.expert,
             "from_draft": token.from_draft,
             "logprob": token.logprob if math.isfinite(token.logprob) else None,
-            "large": large
-            and {
-                "choice": self._name(large.token),
-                "logprob": dict(large.top_logprobs).get(token.id),
-            },
+            "changed": large is not None and large.token != token.id,
+            "large": large and {"choice": self._name(large.token), "logprob": dict(large.top_logprobs).get(token.id)},
         }
 
     def no_choice(self) -> Dict:
