@@ -229,6 +229,8 @@ def test_a_full_browser_lets_the_oldest_conversation_go(page: Any) -> None:
     assert page.locator("#talks li button:first-child").first.text_content() == "Why?"
     assert "old0" not in ids
     assert "old1" in ids
+    page.reload()
+    page.wait_for_selector(".answer .tools button")
 
 
 def test_a_message_is_edited_an_answer_copied_and_given_again(page: Any, server: Served) -> None:

@@ -8,8 +8,9 @@ async function ask(path, options = {}) {
   const headers = {"Content-Type": "application/json", ...(key && {Authorization: `Bearer ${key}`})};
   const response = await fetch(path, {...options, headers});
   if (response.ok) return response;
+  if (response.status === 401) { $("#key").hidden = false; $("#key").focus(); }
   const error = await response.json().catch(() => ({}));
-  throw Object.assign(new Error(error.error?.message ?? `the server answered ${response.status}`), {status: response.status});
+  throw new Error(error.error?.message ?? `the server answered ${response.status}`);
 }
 
 async function* eventsOf(response) {

@@ -7,6 +7,7 @@
 
 const COLOURS = {{colours}}, PREFIX = "edge-dlf talk ", MODES = ["gain", "alpha", "none"];
 const $ = (query, from = document) => from.querySelector(query);
+const store = (() => { try { return localStorage; } catch { return {}; } })();  // some browsers keep nothing
 const running = new Map(), nodes = new WeakMap();  // answer on its way -> what stops it; answer -> its element
 let models = [], experts = [], examples = [], talk = {system: "", sides: [], turns: []};
 
@@ -27,7 +28,7 @@ function fresh(sides = [{}]) {
 }
 
 function kept() {
-  const talks = Object.keys(localStorage).filter((name) => name.startsWith(PREFIX)).map((name) => JSON.parse(localStorage[name]));
+  const talks = Object.keys(store).filter((name) => name.startsWith(PREFIX)).map((name) => JSON.parse(store[name]));
   return talks.sort((a, b) => b.at - a.at);
 }
 
@@ -35,10 +36,10 @@ function save(talk) {
   if (!talk.turns.length) return;
   talk.at = Date.now();
   for (;;) {  // while the browser gives no more room, the oldest conversation goes
-    try { localStorage[PREFIX + talk.id] = JSON.stringify(talk); break; } catch {
+    try { store[PREFIX + talk.id] = JSON.stringify(talk); break; } catch {
       const oldest = kept().filter(({id}) => id !== talk.id).at(-1);
       if (!oldest) break;
-      localStorage.removeItem(PREFIX + oldest.id);
+      delete store[PREFIX + oldest.id];
     }
   }
   drawList();
@@ -51,13 +52,13 @@ function drawList() {
     button(item, turns[0].text.slice(0, 80), turns[0].text.slice(0, 500), () => open(id));
     button(item, "×", "Delete this conversation", () => {
       if (!confirm(`Delete “${turns[0].text.slice(0, 80)}”?`)) return;
-      localStorage.removeItem(PREFIX + id);
+      delete store[PREFIX + id];
       if (id === talk.id) begin(fresh()); else drawList();
     });
   }
 }
 
-function open(id) { const stored = localStorage[PREFIX + id]; if (stored) begin(JSON.parse(stored)); }
+function open(id) { const stored = store[PREFIX + id]; if (stored) begin(JSON.parse(stored)); }
 
 function begin(next) {
   stop();
@@ -292,7 +293,8 @@ function paint(node) {
 }
 
 function colour(mode) {
-  $("#colour").value = localStorage["edge-dlf colour"] = mode;
+  $("#colour").value = mode;
+  try { store["edge-dlf colour"] = mode; } catch { /* the browser gives no more room */ }
   document.body.classList.toggle("uncoloured", mode === "none");
   document.querySelectorAll(".token[data-alpha]").forEach(paint);
 }
@@ -311,7 +313,12 @@ async function copy(text, from) {
 
 // Keys and buttons.
 
-function list(isShown) { $("#talks").hidden = !isShown; $("#talk").inert = isShown && isNarrow(); }
+function list(isShown) {
+  $("#talks").hidden = !isShown;
+  $("#list").ariaExpanded = isShown;
+  $("#talk").inert = isShown && isNarrow();
+}
+
 function isNarrow() { return innerWidth <= 640; }
 function isSend(event) { return event.key === "Enter" && !event.shiftKey && !event.isComposing; }
 function grow() { const area = $("#text"); area.style.height = "auto"; area.style.height = `${area.scrollHeight + 2}px`; }
@@ -344,7 +351,6 @@ async function start() {
   } catch (error) {
     $("main").replaceChildren();
     make("div", $("main"), error.message, {className: "bar wrong"});
-    if (error.status === 401) { $("#key").hidden = false; $("#key").focus(); }
     return;
   }
   $("#key").hidden = true;
@@ -356,7 +362,7 @@ async function start() {
     make("i", node).style.setProperty("--hue", hueOf(name));
     node.append(name);
   }
-  const stored = localStorage[PREFIX + location.hash.slice(1)];
+  const stored = store[PREFIX + location.hash.slice(1)];
   begin(stored ? JSON.parse(stored) : fresh());
   list(!isNarrow() && kept().length > 0);
 }
@@ -382,5 +388,5 @@ document.onkeydown = (event) => {
 };
 window.onpagehide = () => { if (answering()) save(talk); };
 window.onstorage = drawList;
-colour(MODES.includes(localStorage["edge-dlf colour"]) ? localStorage["edge-dlf colour"] : "gain");
+colour(MODES.includes(store["edge-dlf colour"]) ? store["edge-dlf colour"] : "gain");
 start();
