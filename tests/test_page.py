@@ -163,6 +163,7 @@ def test_another_method_gives_another_version_and_two_stand_side_by_side(page: A
     shoot(page, "phone")
     page.click("#compare")
     assert answers(page) == again[:2]
+    assert "1 of 2" in page.text_content(".answer .tools >> nth=1")  # the other side's answer stays
     page.click("#new")
     assert answers(page) == []
     assert fits(page)

@@ -53,12 +53,17 @@ function drawList() {
     button(item, "×", "Delete this conversation", () => {
       if (!confirm(`Delete “${turns[0].text.slice(0, 80)}”?`)) return;
       delete store[PREFIX + id];
-      if (id === talk.id) begin(fresh()); else drawList();
+      if (id !== talk.id) { drawList(); return; }
+      talk.turns.length = 0;  // an answer on its way does not bring it back
+      begin(fresh());
     });
   }
 }
 
-function open(id) { const stored = store[PREFIX + id]; if (stored) begin(JSON.parse(stored)); }
+function open(id) {
+  const stored = store[PREFIX + id];
+  if (stored && id !== talk.id) begin(JSON.parse(stored)); else if (isNarrow()) list(false);
+}
 
 function begin(next) {
   stop();
@@ -119,7 +124,7 @@ async function answer(s) {  // once more, where the last turn has an answer alre
   });
   running.delete(given);
   save(from);
-  nodes.get(given).replaceWith(answerNode(given, turn, s));
+  if (shownOf(turn, s) === given) nodes.get(given).replaceWith(answerNode(given, turn, s));
   refresh();
 }
 
@@ -129,6 +134,10 @@ function compare() {
   stop();
   if (talk.sides.length > 1) {
     talk.sides.pop();
+    talk.turns.forEach(({answers: [own, others]}) => {  // which stay, as versions
+      const known = new Set(own.map((given) => JSON.stringify(given)));
+      own.push(...others.filter((given) => given && !known.has(JSON.stringify(given))));
+    });
     talk.turns.forEach((turn) => { turn.answers.length = turn.shown.length = 1; });
     save(talk);
     draw();
@@ -138,7 +147,7 @@ function compare() {
   talk.sides.push({model: other.id});
   talk.turns.forEach((turn, k) => {
     const isLast = k === talk.turns.length - 1;
-    turn.answers.push(isLast ? [] : [shownOf(turn, 0)]);
+    turn.answers.push(isLast ? [] : [shownOf(turn, 0)].filter(Boolean));
     turn.shown.push(0);
   });
   if (talk.turns.length) answer(1); else draw();
