@@ -333,6 +333,7 @@ def test_thinking_is_folded_once_the_answer_begins(browser: Any, tiny: Path, tmp
         page = browser.new_page(viewport=DESK)
         page.set_default_timeout(60_000)
         page.goto(str(server.base_url))
+        assert "family.toml" in page.wait_for_selector(".examples p").text_content()
         page.fill("#text", "Hello")
         page.press("#text", "Enter")
         answers(page)

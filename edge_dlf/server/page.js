@@ -221,6 +221,7 @@ function drawWelcome(log) {
   $("h2", log).textContent = `Try ${models[0].id}`;
   $(".names", log).textContent = experts.join(", ");
   examples.slice(0, 4).forEach((text) => button($(".examples", log), text, "", () => send(text)));
+  if (!examples.length) make("p", $(".examples", log), "Questions that family.toml names under examples stand here.", {className: "dim"});
 }
 
 function drawUser(log, turn, k) {
