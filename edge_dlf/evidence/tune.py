@@ -1,8 +1,9 @@
 """What to run for a task, found from examples with answers: a member alone, static, dynamic, or fitted weights.
 
 Every method is compared by its loss, −log p of the answers in nats a token, on examples that its weights were not
-fitted on. The cheapest method whose loss cannot be told from the lowest is recommended: it is within one standard error
-of it, and the 95% interval of the difference on the same examples reaches nought; or it is within a thousandth of a nat.
+fitted on. The cheapest method whose loss cannot be told from the lowest is recommended: it is within one standard
+error of it, and the 95% interval of the difference on the same examples reaches nought; or it is within a thousandth
+of a nat.
 """
 
 from __future__ import annotations
