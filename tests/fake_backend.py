@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_dlf.engine.backend import Logits, Run
+from edge_dlf.engine.backend import N_CHECKPOINTS, Logits, Run
 
 
 class FakeBackend:
@@ -16,7 +16,8 @@ class FakeBackend:
     `decode` until one raises KeyboardInterrupt after the cache has grown, as Ctrl-C does. poison: (token, value) puts
     `value` into every row after a text that ends in `token`. common: share of each row that all members have alike.
     swap_fails: calls of `swap` until one raises KeyboardInterrupt with one of the two lost. copy_fails: calls of `copy`
-    until one raises it when all is copied.
+    until one raises it when all is copied. Without `can_trim` its memory is a state, which goes back to checkpoints
+    and by n_rollback tokens of the last batch.
     """
 
     def __init__(
@@ -29,12 +30,14 @@ class FakeBackend:
         n_cells: int | None = None,
         n_batch: int = 64,
         can_trim: bool = True,
+        n_rollback: int = 0,
         has_streams: bool = False,
         scale: float = 3.0,
     ) -> None:
         self.seed, self.n_vocab, self.scale = seed, n_vocab, scale
         self.n_ctx, self.n_seq_max, self.can_trim = n_ctx, n_seq_max, can_trim
         self.n_cells, self.n_batch = n_cells or n_ctx * n_seq_max, n_batch
+        self.n_rollback = n_rollback
         self.n_bytes = 1000
         self.has_streams, self.n_swapped = has_streams, 0
         self.swap_fails: int | None = None
@@ -49,6 +52,11 @@ class FakeBackend:
         self._cells: dict[int, list[object]] = {seq: [] for seq in self.cache}
         self._past = dict.fromkeys(self.cache, 0)
         self._rows: Logits | None = None
+        self._states: dict[int, set[int]] = {
+            seq: set() for seq in self.cache
+        }  # by length: now and as llama.cpp has them
+        self._lasting: list[tuple[int, int]] = []
+        self._passing: tuple[int, int] | None = None
 
     def row(self, text: Sequence[int]) -> Logits:
         """Logits after `text`, (n_vocab,)."""
@@ -67,6 +75,8 @@ class FakeBackend:
         assert len({run.seq for run in runs}) == len(runs) > 0
         assert sum(len(run.tokens) for run in runs) <= self.n_batch
         self._rows = None
+        for run in runs:
+            self._states[run.seq] = set()
         rows = []
         for seq, tokens, n_rows in runs:
             assert len(self.cache[seq]) == self._past[seq], "appended after an interrupt, without a trim"
@@ -85,7 +95,9 @@ class FakeBackend:
                 self.fail_at = None
                 raise KeyboardInterrupt
         for run in runs:
-            self._past[run.seq] = len(self.cache[run.seq])
+            self._past[run.seq] = n_past = len(self.cache[run.seq])
+            n_kept = min(self.n_rollback, len(run.tokens) - 1)
+            self._states[run.seq] = set(range(n_past - n_kept, n_past + 1))
         self._rows = np.stack(rows) if rows else None
 
     def n_used(self) -> int:
@@ -102,15 +114,34 @@ class FakeBackend:
     def n_past(self, seq: int) -> int:
         return self._past[seq]
 
+    def reach(self, seq: int, n_past: int) -> int:
+        assert n_past <= len(self.cache[seq])
+        if self.can_trim:
+            return n_past
+        kept = {n for held, n in (*self._lasting, self._passing or (seq, 0)) if held == seq}
+        return max(n for n in {0} | kept | self._states[seq] if n <= n_past)
+
+    def checkpoint(self, seq: int, *, lasting: bool) -> None:
+        n_past = self._past[seq]
+        assert self.can_trim or n_past == 0 or n_past in self._states[seq], "the state is not sure"
+        if lasting:
+            self._lasting = [*self._lasting, (seq, n_past)][-N_CHECKPOINTS * self.n_seq_max :]
+        else:
+            self._passing = seq, n_past
+
     def trim(self, seq: int, n_past: int) -> None:
         assert n_past <= len(self.cache[seq])
-        assert self.can_trim or n_past in (0, len(self.cache[seq])), "this model cannot roll back"
+        assert self.reach(seq, n_past) == n_past, "there is no state to go back to"
         del self.cache[seq][n_past:], self._cells[seq][n_past:]
         self._past[seq] = n_past
         self._rows = None
+        self._states[seq] = {n_past}
+        self._lasting = [(held, n) for held, n in self._lasting if held != seq or n <= n_past]
+        if self._passing and self._passing[0] == seq and self._passing[1] > n_past:
+            self._passing = None
 
     def copy(self, source: int, target: int, n_past: int) -> None:
-        assert self.can_trim, "this model cannot share a prefix"
+        assert self.reach(source, n_past) == n_past, "there is no state to share"
         assert source != target
         assert not self.cache[target]
         assert n_past <= self._past[source]
@@ -118,6 +149,8 @@ class FakeBackend:
         self._cells[target] = self._cells[source][:n_past]
         self._past[target] = n_past
         self._rows = None
+        self._states[target] = {n_past}
+        self._lasting += [(target, n) for held, n in self._lasting if held == source and n <= n_past]
         if self.copy_fails is not None:
             self.copy_fails -= 1
             if self.copy_fails < 0:

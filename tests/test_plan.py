@@ -27,7 +27,7 @@ from edge_dlf.llama import LlamaBackend, Model
 from edge_dlf.llama.runtime import gpus, initialise
 from edge_dlf.system.machine import GPU, Machine, cgroup_bytes, this_machine
 
-from .tiny import tiny_model
+from .tiny import HYBRIDS, tiny_model
 
 GB = 1_000_000_000
 
@@ -51,7 +51,7 @@ def allocated(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> d
     return found
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "mamba"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "mamba", *HYBRIDS])
 @pytest.mark.parametrize("n_ubatch", [None, 128, 64])
 @pytest.mark.parametrize(("n_ctx", "types"), [(300, (None, None)), (4096, ("f32", "bf16"))])
 def test_caches_are_what_llama_cpp_allocates_and_buffers_no_more(
@@ -69,7 +69,7 @@ def test_caches_are_what_llama_cpp_allocates_and_buffers_no_more(
     found = allocated(path, monkeypatch, **settings)
     digits = 0.006 * 2**20  # two decimals of a MiB
     assert own.cache(n_ctx) == pytest.approx(found.get("KV", 0.0), abs=digits)
-    assert own.state == pytest.approx(found.get("RS", 0.0), abs=digits)
+    assert own.states(1) == pytest.approx(found.get("RS", 0.0), abs=digits)
     assert 0 < found["compute"] < own.compute(n_ctx, 4, n_ubatch=n_ubatch)
 
 

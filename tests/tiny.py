@@ -91,7 +91,7 @@ def transformer_shapes(arch: str, n_embd: int, n_kv: int, n_ff: int) -> dict[str
         "ffn_up.weight": (n_ff, n_embd),
         "ffn_down.weight": (n_embd, n_ff),
     }
-    if arch in ("qwen3", "gemma3"):
+    if arch in ("qwen3", "gemma3", "lfm2", "qwen35"):
         shapes |= {"attn_q_norm.weight": (16,), "attn_k_norm.weight": (16,)}
     if arch == "gemma3":
         shapes |= {"post_attention_norm.weight": (n_embd,), "post_ffw_norm.weight": (n_embd,)}
@@ -114,6 +114,71 @@ def _mamba_shapes(n_embd: int) -> dict[str, tuple[int, ...]]:
         "ssm_d": (inner,),
         "ssm_out.weight": (n_embd, inner),
     }
+
+
+HYBRIDS = ("lfm2", "granitehybrid", "qwen35")
+"""Architectures whose layers are recurrent and attentive in turn."""
+
+
+def _hybrid_shapes(arch: str, n_embd: int) -> list[dict[str, tuple[int, ...]]]:
+    """Shapes of the tensors of a recurrent layer, and of one that attends."""
+    attention = transformer_shapes(arch, n_embd, 16, 2 * n_embd)
+    shared = {name: shape for name, shape in attention.items() if name.startswith(("attn_norm", "ffn_"))}
+    inner, n_heads, size = 2 * n_embd, 2 * n_embd // 16, 16
+    if arch == "lfm2":
+        own: dict[str, tuple[int, ...]] = {
+            "shortconv.conv.weight": (n_embd, 3),
+            "shortconv.in_proj.weight": (3 * n_embd, n_embd),
+            "shortconv.out_proj.weight": (n_embd, n_embd),
+        }
+    elif arch == "granitehybrid":
+        own = {
+            "ssm_in.weight": (2 * inner + 2 * size + n_heads, n_embd),
+            "ssm_conv1d.weight": (inner + 2 * size, 4),
+            "ssm_conv1d.bias": (inner + 2 * size,),
+            "ssm_dt.bias": (n_heads,),
+            "ssm_a": (n_heads, 1),
+            "ssm_d": (n_heads, 1),
+            "ssm_norm.weight": (1, inner),
+            "ssm_out.weight": (n_embd, inner),
+        }
+    else:
+        own = {
+            "attn_qkv.weight": (3 * inner, n_embd),
+            "attn_gate.weight": (inner, n_embd),
+            "ssm_conv1d.weight": (3 * inner, 4),
+            "ssm_dt.bias": (n_heads,),
+            "ssm_a": (n_heads,),
+            "ssm_beta.weight": (n_heads, n_embd),
+            "ssm_alpha.weight": (n_heads, n_embd),
+            "ssm_norm.weight": (size,),
+            "ssm_out.weight": (n_embd, inner),
+        }
+        attention["attn_q.weight"] = (2 * n_embd, n_embd)
+        for shapes in (shared, attention):
+            del shapes["ffn_norm.weight"]
+            shapes["post_attention_norm.weight"] = (n_embd,)
+    return [{**shared, **own}, attention]
+
+
+def _add_hybrid(writer: gguf.GGUFWriter, arch: str, n_embd: int, n_layer: int) -> None:
+    """Write what llama.cpp asks of a hybrid model's header, beside what it asks of all."""
+    if arch == "lfm2":
+        writer.add_shortconv_l_cache(3)
+    else:
+        writer.add_ssm_conv_kernel(4)
+        writer.add_ssm_inner_size(2 * n_embd)
+        writer.add_ssm_state_size(16)
+        writer.add_ssm_time_step_rank(2 * n_embd // 16)
+        writer.add_ssm_group_count(1 if arch == "granitehybrid" else 2 * n_embd // 16)
+    if arch == "qwen35":
+        writer.add_key_length(16)
+        writer.add_value_length(16)
+        writer.add_rope_dimension_sections([4, 2, 2, 0])
+        writer.add_full_attention_interval(2)
+        writer.add_head_count_kv(1)
+    else:
+        writer.add_head_count_kv([layer % 2 for layer in range(n_layer)])
 
 
 def _weights(name: str, shape: tuple[int, ...], rng: np.random.Generator, spread: float) -> np.ndarray:
@@ -151,8 +216,8 @@ def tiny_model(
     nan: bool = False,
     tied: bool = False,
 ) -> Path:
-    """Write a model of `arch` "llama", "qwen2", "qwen3", "gemma3" (most layers see a window) or "mamba" (recurrent: its
-    memory cannot be trimmed) and return `path`.
+    """Write a model of `arch` "llama", "qwen2", "qwen3", "gemma3" (most layers see a window), "mamba" (recurrent: its
+    memory is a state) or one of `HYBRIDS`, and return `path`.
 
     pre: llama.cpp's pre-tokenizer of a BPE vocabulary. seed: of the weights.
     drift: adds noise of this relative size to them: a model fine-tuned from the one without.
@@ -183,7 +248,13 @@ def tiny_model(
         writer.add_ssm_inner_size(2 * n_embd)
         writer.add_ssm_state_size(8)
         writer.add_ssm_time_step_rank(2)
-        layer_shapes = _mamba_shapes(n_embd)
+        layer_shapes = [_mamba_shapes(n_embd)]
+    elif arch in HYBRIDS:
+        writer.add_feed_forward_length(2 * n_embd)
+        writer.add_head_count(n_embd // 16)
+        writer.add_rope_dimension_count(16)
+        _add_hybrid(writer, arch, n_embd, n_layer)
+        layer_shapes = _hybrid_shapes(arch, n_embd)
     else:
         writer.add_feed_forward_length(2 * n_embd)
         writer.add_head_count(n_embd // 16)
@@ -195,15 +266,17 @@ def tiny_model(
             writer.add_rope_dimension_count(16)
         if arch == "gemma3":
             writer.add_sliding_window(64)
-        layer_shapes = transformer_shapes(arch, n_embd, 16, 2 * n_embd)
+        layer_shapes = [transformer_shapes(arch, n_embd, 16, 2 * n_embd)]
     add_tokenizer(writer, tokenizer, vocabulary, types, chat_template, pre)
 
     shapes = {
         "token_embd.weight": (len(vocabulary), n_embd),
-        "output_norm.weight": (n_embd,),
+        "token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight": (n_embd,),
         "output.weight": (len(vocabulary), n_embd),
-        **{f"blk.{layer}.{name}": shape for layer in range(n_layer) for name, shape in layer_shapes.items()},
     }
+    for layer in range(n_layer):
+        own = layer_shapes[layer % len(layer_shapes)]
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in own.items()}
     if tied:
         del shapes["output.weight"]
     rng, noise = np.random.default_rng(seed), np.random.default_rng(seed + 1_000_003)
@@ -213,7 +286,8 @@ def tiny_model(
             values += np.float32(drift) * values.std() * noise.standard_normal(shape, np.float32)
         if nan and name == "output_norm.weight":
             values[0] = np.nan
-        as_matrix = len(shape) == 2 and "ssm_conv1d" not in name and "ssm_a" not in name
+        is_small = any(part in name for part in ("conv.conv", "conv1d", "ssm_d", "ssm_norm")) or name.endswith("ssm_a")
+        as_matrix = len(shape) == 2 and not is_small
         if not as_matrix:
             writer.add_tensor(name, values)
         elif isinstance(dtype, gguf.GGMLQuantizationType):

@@ -63,7 +63,7 @@ class Preparer:
         self._ensemble = ensemble
         self._ends = functools.cache(ends)
         self._piece = functools.cache(tokenizer.piece)
-        self._said_stuck = self._said_columns = False
+        self._said_columns = False
 
     def answer(
         self,
@@ -239,14 +239,7 @@ class Preparer:
     def _n_draft(self, draft: int | str) -> int | None:
         """Return the tokens to draft at each step; None for "auto"."""
         draft = SETTINGS["draft"].read(draft)
-        if draft in ("off", 0):
-            return 0
-        if stuck := [name for name, member in self._ensemble.members.items() if not member.can_trim]:
-            if not self._said_stuck:
-                logger.warning("%s cannot take tokens back, so nothing is drafted", " and ".join(stuck))
-            self._said_stuck = True
-            return 0
-        return draft if isinstance(draft, int) else None
+        return 0 if draft == "off" else None if draft == "auto" else int(draft)
 
 
 def many(name: str, items: Iterable[_T]) -> Iterable[_T]:

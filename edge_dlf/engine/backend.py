@@ -17,6 +17,13 @@ N_BATCH = 512
 PLAIN_TOKENS = 128, 64
 """Tokens to evaluate at a time with plain attention: their scores stay in the CPU's cache."""
 
+N_CHECKPOINTS = 8
+"""Lasting checkpoints that a member whose memory is a state keeps, of all its sequences together."""
+
+N_ROLLBACK = 4
+"""Tokens of a batch whose states llama.cpp keeps, where it can and a member has a single sequence: most drafts are no
+longer, and each state is kept beside the present one."""
+
 N_ROWS = 16
 """Rows of logits that one batch may ask for at least; a member of more sequences, one for each."""
 
@@ -34,7 +41,9 @@ class Backend(Protocol):
 
     n_ctx: positions that one sequence may hold. n_cells: positions that all sequences together may hold, a prefix that
     several share counted once. n_batch: tokens that one `decode` may append. n_bytes: of the weights.
-    can_trim: whether `trim` to any length, and `copy`, work; recurrent and hybrid models can only be emptied.
+    can_trim: whether `reach` gives any length. The memory of a recurrent or hybrid model is, in part, a state that each
+        token overwrites: it can go back only to a length at which it was kept.
+    n_rollback: tokens that such a model can take back of the last batch without a checkpoint, all but its first one.
     has_streams: whether each sequence has room of its own, which is quicker to read; then a batch is evaluated in
     parts, of sequences whose numbers follow each other and of as many tokens of each.
     """
@@ -45,6 +54,7 @@ class Backend(Protocol):
     n_batch: int
     n_bytes: int
     can_trim: bool
+    n_rollback: int
     has_streams: bool
 
     def decode(self, runs: Sequence[Run]) -> None:
@@ -60,11 +70,19 @@ class Backend(Protocol):
     def n_past(self, seq: int) -> int:
         """Tokens held by `seq`."""
 
+    def reach(self, seq: int, n_past: int) -> int:
+        """Return the greatest length, up to `n_past`, that `seq` can be trimmed to and copied at."""
+
+    def checkpoint(self, seq: int, *, lasting: bool) -> None:
+        """Keep the state of `seq`, so that `reach` gives its present length later on: until the next checkpoint that is
+        not `lasting`, or for as long as there is room. Does nothing where `can_trim`."""
+
     def trim(self, seq: int, n_past: int) -> None:
-        """Forget all of `seq` from position `n_past` on. 0 empties it; anything between needs `can_trim`."""
+        """Forget all of `seq` from position `n_past` on, a length that `reach` gives. 0 empties it."""
 
     def copy(self, source: int, target: int, n_past: int) -> None:
-        """Let `target`, which must be empty, share the first `n_past` positions of `source`. Needs `can_trim`."""
+        """Let `target`, which must be empty, share the first `n_past` positions of `source`, a length that `reach`
+        gives, and the checkpoints among them."""
 
     def swap(self, a: int, b: int) -> None:
         """Exchange what two sequences hold. Needs `has_streams`. An exception may leave either of them in part."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from ..fusion.records import N_CANDIDATES, Draw, Pick, Trace
 from .backend import N_ROWS, Logits, Run
 from .constraint import StillComputingError, Tokens
 from .drafting import Draft, Drafting
-from .ensemble import Ensemble
+from .ensemble import Ensemble, common_prefix
 from .generation import Generation, StepResult
 
 if TYPE_CHECKING:
@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 
 _PATIENCE_S, _PATIENCE_ALONE_S = 0.025, 0.25
 """Seconds that a step waits for constraints: beside other generations, and with none."""
+WORTH_SHARING = 16
+"""Tokens of a common prefix for which a generation waits until another has read it, or a checkpoint is made."""
+_TAIL, _FAR = 16, 64
+"""A checkpoint is made so many tokens before the end of a text, where it is so far from the one before: a next turn of
+a chat may be worded otherwise from there on."""
+_MAX_LAG = 4
+"""Tokens of an answer that members may have to read once more beside a draft."""
 
 
 @dataclass
@@ -72,11 +79,31 @@ class Decoder:
         self.drafting = Drafting(ensemble, self._pick_alone)
         self._patience_s = 0.0
 
-    def begin(self, generation: Generation) -> None:
-        """Give the sequence `generation.seq` to a generation, new or interrupted. Cached tokens are kept."""
+    def begin(self, generation: Generation, waiting: Iterable[Generation] = ()) -> None:
+        """Give the sequence `generation.seq` to a generation, new or interrupted. Cached tokens are kept.
+
+        waiting: generations that may share a prefix with this one later.
+        """
+        prompts = [other.request.prompts for other in waiting]
         for name in generation.members:
+            others = [*self.ensemble.texts(name), *(texts[name] for texts in prompts if name in texts)]
             self.ensemble.begin(name, generation.seq, generation.text(name))
+            generation.pauses[name] = self._pauses(name, generation, others)
         generation.counts.n_prefilled += self.n_due(generation)
+
+    def _pauses(self, name: str, generation: Generation, others: Sequence[Sequence[int]]) -> list[int]:
+        """Return the lengths of the text at which a member makes a checkpoint, if it needs any: where other texts part
+        from this one, and shortly before its end."""
+        if (member := self.ensemble.members[name]).can_trim:
+            return []
+        text, n_held = generation.text(name), self.ensemble.n_held(name, generation.seq)
+        last = member.reach(generation.seq, max(0, n_held - 1 - member.n_rollback))
+        pauses: list[int] = []
+        for n in sorted({common_prefix(text, other) for other in others} | {len(text) - _TAIL}):
+            if n > n_held and n - last >= (_FAR if n == len(text) - _TAIL else WORTH_SHARING) and n < len(text):
+                pauses.append(n)
+                last = n
+        return pauses
 
     def n_new(self, generation: Generation) -> int:
         """Return the most tokens of the text that a member has in none of its sequences yet."""
@@ -111,7 +138,7 @@ class Decoder:
             generation.advance_constraint()
         draft: Draft | None = None
         try:
-            if len(generations) == 1 and generations[0].request.n_draft != 0 and self.n_due(generations[0]) == 1:
+            if len(generations) == 1 and self._may_draft(generations[0]):
                 draft = self.drafting.draft(generations[0])
             runs, ready = self._plan(generations, draft, n_prefill)
             logits = self.ensemble.decode(runs, on_decode)
@@ -137,6 +164,8 @@ class Decoder:
         self, generations: Sequence[Generation], draft: Draft | None, n_prefill: int | None
     ) -> tuple[dict[str, list[Run]], list[_Ready]]:
         """Return the tokens that each member evaluates, and the generations that can be picked for then."""
+        for generation in generations:
+            self._make_checkpoints(generation, draft)
         due = {generation: self.n_due(generation) for generation in generations}
         left = self.ensemble.n_batch - sum(n == 1 for n in due.values())
         left = left if n_prefill is None else min(left, n_prefill)
@@ -145,7 +174,7 @@ class Decoder:
         for generation, n_due in due.items():
             n_given = 1 if n_due == 1 else min(n_due, left)
             left -= n_given if n_due > 1 else 0
-            if n_given == n_due:
+            if n_given == n_due and not any(generation.pauses.values()):
                 ready.append(_Ready(generation, draft.ahead if draft else [], draft))
             else:
                 self._add_prompt(runs, generation, n_given)
@@ -159,11 +188,31 @@ class Decoder:
             self._add_text(runs, each, n_rows)
         return runs, ready
 
+    def _may_draft(self, generation: Generation) -> bool:
+        """Whether members have no more to read than drafts go with: what they took back of the answer, they read again
+        beside the next draft, unless that is much."""
+        n_most = 1 + (_MAX_LAG if generation.n_picked else 0)
+        return (
+            generation.request.n_draft != 0 and self.n_due(generation) <= n_most and not any(generation.pauses.values())
+        )
+
+    def _make_checkpoints(self, generation: Generation, draft: Draft | None) -> None:
+        """Let members keep the states to which they may have to go back: those at which they pause, and the one before
+        a draft that they have to verify and could not take back otherwise."""
+        for name in generation.members:
+            member, pauses = self.ensemble.members[name], generation.pauses[name]
+            while pauses and pauses[0] <= self.ensemble.n_held(name, generation.seq):
+                member.checkpoint(generation.seq, lasting=True)
+                del pauses[0]
+            is_drafter = draft is not None and draft.drafter == name
+            if draft and not is_drafter and len(draft.ahead) > member.n_rollback:
+                member.checkpoint(generation.seq, lasting=False)
+
     def _add_prompt(self, runs: dict[str, list[Run]], generation: Generation, n_most: int) -> None:
         """Add a part of a prompt, but not its last token, which belongs to the step that picks."""
         for name in generation.members:
             n_held = self.ensemble.n_held(name, generation.seq)
-            stop = min(n_held + n_most, generation.n_text(name) - 1)
+            stop = min([n_held + n_most, generation.n_text(name) - 1, *generation.pauses[name]])
             if stop > n_held:
                 runs[name].append(Run(generation.seq, generation.text(name, n_held, stop), 0))
 
@@ -298,7 +347,7 @@ class Decoder:
     def _trim(self, generation: Generation, draft: Draft | None) -> None:
         """Let every member hold all of the text but its last token, as after a step that drafted nothing."""
         for name in {*generation.members, draft.drafter if draft else ""}:
-            if name in self.ensemble.members and self.ensemble.members[name].can_trim:
+            if name in self.ensemble.members:
                 self.ensemble.shorten(name, generation.seq, generation.n_text(name) - 1)
 
 

@@ -140,10 +140,11 @@ class Drafting:
         rate: tokens per second that the draft has to beat; of no account where the length was asked for.
         """
         draft, is_fused = Draft(name), name in generation.members
-        due: Sequence[int] = generation.text(name)[-1:]
         if not is_fused:
-            n_held = self._ensemble.begin(name, generation.seq, generation.text(name))
-            due = self._read(draft, generation.seq, generation.text(name, n_held))
+            self._ensemble.begin(name, generation.seq, generation.text(name))
+        due: Sequence[int] = generation.text(name, self._ensemble.n_held(name, generation.seq))
+        if not is_fused:
+            due = self._read(draft, generation.seq, due)
         while True:
             row = self._evaluate(name, generation.seq, due)
             if is_fused:
@@ -162,6 +163,8 @@ class Drafting:
             draft.n_verified = min(n_wanted, len(draft.tokens))
             if n_wanted <= len(draft.tokens):
                 return draft
+            if len(draft.tokens) == 1:
+                self._ensemble.members[name].checkpoint(generation.seq, lasting=False)
             due = draft.tokens[-1:]
 
     def _read(self, draft: Draft, seq: int, tokens: Sequence[int]) -> Sequence[int]:

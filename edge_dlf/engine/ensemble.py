@@ -240,13 +240,8 @@ class Ensemble:
         """Make `seq` of the member `name` hold the longest known prefix of `tokens`, at most all but the last token:
         its own, or one shared with another sequence. Returns the length of that prefix."""
         self._repair(name)
-        own = min(self.n_common(name, seq, tokens), len(tokens) - 1)
-        if not self.members[name].can_trim:
-            kept = own if own == self.n_held(name, seq) else 0
-            self.shorten(name, seq, kept)
-            return kept
-        best, n_known = self._best_known(name, tokens)
-        shared = min(n_known, len(tokens) - 1)
+        own = self.members[name].reach(seq, min(self.n_common(name, seq, tokens), len(tokens) - 1))
+        best, shared = self._best_known(name, tokens[:-1])
         if shared <= own:
             self.shorten(name, seq, own)
             return own
@@ -272,13 +267,16 @@ class Ensemble:
             raise
 
     def _repair(self, name: str) -> None:
-        """Make the cache match its record after an interrupt. A model that cannot roll back starts over."""
+        """Make the cache match its record after an interrupt, as far as the member can still reach it."""
         cache, member = self._caches[name], self.members[name]
         for seq in sorted(cache.unsure):
-            if not member.can_trim:
-                cache.shorten(seq, 0)
+            cache.shorten(seq, member.reach(seq, self.n_held(name, seq)))
             member.trim(seq, self.n_held(name, seq))
             cache.unsure.discard(seq)
+
+    def texts(self, name: str) -> list[list[int]]:
+        """Return the tokens that the member `name` holds of each sequence."""
+        return [list(tokens) for tokens in self._caches[name].tokens.values()]
 
     def n_held(self, name: str, seq: int) -> int:
         """Count the tokens of `seq` that the member `name` has evaluated."""
@@ -289,15 +287,15 @@ class Ensemble:
         return common_prefix(self._caches[name].tokens.get(seq, ()), tokens)
 
     def n_known(self, name: str, tokens: Sequence[int]) -> int:
-        """Return the length of the longest prefix of `tokens` that any sequence of the member `name` holds."""
+        """Return the length of the longest prefix of `tokens` that any sequence of the member `name` can share."""
         return self._best_known(name, tokens)[1]
 
     def _best_known(self, name: str, tokens: Sequence[int]) -> tuple[int, int]:
-        """Return the sequence of the member `name` that holds the longest prefix of `tokens`, and its length."""
+        """Return the sequence of the member `name` that can share the longest prefix of `tokens`, and its length."""
         best, n_best = 0, 0
         for seq, held in self._caches[name].tokens.items():
             if n_best < min(len(held), len(tokens)) and held[n_best] == tokens[n_best]:
-                n_common = common_prefix(held, tokens)
+                n_common = self.members[name].reach(seq, common_prefix(held, tokens))
                 if n_common > n_best:
                     best, n_best = seq, n_common
         return best, n_best
@@ -311,8 +309,10 @@ class Ensemble:
         return min(member.n_cells - self._caches[name].n_used for name, member in self.members.items())
 
     def shorten(self, name: str, seq: int, n_tokens: int) -> None:
-        """Let the member `name` forget all of `seq` from position `n_tokens` on."""
+        """Let the member `name` forget all of `seq` from position `n_tokens` on, and more where it cannot go back to
+        just there."""
         if n_tokens < self.n_held(name, seq):
+            n_tokens = self.members[name].reach(seq, n_tokens)
             self.members[name].trim(seq, n_tokens)
             self._caches[name].shorten(seq, n_tokens)
 

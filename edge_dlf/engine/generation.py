@@ -81,6 +81,7 @@ class Generation:
     """The state of one sequence. The engine alone changes it.
 
     seq: the number of the sequence in every member's KV cache.
+    pauses: lengths of a member's text at which it stops reading for a checkpoint; none where it can be cut anywhere.
     tokens: the first member's prompt and all picks so far. Their number keys the noise of the next pick.
     strength: a moving average of each expert's α, which begins at a fixed α.
     counts: what it took so far.
@@ -94,6 +95,7 @@ class Generation:
         roles = request.roles
         self.strength = dict(zip(roles.experts, roles.alphas(), strict=False))
         self.counts = Counts()
+        self.pauses: dict[str, list[int]] = {}
         self._penalises = request.sampling.penalises
         self._constraint = constraint
         self._n_constrained = 0

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 from ..params import MAX_DRAFT
-from .decoder import Decoder
+from .decoder import WORTH_SHARING, Decoder
 from .generation import Generation, StepResult
 
-WORTH_WAITING = 16
-"""Tokens of a common prefix for which a generation waits until another has evaluated it."""
 HEADROOM = 16
 """Positions kept free for each generation that is being decoded when another one joins."""
 _IDLE_S = 0.05
@@ -101,7 +100,7 @@ class Scheduler:
             if self._active and (self._should_wait(generation) or not self._has_room(generation)):
                 return
             generation.seq = self._sequence_for(generation)
-            self.decoder.begin(generation)
+            self.decoder.begin(generation, islice(self._waiting, 1, 1 + self._ensemble.n_seq_max))
             self._waiting.popleft()
             self._idle.remove(generation.seq)
             self._active.append(generation)
@@ -110,7 +109,7 @@ class Scheduler:
         """Whether another generation is about to evaluate a prefix that this one can share then."""
         name = generation.members[0]
         text = generation.text(name)
-        n_shared = self._ensemble.n_known(name, text) + WORTH_WAITING
+        n_shared = self._ensemble.n_known(name, text) + WORTH_SHARING
         begun = text[:n_shared]
         return len(begun) == n_shared and any(
             [*active.request.prompts.get(name, ())[:n_shared]] == begun and self.decoder.n_due(active) > 1

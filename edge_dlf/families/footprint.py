@@ -9,13 +9,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..engine.backend import N_BATCH, N_ROWS, PLAIN_TOKENS
+from ..engine.backend import N_BATCH, N_CHECKPOINTS, N_ROLLBACK, N_ROWS, PLAIN_TOKENS
 from ..gguf.header import BLOCKS, Array, cache_type
 from ..gguf.info import GGUFInfo
 
 _NOT_QUANTIZED = (None, "f32", "f16", "bf16")
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _CELLS = 256  # llama.cpp rounds contexts up to a multiple of it
+_STATE_TENSOR = re.compile(r"blk\.(\d+)\.(?:ssm_|shortconv\.|time_mix_)")
+_ROLLS_BACK = frozenset(
+    {
+        *("qwen35", "qwen35moe", "qwen4exp", "deepseek4", "nemotron_h", "nemotron_h_moe", "bailingmoe3"),
+        *("lfm2", "lfm2moe", "kimi-k3", "glm5-next"),
+    }
+)
+"""Architectures of which llama.cpp keeps the states of several tokens of a batch."""
 _TOKEN_BYTES = 320  # of the vocabulary in llama.cpp, by token; 200 to 300 were measured
 _REPACKED = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL", "MXFP4"})  # on x86; a few more on ARM
 
@@ -37,6 +45,7 @@ class Footprint:
     vocabulary: llama.cpp's own token tables.
     kv: KV cache of one cell in each layer.
     state: recurrent state of one sequence.
+    n_rollback: further states that llama.cpp keeps of a sequence, if it is the only one.
     n_embd, n_ff: widths of what is computed for one token.
     n_masks: attention masks over all cells.
     n_heads: attention heads; 0 if plain attention is not equivalent to flash attention.
@@ -51,6 +60,7 @@ class Footprint:
     vocabulary: int
     kv: tuple[float, ...]
     state: int
+    n_rollback: int
     n_vocab: int
     n_embd: int
     n_ff: int
@@ -70,6 +80,15 @@ class Footprint:
     def cache(self, n_cells: int) -> int:
         """KV cache of one context."""
         return int(sum(self.kv) * rounded(n_cells))
+
+    def states(self, n_seqs: int) -> int:
+        """Recurrent states of `n_seqs` sequences in one context."""
+        return self.state * (n_seqs if n_seqs > 1 else 1 + self.n_rollback)
+
+    @property
+    def checkpoints(self) -> int:
+        """Checkpoints of one context, on the host: those that last, and one before a draft."""
+        return (N_CHECKPOINTS + 1) * self.state
 
     def compute(self, n_cells: int, n_rows: int, n_copies: int = 1, n_ubatch: int | None = None) -> int:
         """Compute buffer of one context, with the rows of logits it returns. n_copies: of what goes into the graph.
@@ -128,9 +147,10 @@ def footprint(info: GGUFInfo, type_k: str | None = None, type_v: str | None = No
         vocabulary=_TOKEN_BYTES * (info.n_vocab or 0),
         kv=_kv(info, n_layers, type_k, type_v),
         state=_state(info, n_layers),
+        n_rollback=N_ROLLBACK if info.architecture in _ROLLS_BACK else 0,
         n_vocab=info.n_vocab or 0,
         n_embd=n_embd * (1 + n_used),
-        n_ff=max(*widths[0], n_used * max(widths[1]), 2 * _number(info, "ssm.inner_size")),
+        n_ff=max(*widths[0], n_used * max(widths[1]), 2 * (_number(info, "ssm.inner_size") + _groups(info))),
         n_masks=2 if _number(info, "attention.sliding_window") else 1,
         n_heads=_plain_heads(info, n_layers, type_k, type_v),
     )
@@ -143,7 +163,8 @@ def _plain_heads(info: GGUFInfo, n_layers: int, type_k: str | None, type_v: str 
     K, and computes all cells of attention that selects cells by an indexer.
     """
     is_quantized = not {type_k, type_v} <= {*_NOT_QUANTIZED}
-    is_padded = len({n_heads * v for n_heads, _, v in _kv_heads(info, n_layers)}) > 1
+    no_cache = {0} if _state(info, n_layers) else set()  # of recurrent layers, for which nothing is padded
+    is_padded = len({n_heads * v for n_heads, _, v in _kv_heads(info, n_layers)} - no_cache) > 1
     is_latent = _number(info, "attention.key_length_mla") > 0
     is_sparse = any(key.startswith(f"{info.architecture}.attention.indexer.") for key in info.metadata)
     return 0 if is_quantized or is_padded or is_latent or is_sparse else _number(info, "attention.head_count")
@@ -190,11 +211,25 @@ def _window(info: GGUFInfo, n_layers: int) -> tuple[int, ...]:
 
 
 def _state(info: GGUFInfo, n_layers: int) -> int:
-    """Bytes that the recurrent layers keep of one sequence; taken as if every layer were one."""
+    """Bytes that the recurrent layers keep of one sequence."""
+    matches = map(_STATE_TENSOR.match, info.tensors)
+    n_recurrent = len({match[1] for match in matches if match and int(match[1]) < n_layers})
+    n_embd, n_heads = _number(info, "embedding_length"), _number(info, "attention.head_count")
     inner, size = _number(info, "ssm.inner_size"), _number(info, "ssm.state_size")
-    conv = max(_number(info, "ssm.conv_kernel") - 1, 0) * (inner + 2 * _number(info, "ssm.group_count") * size)
-    head = _number(info, "wkv.head_size")
-    return 4 * n_layers * (conv + inner * size + _number(info, "embedding_length") * (head + 2 if head else 0))
+    n_conv = max(_number(info, "ssm.conv_kernel") - 1, 0)
+    values = n_conv * (inner + 2 * _groups(info)) + inner * size
+    if head := _number(info, "wkv.head_size"):
+        values = n_embd * (head + _number(info, "token_shift_count", 2))
+    elif length := _number(info, "shortconv.l_cache"):
+        values = n_embd * (length - 1)
+    elif head := _number(info, "kda.head_dim"):
+        values = n_heads * head * (3 * (n_conv or 3) + head)
+    return 4 * n_recurrent * values
+
+
+def _groups(info: GGUFInfo) -> int:
+    """Width of what the heads of a recurrent layer share in groups."""
+    return _number(info, "ssm.group_count") * _number(info, "ssm.state_size")
 
 
 def _cache_bytes(kind: str | None) -> float:

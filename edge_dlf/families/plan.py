@@ -123,9 +123,9 @@ class _Model:
         own, n_members = self.size, len(self.members)
         n_low = len(own.layers) - max(n_gpu - 1, 0)
         cells = rounded(n_cells)
-        caches = [int(kv * cells) + n_seqs * own.state // len(own.layers) for kv in own.kv]
+        caches = [int(kv * cells) + own.states(n_seqs) // len(own.layers) for kv in own.kv]
         layers = [w + n_members * cache for w, cache in zip(own.layers, caches, strict=True)]
-        host = own.input + own.vocabulary + sum(layers[:n_low])
+        host = own.input + own.vocabulary + sum(layers[:n_low]) + n_members * own.checkpoints
         if not n_gpu:
             compute = own.compute(n_cells, n_rows)
             host += self.lora_bytes + (0 if own.is_tied else own.output) + n_members * compute
@@ -272,7 +272,7 @@ class Planner:
         return MemberPlan(
             name,
             weights_bytes=loras + (0 if shares else own.weights + copy),
-            cache_bytes=own.cache(n_cells) + self._n_seqs * own.state,
+            cache_bytes=own.cache(n_cells) + own.states(self._n_seqs) + own.checkpoints,
             buffer_bytes=own.compute(n_cells, self._n_rows) + (0 if shares else own.vocabulary),
             n_layers=model.n_layers,
             n_gpu_layers=layout.n_gpu,

@@ -11,7 +11,7 @@ import llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.backend import N_BATCH, N_ROWS, Logits, Run
+from ..engine.backend import N_BATCH, N_ROLLBACK, N_ROWS, Logits, Run
 from ..errors import (
     ContextOverflowError,
     DecodeError,
@@ -23,6 +23,7 @@ from ..errors import (
 from ..gguf.header import cache_type
 from .model import Model
 from .runtime import Interrupt, default_n_threads, initialise
+from .states import States
 
 _FAILURES = {
     1: (ContextOverflowError, "no free KV cells for {} more tokens"),
@@ -88,6 +89,8 @@ class LlamaBackend:
         self._ctx = self._open(n_threads, cache_type(type_k), cache_type(type_v))
         self._memory = lib.llama_get_memory(self._ctx)
         self._n_past = [0] * n_seq_max
+        self._states = None if self.can_trim else States(self._ctx, name, self._n_past)
+        self.n_rollback = self._states.n_rollback if self._states else 0
         self._n_logits = 0
         self._order: npt.NDArray[np.int64] | None = None
         self._rows: Logits | None = None
@@ -102,6 +105,7 @@ class LlamaBackend:
         params.n_batch, params.n_ubatch = N_BATCH, self.n_ubatch or N_BATCH
         params.kv_unified = not self.has_streams
         params.n_seq_max = self.n_seq_max
+        params.n_rs_seq = N_ROLLBACK if self.n_seq_max == 1 else 0
         params.n_outputs_max = self._n_rows
         n_threads = n_threads or min(default_n_threads(), max(1, model.n_bytes // _BYTES_PER_THREAD))
         params.n_threads = params.n_threads_batch = n_threads
@@ -164,6 +168,8 @@ class LlamaBackend:
             raise RequestInterruptedError("the request was interrupted")
         self._n_logits, self._rows = 0, None
         self._batch.n_tokens = n_tokens
+        if self._states:
+            self._states.decoding(runs)
         code = lib.llama_decode(self._ctx, self._batch)
         if code:
             kind, what = _FAILURES.get(code, (DecodeError, f"llama_decode failed with code {code}"))
@@ -172,6 +178,8 @@ class LlamaBackend:
         self._order = _restoring(runs) if self.has_streams else None
         for run in runs:
             self._n_past[run.seq] += len(run.tokens)
+        if self._states:
+            self._states.decoded(runs)
 
     def _fill(self, runs: Sequence[Run], n_tokens: int) -> None:
         tokens: list[int] = []
@@ -205,8 +213,17 @@ class LlamaBackend:
     def n_past(self, seq: int) -> int:
         return self._n_past[seq]
 
+    def reach(self, seq: int, n_past: int) -> int:
+        return self._states.reach(seq, n_past) if self._states else n_past
+
+    def checkpoint(self, seq: int, *, lasting: bool) -> None:
+        if self._states:
+            self._states.checkpoint(seq, lasting=lasting)
+
     def trim(self, seq: int, n_past: int) -> None:
-        if not lib.llama_memory_seq_rm(self._memory, seq, n_past, -1):
+        if self._states:
+            self._states.trim(seq, n_past)
+        elif not lib.llama_memory_seq_rm(self._memory, seq, n_past, -1):
             raise DecodeError(f"{self.name}: this model cannot forget part of a text")
         self._n_past[seq] = n_past
 
@@ -216,7 +233,10 @@ class LlamaBackend:
             self._restore(target, self._saved(source))
             self.trim(target, n_past)
         else:
-            lib.llama_memory_seq_cp(self._memory, source, target, 0, n_past)
+            if self._states:
+                self._states.copy(source, target, n_past)
+            else:
+                lib.llama_memory_seq_cp(self._memory, source, target, 0, n_past)
             self._n_past[target] = n_past
 
     def swap(self, a: int, b: int) -> None:
