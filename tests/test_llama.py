@@ -385,7 +385,7 @@ def test_bytes_that_are_no_text_do_no_harm(base: Model) -> None:
     assert base.tokenize(b"\xff\xfe ok \xf0\x9f", special=False)
 
 
-def test_a_recurrent_model_starts_over_where_it_cannot_roll_back(tmp_path: Path) -> None:
+def test_a_recurrent_model_forgets_what_other_prompts_were(tmp_path: Path) -> None:
     for seed, name in enumerate(("large", "base", "expert")):
         tiny_model(tmp_path / f"{name}.gguf", arch="mamba", seed=seed)
     files = [tmp_path / f"{name}.gguf" for name in ("large", "base", "expert")]

@@ -15,7 +15,7 @@ import llama_cpp
 import pytest
 
 from edge_dlf import FusedLlama, InvalidParameterError, OutOfMemoryError
-from edge_dlf.engine.backend import N_ROWS
+from edge_dlf.engine.backend import N_CHECKPOINTS, N_ROWS, Run
 from edge_dlf.families import members
 from edge_dlf.families.files import FamilyFiles, check_files
 from edge_dlf.families.footprint import footprint
@@ -71,6 +71,26 @@ def test_caches_are_what_llama_cpp_allocates_and_buffers_no_more(
     assert own.cache(n_ctx) == pytest.approx(found.get("KV", 0.0), abs=digits)
     assert own.states(1) == pytest.approx(found.get("RS", 0.0), abs=digits)
     assert 0 < found["compute"] < own.compute(n_ctx, 4, n_ubatch=n_ubatch)
+
+
+@pytest.mark.parametrize("arch", ["mamba", *HYBRIDS])
+def test_states_and_checkpoints_are_planned_for(tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_model(tmp_path / "m.gguf", arch=arch, n_embd=64)
+    own = footprint(read_info(path))
+    found = allocated(path, monkeypatch, n_ctx=256, n_seq_max=7, n_threads=1)
+    assert own.states(7) == 7 * own.state == pytest.approx(found["RS"], abs=0.006 * 2**20)
+    model = Model(path)
+    member = LlamaBackend(model, "base", n_ctx=256, n_threads=1)
+    member.decode([Run(0, [1, 2, 3], 1)])
+    member.checkpoint(0, lasting=True)
+    (kept,) = member._states._lasting  # type: ignore[union-attr]
+    assert own.state <= kept.state.nbytes < own.state + 1000
+    member.close()
+    model.close()
+    files = check_files(FamilySpec.from_files(path, path, {"expert": path}))
+    for n in (1, 7):
+        plan = planned(files, Machine(8 * GB), 256, n_seqs=n)
+        assert plan.members[0].cache_bytes == own.cache(256) + own.states(n) + (N_CHECKPOINTS + 1) * own.state
 
 
 def test_weights_are_the_tensors(tiny: Path) -> None:

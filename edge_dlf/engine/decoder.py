@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -86,21 +86,23 @@ class Decoder:
         """
         prompts = [other.request.prompts for other in waiting]
         for name in generation.members:
-            others = [*self.ensemble.texts(name), *(texts[name] for texts in prompts if name in texts)]
-            self.ensemble.begin(name, generation.seq, generation.text(name))
-            generation.pauses[name] = self._pauses(name, generation, others)
+            text, has_state = generation.text(name), not self.ensemble.members[name].can_trim
+            others = (
+                [*self.ensemble.texts(name), *(each[name] for each in prompts if name in each)] if has_state else []
+            )
+            partings = {common_prefix(text, other) for other in others}
+            self.ensemble.begin(name, generation.seq, text)
+            generation.pauses[name] = self._pauses(name, generation, partings) if has_state else []
         generation.counts.n_prefilled += self.n_due(generation)
 
-    def _pauses(self, name: str, generation: Generation, others: Sequence[Sequence[int]]) -> list[int]:
-        """Return the lengths of the text at which a member makes a checkpoint, if it needs any: where other texts part
-        from this one, and shortly before its end."""
-        if (member := self.ensemble.members[name]).can_trim:
-            return []
-        text, n_held = generation.text(name), self.ensemble.n_held(name, generation.seq)
-        last = member.reach(generation.seq, max(0, n_held - 1 - member.n_rollback))
-        pauses: list[int] = []
-        for n in sorted({common_prefix(text, other) for other in others} | {len(text) - _TAIL}):
-            if n > n_held and n - last >= (_FAR if n == len(text) - _TAIL else WORTH_SHARING) and n < len(text):
+    def _pauses(self, name: str, generation: Generation, partings: Collection[int]) -> list[int]:
+        """Return the lengths of the text at which a member makes checkpoints: those at which other texts part from it,
+        and one shortly before its end."""
+        member, seq, n_text = self.ensemble.members[name], generation.seq, generation.n_text(name)
+        n_held = self.ensemble.n_held(name, seq)
+        last, pauses = member.reach(seq, max(0, n_held - 1 - member.n_rollback)), []
+        for n in sorted({*partings, n_text - _TAIL}):
+            if n_held < n < n_text and n - last >= (_FAR if n == n_text - _TAIL else WORTH_SHARING):
                 pauses.append(n)
                 last = n
         return pauses

@@ -274,9 +274,9 @@ class Ensemble:
             member.trim(seq, self.n_held(name, seq))
             cache.unsure.discard(seq)
 
-    def texts(self, name: str) -> list[list[int]]:
-        """Return the tokens that the member `name` holds of each sequence."""
-        return [list(tokens) for tokens in self._caches[name].tokens.values()]
+    def texts(self, name: str) -> Collection[Sequence[int]]:
+        """Return what each sequence of the member `name` holds."""
+        return self._caches[name].tokens.values()
 
     def n_held(self, name: str, seq: int) -> int:
         """Count the tokens of `seq` that the member `name` has evaluated."""
