@@ -21,7 +21,7 @@ from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.llama import Interrupt, LlamaBackend, Model
 
 from .fake_backend import FakeBackend
-from .test_decode import N_VOCAB, EachThird, begin, generate, step
+from .test_decode import N_VOCAB, EachThird, begin, generate
 from .test_scheduler import FUSIONS, SAMPLINGS, make, run, scheduler_of
 from .tiny import HYBRIDS, tiny_model
 
@@ -77,23 +77,28 @@ def test_what_a_wrong_guess_costs_is_read_again_beside_the_next_draft() -> None:
     }
 
 
+@pytest.mark.parametrize("n_draft", [0, 2])
+@pytest.mark.parametrize("begins", [True, False])
 @pytest.mark.parametrize("member", ["large", "base", "e0"])
-@pytest.mark.parametrize("n_calls", [0, 1, 2])
-def test_an_interrupt_amid_a_draft_leaves_no_trace(member: str, n_calls: int) -> None:
-    expected = [pick.token for pick in generate(family(0.9), [1, 2], 24, FusionParams(), GREEDY)]
-    members = family(0.9)
-    decoder = Decoder(Ensemble(members, N_VOCAB), Fuser(N_VOCAB))
-    generation = begin(decoder, {name: [1, 2] for name in members}, FusionParams(), GREEDY, n_draft=2)
-    decoder.step([generation])
-    while len(generation.tokens) < 20:
-        members[member].fail_at = n_calls
-        try:
-            decoder.step([generation])
-        except KeyboardInterrupt:
-            decoder.begin(generation)
-        members[member].fail_at = None
-        step(decoder, generation)
-    assert generation.tokens[2:20] == expected[:18]
+def test_an_interrupt_leaves_no_trace(member: str, n_draft: int, begins: bool) -> None:
+    """Whether the generation begins anew then or goes on."""
+    prompt = np.random.default_rng(2).integers(N_VOCAB, size=90).tolist()
+    expected = [pick.token for pick in generate(family(0.9), prompt, 20, FusionParams(), GREEDY)]
+    for when in range(7):
+        members = family(0.9)
+        decoder = Decoder(Ensemble(members, N_VOCAB), Fuser(N_VOCAB))
+        generation = begin(decoder, dict.fromkeys(members, prompt), FusionParams(), GREEDY, n_draft=n_draft)
+        members[member].fail_at = when
+        n_interrupts = 0
+        while generation.n_picked < 20:
+            try:
+                decoder.step([generation])
+            except KeyboardInterrupt:
+                n_interrupts += 1
+                if begins:
+                    decoder.begin(generation)
+        assert n_interrupts == 1
+        assert generation.tokens[90:110] == expected
 
 
 @pytest.mark.parametrize("n_draft", [0, None, 3])

@@ -311,6 +311,7 @@ class Ensemble:
     def shorten(self, name: str, seq: int, n_tokens: int) -> None:
         """Let the member `name` forget all of `seq` from position `n_tokens` on, and more where it cannot go back to
         just there."""
+        self._repair(name)
         if n_tokens < self.n_held(name, seq):
             n_tokens = self.members[name].reach(seq, n_tokens)
             self.members[name].trim(seq, n_tokens)
@@ -320,7 +321,6 @@ class Ensemble:
         """Let every member forget these sequences, or all."""
         for seq in range(self.n_seq_max) if seqs is None else seqs:
             for name in self.members:
-                self._repair(name)
                 self.shorten(name, seq, 0)
 
     def close(self) -> None:
