@@ -151,7 +151,7 @@ OWN: Mapping[str, Mapping[str, Value]] = {
     "lfm2": MIXED,
     "lfm2moe": MIXED,
     "granitehybrid": MIXED,
-    "plamo2": MIXED,
+    "plamo2": {**MIXED, "ssm.group_count": 0},
     "nemotron_h": {**MIXED, "block_count": 3, "attention.head_count_kv": [0, 2, 0], "feed_forward_length": [0, 0, 128]},
     "nemotron_h_moe": {
         **{"block_count": 3, "attention.head_count_kv": [0, 2, 0], "feed_forward_length": [0, 0, 128]},
@@ -163,9 +163,21 @@ OWN: Mapping[str, Mapping[str, Value]] = {
     "rwkv6": {"attention.head_count": 1, "attention.head_count_kv": 1},
     **{name: {"full_attention_interval": 2} for name in ("qwen35", "qwen35moe", "qwen3next")},
     **{name: {**MLA, "attention.head_count_kv": [0, 1]} for name in ("bailingmoe3", "kimi-linear")},
+    "paddleocr": {"rope.dimension_sections": [2, 2, 2, 2]},
+    **{name: {"attention.head_count_kv": N_HEAD} for name in ("olmoe", "deepseek2-ocr")},
+    "dots1": {"attention.head_count_kv": N_HEAD, "expert_gating_func": 2},
+    "minimax-m2": {"expert_gating_func": 2},
+    **{
+        name: {
+            **{"attention.head_count_kv": N_HEAD, "rope.dimension_count": 8, "attention.key_length": 24},
+            **{"attention.q_lora_rank": 32, "attention.kv_lora_rank": 32},
+        }
+        for name in ("minicpm3", "plm")
+    },
+    "smallthinker": {"attention.sliding_window": 64, "expert_gating_func": 2},
     "afmoe": {"attention.sliding_window": 64},
     "llama4": {"block_count": 4},
-    **dict.fromkeys(("deepseek2", "deepseek2-ocr", "glm-dsa", "mistral4"), MLA),
+    **dict.fromkeys(("deepseek2", "glm-dsa", "mistral4"), MLA),
     "gpt2": {"attention.head_count_kv": N_HEAD},
     "falcon-h1": {"ssm.inner_size": 128},
 }
@@ -179,6 +191,7 @@ UNNAMED = {
     **dict.fromkeys(("granitehybrid", "nemotron_h", "nemotron_h_moe", "jamba"), ("blk.0.ssm_conv1d.bias",)),
     **dict.fromkeys(("falcon-h1", "mamba2"), ("blk.0.ssm_conv1d.bias", "blk.1.ssm_conv1d.bias")),
     **dict.fromkeys(("qwen35", "qwen35moe", "qwen3next"), ("blk.0.attn_qkv.weight", "blk.0.attn_gate.weight")),
+    "phi3": ("blk.0.attn_qkv.weight", "blk.1.attn_qkv.weight"),
     "rwkv6": ("blk.0.time_mix_lerp_fused.weight", "blk.1.time_mix_lerp_fused.weight"),
 }
 """Tensors that llama.cpp reads without having asked for them."""
@@ -189,7 +202,11 @@ NOT_DECODERS = frozenset((
     "wavtokenizer-dec",
 ))  # fmt: skip
 """Names of what reads, sees, speaks, drafts, writes by diffusion, or is unknown to llama.cpp."""
-NEWER = ("qwen4exp", "deepseek4", "glm5-next", "kimi-k3", "bailingmoe3", "hy_v3", "hy_v4", "minimax-01", "minimax-m3")
+NEWER = (
+    "bailingmoe3", "cohere2moe", "deepseek32", "deepseek4", "dots3note", "glm5-next", "granite_swa", "graniteswitch",
+    "hrm_text", "hy_v3", "hy_v4", "kimi-k3", "laguna", "maple", "mellum", "minimax-01", "minimax-m3", "muse-glimmer",
+    "nanbeige", "qwen4exp", "spark2_5", "talkie",
+)  # fmt: skip
 """Architectures that llama.cpp knows and the package gguf may not."""
 LORA_PARTS = ("attn_q", "attn_qkv", "attn_output", "ssm_in", "ssm_out", "ffn_down", "ffn_up", "time_mix_output")
 

@@ -1,4 +1,4 @@
-"""What `tests/architectures.py` finds of a few kinds of models: experts, latent attention, windows, states."""
+"""What `tests/architectures.py` finds of a few kinds of models: latent attention, experts, a hybrid, a recurrent one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edge_dlf.families import members
 from .architectures import Draft, decoders, table, tried
 
 
-@pytest.mark.parametrize("arch", ["deepseek2", "gpt-oss", "nemotron_h_moe", "rwkv7"])
+@pytest.mark.parametrize("arch", ["deepseek2", "gpt-oss", "plamo2", "rwkv7"])
 def test_every_way_of_decoding_does_what_it_should(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("require_runs", "require_adapters_run"):
         monkeypatch.setattr(members, name, lambda *args: None)

@@ -24,6 +24,8 @@ from .plan import Plan, Planner
 
 logger = logging.getLogger(__name__)
 
+_ONE_TEXT = frozenset({"arwkv7", "plamo2", "rwkv6qwen2"})
+"""Architectures of which llama.cpp computes wrong logits for prompts of several texts in one batch."""
 MAX_PARALLEL = 256
 """Sequences that llama.cpp can tell apart."""
 _AUTO_PARALLEL = 16, 32
@@ -63,6 +65,9 @@ def plan_memory(
     machine = this_machine(gpus())
     asked_for = Number(1, MAX_PARALLEL, is_whole=True, words=("auto",)).read("n_parallel", n_parallel)
     n_seqs = _AUTO_PARALLEL[bool(machine.gpus)] if asked_for == "auto" else asked_for
+    if n_seqs > 1 and (alone := sorted(_ONE_TEXT.intersection(info.architecture for info in files.models.values()))):
+        logger.warning("llama.cpp computes texts of %s rightly one at a time only, so that is done", alone[0])
+        n_seqs = 1
     planner = Planner(
         files,
         machine,
