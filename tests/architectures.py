@@ -166,7 +166,7 @@ OWN: Mapping[str, Mapping[str, Value]] = {
     "paddleocr": {"rope.dimension_sections": [2, 2, 2, 2]},
     **{name: {"attention.head_count_kv": N_HEAD} for name in ("olmoe", "deepseek2-ocr")},
     "dots1": {"attention.head_count_kv": N_HEAD, "expert_gating_func": 2},
-    "minimax-m2": {"expert_gating_func": 2},
+    **{name: {"expert_gating_func": 2} for name in ("laguna", "minimax-m2")},
     **{
         name: {
             **{"attention.head_count_kv": N_HEAD, "rope.dimension_count": 8, "attention.key_length": 24},
@@ -177,14 +177,15 @@ OWN: Mapping[str, Mapping[str, Value]] = {
     "smallthinker": {"attention.sliding_window": 64, "expert_gating_func": 2},
     "afmoe": {"attention.sliding_window": 64},
     "llama4": {"block_count": 4},
-    **dict.fromkeys(("deepseek2", "glm-dsa", "mistral4"), MLA),
+    **dict.fromkeys(("deepseek2", "deepseek32", "glm-dsa", "mistral4"), MLA),
     "gpt2": {"attention.head_count_kv": N_HEAD},
     "falcon-h1": {"ssm.inner_size": 128},
 }
 """Keys in place of those above."""
 WITH_EXPERTS = frozenset((
-    "arctic", "dbrx", "deepseek", "deepseek2", "deepseek2-ocr", "dots1", "glm-dsa", "gpt-oss", "grok", "hy_v3",
-    "kimi-linear", "llama4", "minimax-01", "minimax-m2", "mistral4", "olmoe", "qwen3next", "smallthinker",
+    "arctic", "dbrx", "deepseek", "deepseek2", "deepseek2-ocr", "deepseek32", "dots1", "glm-dsa", "gpt-oss", "grok",
+    "hy_v3", "kimi-linear", "laguna", "llama4", "maple", "mellum", "minimax-01", "minimax-m2", "mistral4", "olmoe",
+    "qwen3next", "smallthinker",
 ))  # fmt: skip
 """Architectures of several feed-forward experts that do not say so in their names."""
 UNNAMED = {

@@ -1,4 +1,4 @@
-"""What `tests/architectures.py` finds of a few kinds of models: latent attention, experts, a hybrid, a recurrent one."""
+"""What `tests/architectures.py` finds of a few kinds of models: latent attention, experts, hybrid, recurrent."""
 
 from __future__ import annotations
 
