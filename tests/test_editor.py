@@ -114,7 +114,7 @@ class TestEditor:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            ("/s", ["/system", "/set", "/save", "/stats"]),
+            ("/s", ["/system", "/set", "/save", "/sessions", "/stats"]),
             ("/met", ["/method"]),
             ("/method ", ["dynamic", "math"]),
             ("/alpha o", ["on", "off"]),

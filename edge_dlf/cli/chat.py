@@ -11,7 +11,7 @@ import click
 from ..errors import EdgeDLFError
 from .opening import family_command, open_family
 from .options import Options, family_argument, method_option, shared_options
-from .screen import Screen
+from .screen import Screen, one_line
 from .tracing import trace_option, tracing
 
 if TYPE_CHECKING:
@@ -21,28 +21,51 @@ if TYPE_CHECKING:
 
 @family_command(short_help="Talk with a family.")
 @family_argument
+@click.option("--continue", "-c", "continues", is_flag=True, help="Go on with the last conversation of this family.")
 @trace_option
 @method_option
 @shared_options
 @click.pass_context
-def chat(ctx: click.Context, /, trace: Path | None, **shared: Any) -> None:
+def chat(ctx: click.Context, /, trace: Path | None, continues: bool, **shared: Any) -> None:
     """Talk with a family: the one named by FAMILY or by --family, or one made of files.
 
     /help in the chat lists its commands. Where input or output is no terminal, each line of stdin is a message,
     and only the answers go to stdout.
     """
     from .conversation import Conversation
+    from .kept import Kept
     from .session import Session
 
     options, screen = Options.of(ctx, shared), Screen()
     with tracing(trace, options.spec.name) as tracer, open_family(options, screen) as llm:
-        conversation = Conversation(options.system)
-        session = Session(llm, screen, dict(options.settings), llm.files.spec, conversation, tracer)
+        kept = Kept(llm.name, screen.say) if screen.is_terminal or continues else None
+        session = Session(
+            llm, screen, dict(options.settings), llm.files.spec, Conversation(options.system), tracer, kept
+        )
+        if continues:
+            go_on(session)
         if not screen.is_terminal:
             ctx.exit(answer_lines(session))
         from .editor import Editor
 
         ctx.exit(converse(session, Editor(llm.files.methods, screen.say)))
+
+
+def go_on(session: Session) -> None:
+    """Go on with the last kept conversation of the family; what was chosen for this chat goes before what was kept."""
+    from .commands import reopen
+
+    assert session.kept
+    system = session.conversation.system
+    for path in session.kept.recent():
+        try:
+            reopen(session, path, session.settings)
+        except EdgeDLFError as error:
+            session.screen.say(f"note: {one_line(error)}")
+        else:
+            session.conversation.system = session.conversation.system if system is None else system
+            return
+    session.screen.say(f"no conversation with {session.llm.name} is kept yet: this is a new one")
 
 
 def converse(session: Session, editor: Editor) -> int:
@@ -92,8 +115,11 @@ def handle(session: Session, line: str) -> bool:
     """Send a message, or run a command. Returns whether the chat goes on. Raises EdgeDLFError."""
     from .commands import run
 
-    if line.startswith("/") and not line.startswith("//"):
-        return run(session, line.rstrip())
-    if line.strip():
-        session.ask(line.removeprefix("/"))
-    return True
+    try:
+        if line.startswith("/") and not line.startswith("//"):
+            return run(session, line.rstrip())
+        if line.strip():
+            session.ask(line.removeprefix("/"))
+        return True
+    finally:
+        session.keep()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from ..errors import InvalidParameterError
-from ..params import Setting, settable
+from ..errors import EdgeDLFError, InvalidParameterError
+from ..params import settable
 from . import conversation
 from .screen import one_line, show
-from .session import Session
+from .session import Session, known
 
 
 def run(session: Session, line: str) -> bool:
@@ -43,6 +45,8 @@ def _system(session: Session, text: str) -> None:
 
 
 def _clear(session: Session, _: str) -> None:
+    if session.kept:
+        session.kept.begin()
     session.conversation.clear()
     session.screen.say(f"cleared{'; the system prompt stays' if session.conversation.system else ''}")
 
@@ -90,7 +94,7 @@ def _set(session: Session, text: str) -> None:
     name, _, value = text.partition(" ")
     name, value = name.replace("-", "_"), value.strip()
     if name:
-        _known(name)
+        known(name)
     if value == "default":
         session.settings.pop(name, None)
     elif value:
@@ -99,16 +103,9 @@ def _set(session: Session, text: str) -> None:
         session.screen.say(f"{setting} {show(session.value(setting))}{' (set)' if setting in session.settings else ''}")
 
 
-def _known(name: str) -> Setting:
-    """The setting of this name. Raises InvalidParameterError where a chat has none."""
-    if name not in (settings := settable("chat")):
-        raise InvalidParameterError(f"there is no setting {name!r}; the settings are {', '.join(settings)}")
-    return settings[name]
-
-
 def _choose(session: Session, name: str, text: str) -> None:
     """Set one setting, if the family can use it."""
-    session.change({**session.settings, name: _known(name).parse(text)})
+    session.change({**session.settings, name: known(name).parse(text)})
 
 
 def _save(session: Session, file: str) -> None:
@@ -121,10 +118,51 @@ def _save(session: Session, file: str) -> None:
 def _load(session: Session, file: str) -> None:
     if not file:
         raise InvalidParameterError("usage: /load FILE")
-    loaded, saved = conversation.load(Path(file))
-    session.change({name: _known(name).read(value) for name, value in saved.items()})
-    session.conversation = loaded
+    session.take(*conversation.load(Path(file)))
+    if session.kept:
+        session.kept.begin()
     session.screen.say(f"loaded {_count(len(session.conversation.messages), 'message')} and the settings from {file}")
+
+
+def _sessions(session: Session, number: str) -> None:
+    if not session.kept:
+        raise InvalidParameterError("this chat keeps no conversations: it does on a terminal, and with --continue")
+    files = session.kept.files()
+    if not number:
+        for n, path in enumerate(files, 1):
+            here = "*" if path == session.kept.path else " "
+            session.screen.say(f"{n:>3}{here} {_begun(path)}  {_about(path)}")
+        session.screen.say("/sessions NUMBER goes on with one of them" if files else "no conversation is kept yet")
+    elif not number.isdecimal() or not 0 < int(number) <= len(files):
+        raise InvalidParameterError(f"there is no conversation {one_line(number)[:40]!r}; /sessions lists them")
+    else:
+        reopen(session, files[int(number) - 1])
+
+
+def reopen(session: Session, path: Path, settings: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Go on with a kept conversation. `settings` go before its own. Raises EdgeDLFError."""
+    assert session.kept
+    loaded, saved = session.kept.open(path)
+    try:
+        session.take(loaded, {**saved, **settings})
+    except InvalidParameterError as error:
+        session.screen.say(f"note: its settings are left out ({one_line(error)})")
+        session.take(loaded, dict(settings))
+    session.screen.say(f"going on with {_about(path)}")
+
+
+def _begun(path: Path) -> str:
+    date, time = [*path.stem.split("-"), ""][:2]
+    return f"{date[:4]}-{date[4:6]}-{date[6:8]} {time[:2]}:{time[2:4]}"
+
+
+def _about(path: Path) -> str:
+    """How long a kept conversation is, and how it begins."""
+    try:
+        messages = conversation.load(path)[0].messages
+    except EdgeDLFError as error:
+        return one_line(error)
+    return f"{_count(len(messages), 'message')}: {one_line(messages[0]['content'])[:50] if messages else ''}"
 
 
 def _count(n: int, what: str) -> str:
@@ -152,7 +190,7 @@ def _stats(session: Session, _: str) -> None:
 COMMANDS: dict[str, tuple[str, str, Callable[[Session, str], None]]] = {
     "help": ("", "this list", _help),
     "system": ("[TEXT]", 'show or set the system prompt; "" removes it', _system),
-    "clear": ("", "forget the conversation, not the system prompt", _clear),
+    "clear": ("", "begin a new conversation; the system prompt stays", _clear),
     "undo": ("", "forget the last message and its answer", _undo),
     "retry": ("", "answer the last message again", _retry),
     "method": ("[NAME]", "show or choose the method, or one expert alone", _method),
@@ -160,6 +198,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Session, str], None]]] = {
     "set": ("[NAME [VALUE]]", "show or change settings; the value 'default' takes a change back", _set),
     "save": ("FILE", "write the conversation and the settings", _save),
     "load": ("FILE", "read them back", _load),
+    "sessions": ("[NUMBER]", "list the conversations that are kept, or go on with one", _sessions),
     "stats": ("", "speed and use of the context", _stats),
 }
 """Name -> what may follow it, one line of help, and the function that gets the session and the rest of the line."""

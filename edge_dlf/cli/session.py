@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ContextOverflowError
-from ..params import DEFAULTS
+from ..errors import ContextOverflowError, InvalidParameterError
+from ..params import DEFAULTS, Setting, settable
 from .conversation import Conversation
 from .interrupts import interruptible
+from .kept import Kept
 from .paint import AlphaPaint, color_system
 from .screen import Screen, cut_short, summary
 from .tracing import Tracer
@@ -29,6 +30,7 @@ class Session:
 
     spec: the family, with the profile that the command line chose.
     settings: choices of the user, which go before the family's own `defaults`.
+    kept: where the conversation is kept; None where it is not.
     paints: whether tokens are coloured by their α.
     last: report of the last answer.
     n_answers, n_generated: answers and their tokens since the start.
@@ -40,6 +42,7 @@ class Session:
     spec: FamilySpec
     conversation: Conversation
     tracer: Tracer = field(default_factory=lambda: Tracer(None, ""))
+    kept: Kept | None = None
     paints: bool = False
     last: Report | None = None
     n_answers: int = 0
@@ -58,6 +61,16 @@ class Session:
         """Take other choices of the user, if the family can use them. Raises InvalidParameterError."""
         self.llm.files.roles({**self.spec.settings(settings.get("profile")), **settings})
         self.settings = settings
+
+    def keep(self) -> None:
+        """Keep the conversation as it is now, if this chat keeps any."""
+        if self.kept:
+            self.kept.keep(self.conversation, self.settings)
+
+    def take(self, conversation: Conversation, settings: dict[str, Any]) -> None:
+        """Go on with another conversation and its settings. Raises InvalidParameterError, and then changes nothing."""
+        self.change({name: known(name).read(value) for name, value in settings.items()})
+        self.conversation = conversation
 
     def paint(self) -> AlphaPaint | None:
         """Colours of this family's experts; None where the terminal shows none."""
@@ -126,3 +139,10 @@ class Session:
             self.screen.say(" · ".join(filter(None, [*notes, figures])))
         elif notes:
             self.screen.say(f"note: {notes[0]}")
+
+
+def known(name: str) -> Setting:
+    """The setting of this name. Raises InvalidParameterError where a chat has none."""
+    if name not in (settings := settable("chat")):
+        raise InvalidParameterError(f"there is no setting {name!r}; the settings are {', '.join(settings)}")
+    return settings[name]
