@@ -445,6 +445,14 @@ def test_completion_is_a_script_that_the_shell_takes(shell: str) -> None:
     assert "chat" not in found
 
 
+def test_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    result = CliRunner().invoke(main, ["list"])
+    assert result.exit_code == 3
+    assert result.stderr.startswith("edge-dlf: edge-dlf runs on Linux and macOS; on Windows, run it in WSL: https://")
+    assert result.stderr.count("\n") == 1
+
+
 def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "edge_dlf", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"edge-dlf {__version__}, ")

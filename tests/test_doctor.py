@@ -16,7 +16,7 @@ from edge_dlf.cli import main
 from edge_dlf.evidence import doctor
 from edge_dlf.families import guard
 from edge_dlf.families.guard import Trial
-from edge_dlf.system import remembered
+from edge_dlf.system import install, remembered
 from edge_dlf.system.machine import GPU, Machine
 
 from .tiny import tiny_model
@@ -51,14 +51,16 @@ def test_a_machine() -> None:
     assert list(found) == [
         *("Python", "llama.cpp", "CPU", "AMX", "GPU", "memory", "threads", "kernels", "families"),
     ]
-    assert found["llama.cpp"]["facts"]["version"] == doctor.LLAMA_CPP
+    assert found["llama.cpp"]["facts"]["version"] == install.LLAMA_CPP
+    assert "CPU" in found["llama.cpp"]["facts"]["backends"]
+    assert f"{install.LLAMA_CPP}, built with " in found["llama.cpp"]["text"]
     assert found["memory"]["facts"]["free_bytes"] > 0
     assert found["threads"]["facts"]["n_threads"] == llama.default_n_threads()
 
 
 def test_the_version_is_the_one_that_is_installed_with_it() -> None:
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    assert f'"llama-cpp-python=={doctor.LLAMA_CPP}"' in pyproject
+    assert f'"llama-cpp-python=={install.LLAMA_CPP}"' in pyproject
 
 
 def test_a_family_in_lines(tiny: Path) -> None:
@@ -145,7 +147,7 @@ def test_a_build_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tiny: Pa
     monkeypatch.delattr("edge_dlf.llama")
     found = checks(tiny)
     assert found["llama.cpp"]["verdict"] == "problem"
-    assert found["llama.cpp"]["next_step"].endswith(f"llama-cpp-python=={doctor.LLAMA_CPP}")
+    assert found["llama.cpp"]["next_step"].endswith(f"llama-cpp-python=={install.LLAMA_CPP}")
     assert found["tokenizer"]["verdict"] == "ok"
 
 
@@ -157,14 +159,53 @@ def test_amx_and_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [found[name]["verdict"] for name in ("AMX", "llama.cpp", "CPU")] == ["note"] * 3
     assert "-fno-tree-dse" in found["AMX"]["next_step"]
     assert "does not use avx2, avx512f" in found["CPU"]["text"]
+    assert 'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install' in found["CPU"]["next_step"]
 
 
 def test_gpus_that_are_used_and_that_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama, "gpus", lambda: [GPU("CUDA0", "NVIDIA H200", 10**11, 15 * 10**10)])
     assert checks()["GPU"]["text"] == "NVIDIA H200, 100.0 GB of 150.0 GB free"
     monkeypatch.setattr(llama, "gpus", lambda: [])
-    monkeypatch.setattr(doctor.shutil, "which", lambda tool: f"/usr/bin/{tool}")
-    assert "-DGGML_CUDA=on" in checks()["GPU"]["next_step"]
+    monkeypatch.setattr(doctor.shutil, "which", lambda tool: tool if tool == "rocm-smi" else None)
+    assert f"--extra-index-url {install.WHEELS}rocm72 llama" in checks()["GPU"]["next_step"]
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert f"--extra-index-url {install.WHEELS}metal llama" in checks()["GPU"]["next_step"]
+
+
+@pytest.mark.parametrize(
+    ("said", "wheel"),
+    [("CUDA Version: 12.9 ", "cu125"), ("CUDA Version: 13.2", "cu132"), ("CUDA Version: 11.0", None), ("busy", None)],
+)
+def test_the_wheel_for_the_driver(
+    said: str, wheel: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '| NVIDIA-SMI 550 {said}|'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(llama, "gpus", lambda: [])
+    step = checks()["GPU"]["next_step"]
+    assert "-DGGML_CUDA=on" in step
+    assert (f"--extra-index-url {install.WHEELS}{wheel} llama" in step) == bool(wheel)
+
+
+@pytest.mark.parametrize(
+    ("mark", "command"),
+    [
+        ("uv-receipt.toml", f"uv pip install --python {sys.executable} "),
+        ("pipx_metadata.json", "pipx runpip edge-dlf install "),
+        ("other", "pip install "),
+    ],
+)
+def test_commands_install_into_this_environment(
+    mark: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / mark).touch()
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    assert install.compile_again().startswith(command)
+    assert install.take_wheel("cpu").startswith(command)
 
 
 def test_layers_of_a_family_on_several_gpus(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

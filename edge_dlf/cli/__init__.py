@@ -14,6 +14,7 @@ from click.shell_completion import get_completion_class
 from .. import __version__
 from ..errors import CapacityError, EdgeDLFError
 from ..system.durable import file_error
+from ..system.machine import require_platform
 from .batch import batch
 from .bench import bench
 from .chat import chat
@@ -53,6 +54,7 @@ class _Group(click.Group):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         try:
+            require_platform()
             with _sigterm_as_exit():
                 return super().invoke(ctx)
         except EdgeDLFError as error:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,12 +26,18 @@ from ..errors import EdgeDLFError, LoadError, ModelFileError, VocabMismatchError
 from ..families.files import FamilyFiles, check_files
 from ..families.plan import MemberPlan, Planner
 from ..families.spec import FILE_NAME, FamilySpec
+from ..system.install import LLAMA_CPP, compile_again, cuda_wheel, take_wheel
 from ..system.machine import Machine, this_machine
 from ..system.paths import models_dir
 
-LLAMA_CPP = "0.3.36"
-_REINSTALL = f"pip install --force-reinstall --no-cache-dir --no-deps llama-cpp-python=={LLAMA_CPP}"
 _SLOW_KERNELS_S = 8.0
+_TOOL_S = 10.0
+_AMX_FLAGS = "-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"
+_GPU_TOOLS = {
+    "nvidia-smi": ("-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=native", "cuda"),
+    "rocm-smi": ("-DGGML_HIP=on", "rocm72"),
+}
+"""Program that comes with a GPU's driver, cmake's flag for its backend, and the wheel of that backend."""
 _FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 _USED = {"avx2": "AVX2 = 1", "avx512f": "AVX512 = 1", "asimddp": "DOTPROD = 1", "i8mm": "MATMUL_INT8 = 1"}
 
@@ -62,11 +70,11 @@ def examine_machine() -> Iterator[Check]:
     try:
         from .. import llama
     except Exception as error:  # a broken build raises whatever its loader does
-        yield _problem("llama.cpp", f"llama-cpp-python cannot be loaded: {error}", f"install it: {_REINSTALL}")
+        yield _problem("llama.cpp", f"llama-cpp-python cannot be loaded: {error}", f"install it: {compile_again()}")
         return
-    yield _llama_cpp(llama.system_info())
+    yield _llama_cpp(llama.system_info(), llama.backends())
     yield _cpu(llama.system_info())
-    yield _amx(llama.amx_crashes(), llama.AMX_REBUILD)
+    yield _amx(llama.amx_crashes())
     machine = this_machine(llama.gpus())
     yield _gpus(machine)
     yield _memory(machine)
@@ -109,10 +117,11 @@ def examine_family(load: Callable[[], tuple[FamilySpec, Mapping[str, Any]]]) -> 
         yield from _decodes(files, planner, n_ctx)
 
 
-def _llama_cpp(info: str) -> Check:
+def _llama_cpp(info: str, backends: list[str]) -> Check:
     version, _, flags = info.partition(" ")
-    step = None if version == LLAMA_CPP else f"edge-dlf is made for {LLAMA_CPP}: {_REINSTALL}"
-    return _check("llama.cpp", f"llama-cpp-python {version} ({flags})", step, version=version, flags=flags)
+    step = None if version == LLAMA_CPP else f"edge-dlf is made for {LLAMA_CPP}: {compile_again()}"
+    text = f"llama-cpp-python {version}, built with {', '.join(backends)} ({flags})"
+    return _check("llama.cpp", text, step, version=version, backends=backends, flags=flags)
 
 
 def _cpu(info: str) -> Check:
@@ -121,27 +130,44 @@ def _cpu(info: str) -> Check:
     unused = [feature for feature, flag in _USED.items() if feature in known and flag not in info]
     name = next(iter(_cpu_lines("model name")), platform.processor() or platform.machine())
     text = f"{name} with {', '.join(has) or 'features that this system does not tell'}"
-    text += f"; this build does not use {', '.join(unused)}" if unused else ""
-    step = f"build llama.cpp on this machine: CMAKE_ARGS='-DGGML_NATIVE=ON' {_REINSTALL}" if unused else None
+    text += f"; this build does not use {', '.join(unused)}, as a wheel for all CPUs does not" if unused else ""
+    step = f"a build for this CPU computes faster: {compile_again('-DGGML_NATIVE=ON')}" if unused else None
     return _check("CPU", text, step, features=has, unused=unused)
 
 
-def _amx(crashes: bool, rebuild: str) -> Check:
+def _amx(crashes: bool) -> Check:
     if not crashes:
         return _check("AMX", "no kernels that crash in this build")
     text = "this build holds kernels that crash (llama.cpp issue 20824); they are kept off, at the price of some speed"
-    return _check("AMX", text, f"rebuild: {rebuild}")
+    return _check("AMX", text, f"rebuild: {compile_again(_AMX_FLAGS)}")
 
 
 def _gpus(machine: Machine) -> Check:
     if machine.gpus:
         each = [f"{gpu.description}, {_gb(gpu.free_bytes)} of {_gb(gpu.total_bytes)} free" for gpu in machine.gpus]
         return _check("GPU", "; ".join(each), gpus=[vars(gpu) for gpu in machine.gpus])
-    for tool, flag in {"nvidia-smi": "-DGGML_CUDA=on", "rocm-smi": "-DGGML_HIP=on"}.items():
+    for tool, (flag, wheel) in _GPU_TOOLS.items():
         if shutil.which(tool):
-            step = f"build llama.cpp for it: CMAKE_ARGS='{flag}' {_REINSTALL}"
+            step = _build_for(flag, _cuda_of(tool) if wheel == "cuda" else wheel)
             return _check("GPU", f"{tool} is here, but this build has no backend for its GPU", step)
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return _check("GPU", "this build does not use the Mac's GPU", _build_for("-DGGML_METAL=on", "metal"))
     return _check("GPU", "none that this build can use; everything runs on the CPU")
+
+
+def _build_for(flag: str, wheel: str | None) -> str:
+    """The next step towards a build for a GPU, which then computes in place of the CPU."""
+    compiled = f"compile llama.cpp for it: {compile_again(flag)}"
+    return f"take a wheel: {take_wheel(wheel)}; where there is none, {compiled}" if wheel else compiled
+
+
+def _cuda_of(tool: str) -> str | None:
+    """The wheel for the CUDA that a driver runs; None where it does not tell."""
+    with suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.run([tool], capture_output=True, text=True, timeout=_TOOL_S).stdout
+        if found := re.search(r"CUDA Version: (\d+)\.(\d+)", said):
+            return cuda_wheel(int(found[1]), int(found[2]))
+    return None
 
 
 def _memory(machine: Machine) -> Check:
@@ -258,7 +284,7 @@ def _decodes(files: FamilyFiles, planner: Planner, n_ctx: int) -> Iterator[Check
         if found.ok:
             yield _check(f"decode {name}", f"{found.tps:.1f} tokens/s alone", **facts)
         else:
-            step = f"download the file again, or build llama.cpp again: {_REINSTALL}"
+            step = f"download the file again, or build llama.cpp again: {compile_again()}"
             step = MERGE if name in files.loras else step
             yield _problem(f"decode {name}", found.reason, step, **facts)
 

@@ -10,8 +10,8 @@ from .amx import amx_crashes as amx_crashes
 from .context import LlamaBackend as LlamaBackend
 from .device import copy_bytes_s as copy_bytes_s
 from .model import Model as Model
-from .runtime import AMX_REBUILD as AMX_REBUILD
 from .runtime import Interrupt as Interrupt
+from .runtime import backends as backends
 from .runtime import default_n_threads as default_n_threads
 from .runtime import gpus as gpus
 from .runtime import repacks_weights as repacks_weights

@@ -14,21 +14,18 @@ from contextlib import contextmanager
 import llama_cpp as lib
 import psutil
 
-from ..system.machine import GPU
+from ..system.machine import GPU, require_platform
 from .amx import amx_crashes
 from .ggml import call, handle
 
 logger = logging.getLogger(__name__)
 
-AMX_REBUILD = (
-    "CMAKE_ARGS=\"-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'\" pip install --force-reinstall --no-cache-dir --no-deps "
-    f"--no-binary llama-cpp-python llama-cpp-python=={lib.__version__}"
-)
 AMX_NOTICE = (
     "AMX crashes in this build of llama.cpp and is off, which costs speed; `edge-dlf doctor` says how to rebuild"
 )
 
 _GPU, _INTEGRATED_GPU = 1, 2  # of enum ggml_backend_dev_type
+require_platform()
 _LIBC = ctypes.CDLL(None)
 _ALLOCATION_FAILURES = ("alloc", "out of memory", "failed to fit", "cudaMalloc")
 
@@ -137,6 +134,16 @@ def versions() -> str:
     """Versions of llama-cpp-python, and of the ggml inside it with the commit of llama.cpp that it was built from."""
     version, commit = (call(f"ggml_{what}", ctypes.c_char_p).decode() for what in ("version", "commit"))
     return f"llama-cpp-python {lib.__version__}, ggml {version} ({commit.removesuffix('-dirty')})"
+
+
+def backends() -> list[str]:
+    """Names of the backends that this build of llama.cpp holds, such as "CPU" and "CUDA"."""
+    initialise()
+    registered = (
+        handle("ggml_backend_reg_get", ctypes.c_size_t(n))
+        for n in range(call("ggml_backend_reg_count", ctypes.c_size_t))
+    )
+    return [call("ggml_backend_reg_name", ctypes.c_char_p, backend).decode() for backend in registered]
 
 
 def repacks_weights() -> bool:

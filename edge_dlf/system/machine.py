@@ -9,11 +9,21 @@ from pathlib import Path
 
 import psutil
 
+from ..errors import LoadError
+
 if sys.platform != "win32":
     import resource
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def require_platform() -> None:
+    """Raise LoadError on a system that edge-dlf does not run on."""
+    if sys.platform == "win32":
+        raise LoadError(
+            "edge-dlf runs on Linux and macOS; on Windows, run it in WSL: https://learn.microsoft.com/windows/wsl/install"
+        )
 
 
 @dataclass(frozen=True)
