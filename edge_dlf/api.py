@@ -54,6 +54,7 @@ class FusedLlama:
     n_parallel: requests that `batch` decodes at once; "auto" is 16, or 32 on a GPU. They share as many positions of a
     KV cache as memory allows, n_ctx at least.
     as_correctors: experts that correct this large model without the base, whatever their files say of themselves.
+
     Its attribute `files` holds the headers of the family's files, `cache_types` the types of the KV cache.
 
     Raises LoadError (ModelFileError, FamilyError, VocabMismatchError) or OutOfMemoryError. One request at a time: a new
@@ -242,7 +243,8 @@ class FusedLlama:
         trace: bool = False,
         **settings: Any,
     ) -> TokenStream:
-        """Generate from `prompt`: text taken raw, or token ids. Yields `Token`s; `.report` tells what was done.
+        """Generate from `prompt`: text taken raw, or token ids. Yields `Token`s; `.report` tells what was done. Ends at
+        any token that ends generation for any member.
 
         max_tokens: None goes on to the end of the context. stop: strings that end the answer. top_logprobs: how many
         likely tokens each token lists. prompts: member -> a prompt of its own. draft: tokens that an expert, or a text
@@ -250,7 +252,8 @@ class FusedLlama:
         logits tie within what llama.cpp rounds batches by); "auto" chooses what pays, "off" is 0. grammar, json_schema:
         what the answer must look like, text of a GBNF grammar or JSON of a schema. trace: whether each token carries
         why it was chosen. settings: fields of SamplingParams and FusionParams, and `profile`, the name of such ones in
-        family.toml, over which these go. Generation ends at any token that ends generation for any member.
+        family.toml, over which these go.
+
         Raises InvalidParameterError, ContextOverflowError (before anything is evaluated), TypeError for unknown names.
         """
         answer = self._preparer.answer(
@@ -285,6 +288,7 @@ class FusedLlama:
 
         logprobs: how many likely tokens to list beside each token's own logprob.
         arguments: those of `stream`.
+
         A traced result has its tokens, as `--trace` writes them, in `["edge_dlf"]["trace"]["tokens"]`.
         """
         n_top = 0 if logprobs is None else count("logprobs", logprobs)
