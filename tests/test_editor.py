@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,11 @@ from pathlib import Path
 import platformdirs
 import pytest
 from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.data_structures import Size
 from prompt_toolkit.document import Document
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from prompt_toolkit.output.vt100 import Vt100_Output
 
 from edge_dlf import DecodeError
 from edge_dlf.cli.chat import converse
@@ -21,7 +24,7 @@ from edge_dlf.cli.editor import Editor, _history, completer
 
 from .fake_llm import FakeLlama, fake_session
 
-UP, CTRL_C, CTRL_D, ALT_ENTER, TAB = "\x1b[A", "\x03", "\x04", "\x1b\r", "\t"
+UP, CTRL_A, CTRL_C, CTRL_D, ALT_ENTER, TAB = "\x1b[A", "\x01", "\x03", "\x04", "\x1b\r", "\t"
 
 
 @pytest.fixture
@@ -52,6 +55,13 @@ def pasted(text: str) -> str:
 
 
 class TestEditor:
+    def test_a_terminal_of_one_column(self) -> None:
+        screen = io.StringIO()
+        output = Vt100_Output(screen, lambda: Size(rows=3, columns=1))
+        with keyboard("some words", CTRL_A, TAB, "\r") as keys_input:
+            assert Editor(["math"], print, keys_input, output).read() == "some words"
+        assert screen.getvalue()
+
     @pytest.mark.parametrize(
         ("keys", "text"),
         [
