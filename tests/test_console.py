@@ -44,7 +44,7 @@ else:
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "models" / "demo"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "models" / "README.md"]
-FENCED = re.compile(r"^(?:<!-- (.*) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^(?:<!-- ([^\n]*) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 NOT_RUN = {
     r"(CMAKE_ARGS=.*)?(pip|pipx|uv tool) install ": "it changes what is installed",
