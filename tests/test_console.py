@@ -127,24 +127,23 @@ def reason(command: str) -> str | None:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Path:
-    """A folder with the files that the documents name, made of the family that ships."""
+def desk(tmp_path: Path, block: Block) -> Path:
+    """A folder with the files and families that the block names, made of the family that ships."""
+    text = "".join(command for command, _ in block.shown)
     models = {"large": "large", "base": "base", "small": "base", "maths": "base", "law-lora": "sums"}
     for name, source in (models | {"tickets": "legs", "banking77-lora": "legs"}).items():
         shutil.copyfile(next(DEMO.glob(f"{source}-*.gguf")), tmp_path / f"{name}.gguf")
-    for name in ("qwen-family", "FAMILY"):
-        shutil.copytree(DEMO, tmp_path / name)
+    for name in {*re.findall(r"(?<= )(?!models/|results/)([\w-]+)/(?=\s)|\b(FAMILY)\b", text)}:
+        shutil.copytree(DEMO, tmp_path / "".join(name))
     shutil.copytree(DEMO, tmp_path / "home" / "qwen2.5-1.5b-coder")
     rows = [{"prompt": f"What is {n} plus 40?", "answer": f"The answer is {n + 40}."} for n in range(30, 38)]
-    prompts = [{"id": str(number), "prompt": row["prompt"]} for number, row in enumerate(rows)]
-    questions = [{"question": row["prompt"], "answer": f"So it is. #### {row['answer'][14:-1]}"} for row in rows]
-    for name, lines in {
-        "examples": rows,
-        "other-tickets": rows,
-        "prompts": prompts,
-        "test": questions,
-    }.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shaped = {
+        "prompts": [{"id": str(number), "prompt": row["prompt"]} for number, row in enumerate(rows)],
+        "test": [{"question": row["prompt"], "answer": f"So it is. #### {row['answer'][14:-1]}"} for row in rows],
+    }
+    written = {*re.findall(r"(?:-o|>|--trace) ([\w-]+)\.jsonl", text)}
+    for name in {*re.findall(r"(?<![\w-])([\w-]+)\.jsonl", text)} - written:
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shaped.get(name, rows)))
     (tmp_path / "banking77_train.csv").write_text("text,category\n" + "".join(f"Why {n}?,why\n" for n in range(1200)))
     (tmp_path / "schema.json").write_text("{}")
     return tmp_path
