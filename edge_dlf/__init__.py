@@ -1,6 +1,6 @@
 """Dynamic Logits Fusion for GGUF models: a large local model answers with the skill of small fine-tuned experts.
 
-Names are imported when they are first used, so that `import edge_dlf` loads neither numba nor llama.cpp.
+Names are imported when they are first used, so that `import edge_dlf` loads neither NumPy, numba nor llama.cpp.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .answers.token import Token
 from .errors import (
     CapacityError,
     ContextOverflowError,
@@ -27,6 +26,7 @@ from .errors import (
 from .params import FusionParams, SamplingParams
 
 if TYPE_CHECKING:
+    from .answers.token import Token
     from .api import FusedLlama
     from .evidence.tune import tune
     from .fusion.arrays import fuse_logits, search_alpha
@@ -59,6 +59,7 @@ __all__ = [
 
 _LAZY = {
     "FusedLlama": ".api",
+    "Token": ".answers.token",
     "fuse_logits": ".fusion.arrays",
     "search_alpha": ".fusion.arrays",
     "tune": ".evidence.tune",

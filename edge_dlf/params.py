@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
-import numpy as np
-import numpy.typing as npt
-
 from .errors import InvalidParameterError
 
 METHODS = ("dynamic", "static", "blend", "weighted", "large", "base")
@@ -334,8 +331,10 @@ class SamplingParams:
         return self.repeat_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     @cached_property
-    def biases(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Tokens of logit_bias, ascending, and what is added to their logits. Computed once: there may be many."""
+    def biases(self) -> tuple[Any, Any]:
+        """Arrays of logit_bias: tokens, ascending, and what is added to logits. Computed once: there may be many."""
+        import numpy as np  # `--help` takes as long without it as it takes to import
+
         pairs = sorted((self.logit_bias or {}).items())
         return np.array([token for token, _ in pairs], np.int64), np.array([value for _, value in pairs], np.float64)
 
