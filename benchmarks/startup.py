@@ -2,18 +2,25 @@
 
     python benchmarks/startup.py --family FAMILY [--rounds 5]
     python benchmarks/startup.py --family FAMILY --checks          only what is checked before anything is loaded
+    python benchmarks/startup.py --family demo --command           the command as a user starts it
 
 Fresh processes in turn, after one that warms the disk cache and compiles the kernels: "models alone" loads the members
 with llama.cpp and evaluates the prompt on each; "edge-dlf" does it through `FusedLlama.stream` and takes one token.
 Memory is the peak resident set, memory-mapped weights included.
+
+With --command, in each round: the first ever answer, with an empty folder for compiled kernels; the second one; and
+--help. Seconds to the first letter on stdout and to the end, and processor time, user and system, of the command and of
+the processes that it waited for.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -73,6 +80,37 @@ def show_checks(family: str, rounds: int) -> None:
     print(f"| memory | {median(memory):.0f} | {min(memory):.0f} |")
 
 
+def run_command(arguments: list[str], kernels: str) -> tuple[float, float, float]:
+    """Seconds to the first letter and to the end, and processor time, of `edge-dlf` with these arguments."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": kernels}
+    command = [sys.executable, "-m", "edge_dlf", *arguments]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    first = time.perf_counter() - started
+    process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    elapsed = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with code {process.returncode}")
+    return first, elapsed, usage.ru_utime + usage.ru_stime
+
+
+def show_commands(family: str, rounds: int) -> None:
+    answer = ["generate", "--family", family, "--temperature", "0", "--max-tokens", "16", "--raw", PROMPT]
+    results: dict[str, list[tuple[float, float, float]]] = {}
+    run_command(["--help"], tempfile.gettempdir())  # warms the disk cache
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as kernels:
+            for what, arguments in {"first answer": answer, "second answer": answer, "--help": ["--help"]}.items():
+                results.setdefault(what, []).append(run_command(arguments, kernels))
+    print("| medians, s | first letter | end | processor time |\n|---|---|---|---|")
+    for what, rows in results.items():
+        print(f"| {what} | " + " | ".join(f"{median(column):.2f}" for column in zip(*rows, strict=True)) + " |")
+
+
 def child(what: str, family: str) -> None:
     if what == "checks":
         checks(family)
@@ -88,10 +126,14 @@ def main() -> None:
     parser.add_argument("--family", required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checks", action="store_true")
+    parser.add_argument("--command", action="store_true")
     parser.add_argument("--child", choices=["models", "edge-dlf", "checks"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child, options.family)
+        return
+    if options.command:
+        show_commands(options.family, options.rounds)
         return
     if options.checks:
         show_checks(options.family, options.rounds)

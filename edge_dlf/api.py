@@ -394,6 +394,6 @@ class FusedLlama:
 
 
 def _ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
-    from .fusion.fuser import ready_fuser  # loads numba
+    from .fusion.ready import ready_fuser  # loads numba
 
     return ready_fuser(n_vocab, n_threads)

@@ -11,6 +11,7 @@ import pytest
 from edge_dlf.answers.forms import Forms
 from edge_dlf.answers.sandbox import TemplateProcess
 from edge_dlf.families import guard
+from edge_dlf.fusion import ready
 from edge_dlf.llama import amx
 from edge_dlf.system import remembered
 from edge_dlf.system.child import python_command
@@ -73,6 +74,12 @@ def test_the_process_that_tries_amx(trap: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(amx, "_TRY", "import json, sys, numpy, llama_cpp\nprint(sys.argv[1])")
     model = shipped_dir() / "demo" / "base-q8_0.gguf"
     assert amx._try(model) == str(model)
+    assert not (trap / "ran").exists()
+
+
+def test_the_process_that_compiles_kernels(trap: Path) -> None:
+    done = subprocess.run(python_command(ready._COMPILE), capture_output=True, text=True)
+    assert done.stdout == "\n", done.stderr
     assert not (trap / "ran").exists()
 
 

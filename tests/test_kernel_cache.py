@@ -13,8 +13,11 @@ import numba
 import numpy as np
 import pytest
 
+from edge_dlf.fusion import ready
+from edge_dlf.fusion.kernels import cache as caching
 from edge_dlf.fusion.kernels import memory
-from edge_dlf.fusion.kernels.cache import cache_folder, kept
+from edge_dlf.fusion.kernels.cache import cache_folder, is_ready, kept
+from edge_dlf.system.child import python_command
 
 pytestmark = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="nothing is compiled")
 
@@ -121,13 +124,63 @@ def test_no_folder_that_can_be_written_stops_nothing(monkeypatch: pytest.MonkeyP
     assert cache_folder(kernel()) is None
 
 
-def test_every_kernel_keeps_its_files_this_way() -> None:
-    from edge_dlf.fusion import kernels
+def test_every_function_that_python_calls_keeps_its_files_this_way() -> None:
+    from edge_dlf.fusion import dispatch, kernels
     from edge_dlf.fusion.kernels.cache import CheckedFile
 
     modules = [
         importlib.import_module(f"{kernels.__name__}.{module.name}") for module in iter_modules(kernels.__path__)
     ]
-    compiled = {name: value for module in modules for name, value in vars(module).items() if hasattr(value, "py_func")}
-    assert {"read", "pick_rows"} <= compiled.keys()
+    compiled = {
+        name: value
+        for module in (*modules, dispatch)
+        for name, value in vars(module).items()
+        if hasattr(value, "py_func") and not value.targetoptions.get("no_cpython_wrapper")
+    }
+    assert {"read", "pick_rows", "search_rows", "_address"} <= compiled.keys()
     assert all(isinstance(value._cache._cache_file, CheckedFile) for value in compiled.values())
+
+
+def test_a_kernel_of_other_sources_is_compiled_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_found()
+    assert is_found()
+    monkeypatch.setattr(caching, "_SOURCES", "what other files hold")
+    assert not is_found()
+
+
+def test_whether_another_process_could_compile_a_kernel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_ready(kernel())
+    assert kernel()(VALUES) == 45
+    assert is_ready(kernel())
+    monkeypatch.setattr("numba.core.caching.CompileResultCacheImpl._locator_classes", [])
+    assert is_ready(kernel())  # it cannot be kept
+
+
+@pytest.mark.parametrize(
+    ("code", "n_cores", "n_started"),
+    [
+        ("print(flush=True)", 2, 1),
+        ("raise SystemExit(1)", 2, 1),
+        ("import os; os.kill(os.getpid(), 9)", 2, 1),
+        ("print()", 1, 0),
+    ],
+)
+def test_kernels_are_ready_however_the_other_process_ends(
+    code: str, n_cores: int, n_started: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def command(asked: str) -> list[str]:
+        started.append(asked)
+        return python_command(code)
+
+    monkeypatch.setattr(ready, "is_ready", lambda _: False)
+    monkeypatch.setattr(ready, "n_cores", lambda: n_cores)
+    monkeypatch.setattr(ready, "python_command", command)
+    ready.warm_up()
+    assert len(started) == n_started
+
+
+def test_what_the_other_process_does(capsys: pytest.CaptureFixture[str]) -> None:
+    ready.compile_search()
+    assert capsys.readouterr().out == "\n"

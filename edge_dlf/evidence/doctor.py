@@ -27,7 +27,7 @@ from ..families.files import FamilyFiles, check_files
 from ..families.plan import MemberPlan, Planner
 from ..families.spec import FILE_NAME, FamilySpec
 from ..system.install import LLAMA_CPP, compile_again, cuda_wheel, take_wheel
-from ..system.machine import Machine, this_machine
+from ..system.machine import Machine, n_cores, this_machine
 from ..system.paths import models_dir
 
 _SLOW_KERNELS_S = 8.0
@@ -179,7 +179,7 @@ def _memory(machine: Machine) -> Check:
 
 
 def _threads(default: int) -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = n_cores()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     text, step = f"{default} threads for {cores} cores that this process may use; load {load:.1f}", None
     if load > cores:
@@ -195,9 +195,9 @@ def _threads(default: int) -> Check:
 def _kernels() -> Check:
     started = time.perf_counter()
     try:
-        from ..fusion.fuser import warm_up
         from ..fusion.kernels.cache import cache_folder
         from ..fusion.kernels.memory import read
+        from ..fusion.ready import warm_up
 
         warm_up()
     except Exception as error:  # numba and LLVM document no errors

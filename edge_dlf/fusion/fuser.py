@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -13,25 +11,20 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DecodeError, EdgeDLFError, InvalidParameterError, NonFiniteLogitsError
-from ..params import FusionParams, SamplingParams
+from ..params import FusionParams
 from .dispatch import Float32Array, Float64Array, Int64Array, Rows, Threads, non_finite, row_addresses
 from .kernels.float64 import cumulants_float64
 from .kernels.fuse import GROUP
-from .kernels.pick import DRAW, PICK, pick_rows
+from .kernels.pick import DRAW, LARGEST_TOKEN, PICK, pick_rows
 from .kernels.search import ALL, CHOICE, CHUNK, NOISE, NOTHING, OBJECTIVE, choose, describe, search_rows
 from .kernels.sums import BLOCK
 from .records import AlphaChoice, Draw, Pick
 
 _NO_TOKENS: Int64Array = np.empty(0, np.int64)
 _NO_BIASES: Float64Array = np.empty(0)
-logger = logging.getLogger(__name__)
 
-_PATIENCE_S = 4.0
-_WORTH_THREADS = 2**14
-"""Tokens of a vocabulary whose search takes longer than it takes to wake a second thread."""
 _NEWTON_STEPS = 20
 _Choices = npt.NDArray[Any]
-_GREEDY = Draw(SamplingParams(temperature=0.0), seed=0, position=0, recent=np.empty(0, np.int32))
 
 
 class Fuser:
@@ -111,12 +104,15 @@ class Fuser:
         """Run the kernel. Returns its picks (K,) and the likeliest tokens and their logprobs, (K, n_top)."""
         n_rows, n_top = len(draws), min(self.n_vocab, max(draw.n_top for draw in draws))
         picks = np.zeros(n_rows, PICK)
-        top_tokens, top_logprobs = np.empty((n_rows, n_top), np.int64), np.empty((n_rows, n_top))
+        candidates, top_logprobs = np.empty((n_rows, n_top), np.int64), np.empty((n_rows, n_top))
         self._threads.run(
             pick_rows, addresses, terms, factors, *self._draw_tables(draws), self._fused, self._maxima, self._masses,
-            self._candidates, picks, top_tokens, top_logprobs, np.zeros(2 * n_rows, np.int64),
+            self._candidates, picks, candidates, top_logprobs, np.zeros(2 * n_rows, np.int64),
         )  # fmt: skip
-        return picks, top_tokens, top_logprobs
+        for k, n in enumerate(picks["n_top"].tolist() if n_top else ()):
+            order = np.argsort(candidates[k, :n])
+            candidates[k, :n], top_logprobs[k, :n] = candidates[k, order], top_logprobs[k, order]
+        return picks, candidates & LARGEST_TOKEN, top_logprobs
 
     def _draw_tables(self, draws: Sequence[Draw]) -> tuple[npt.NDArray[Any], Int64Array, Int64Array, Float64Array]:
         """The draws as the kernel takes them: records (K,), and all rows' recent tokens, biased tokens and biases."""
@@ -136,7 +132,7 @@ class Fuser:
             )  # fmt: skip
             n_recent, n_biases = n_recent + len(tokens), n_biases + len(biased)
             if len(tokens):
-                recent.append(tokens.astype(np.int64))
+                recent.append(np.sort(tokens).astype(np.int64))
             if len(biased):
                 bias_tokens.append(biased)
                 biases.append(values)
@@ -340,22 +336,3 @@ def _slope(choice: AlphaChoice, here: Float64Array, start: Float64Array) -> tupl
     x, y = choice.kl_forward - choice.target_forward, choice.kl_reverse - choice.target_reverse
     dx, dy = choice.alpha * float(here[2]), float(here[1]) - float(start[1])
     return x * dx + y * dy, dx * dx + dy * dy + (x + y) * float(here[2])
-
-
-def warm_up() -> None:
-    """Load every kernel that a step may use: 1 s from the disk cache, up to a minute where they must be compiled."""
-    rows = np.array([[[0.0, 1.0]], [[0.0, 1.0]], [[1.0, -np.inf]]], np.float32)
-    Fuser(2).pick(list(rows), ("large", "base", "expert"), FusionParams(), [()], [_GREEDY])
-
-
-def ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
-    """Load the kernels and return a fuser that uses up to `n_threads` threads. Compiling is announced in the log."""
-    notice = "compiling kernels for this machine; they are kept, so later starts are quick"
-    timer = threading.Timer(_PATIENCE_S, logger.warning, [notice])
-    timer.daemon = True
-    timer.start()
-    try:
-        warm_up()
-    finally:
-        timer.cancel()
-    return Fuser(n_vocab, n_threads if n_vocab >= _WORTH_THREADS else 1)

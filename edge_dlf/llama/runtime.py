@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import os
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 import llama_cpp as lib
 import psutil
 
-from ..system.machine import GPU, require_platform
+from ..system.machine import GPU, n_cores, require_platform
 from .amx import amx_crashes
 from .ggml import call, handle
 
@@ -154,5 +153,4 @@ def repacks_weights() -> bool:
 
 def default_n_threads() -> int:
     """Physical cores that this process may run on."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or usable, usable))
+    return max(1, min(psutil.cpu_count(logical=False) or n_cores(), n_cores()))

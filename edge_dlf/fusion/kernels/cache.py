@@ -5,12 +5,15 @@ from __future__ import annotations
 import pickle
 import zlib
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from numba.core import caching
 
 _File: Any = caching.IndexDataCacheFile
+_SOURCES = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+"""Names all that kernels are compiled from. numba itself looks at the file of a kernel, not at those that it uses."""
 
 
 class CheckedFile(_File):  # type: ignore[misc]
@@ -47,8 +50,15 @@ def kept(kernel: Any) -> Any:
     if hasattr(kernel, "enable_caching"):  # unless NUMBA_DISABLE_JIT left the function as it was
         with suppress(RuntimeError):
             kernel.enable_caching()
-            kernel._cache._cache_file.__class__ = CheckedFile
+            file = kernel._cache._cache_file
+            file.__class__, file._source_stamp = CheckedFile, _SOURCES
     return kernel
+
+
+def is_ready(kernel: Any) -> bool:
+    """Whether a function has been compiled, or cannot be compiled by another process for this one."""
+    file = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
+    return not isinstance(file, CheckedFile) or bool(kernel.signatures or file._load_index())
 
 
 def cache_folder(kernel: Any) -> Path | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .vector import F64, exp64, jit, jit_sum, row_at, use_wide_vectors
+from .vector import F64, exp64, jit, jit_sum, kernel, row_at, use_wide_vectors
 
 
 @jit
@@ -47,7 +47,7 @@ def _moments(x: Any, top: float, d: Any) -> Any:
     return s, t / s, v / s
 
 
-@jit
+@kernel
 def cumulants_float64(addresses: Any, alphas: Any, cumulants: Any, targets: Any, scratch: Any) -> None:
     """Λ, Λ', Λ'' of one row and one expert into cumulants (G, 3), and a = KL(Q_t‖Q), b = KL(Q‖Q_t) into targets (2,).
 
@@ -64,8 +64,9 @@ def cumulants_float64(addresses: Any, alphas: Any, cumulants: Any, targets: Any,
         x[i] = F64(base[i]) if both else -math.inf
         d[i] = F64(expert[i]) if both else -math.inf
         log_p[i] = large[i]
-    log_p -= _top(log_p)
-    base_top, expert_top = _top(x), _top(d)
+    top, base_top, expert_top = _top(log_p), _top(x), _top(d)
+    for i in range(large.size):
+        log_p[i] -= top
     targets[:] = 0.0
     if base_top > -math.inf:
         base_log, expert_log = math.log(_sum_exp(x, base_top)), math.log(_sum_exp(d, expert_top))
@@ -85,4 +86,6 @@ def cumulants_float64(addresses: Any, alphas: Any, cumulants: Any, targets: Any,
         cumulants[k, 0] = reference + math.log(s)
         cumulants[k, 1] = mean
         cumulants[k, 2] = square - mean * mean
-    cumulants[:, 0] -= cumulants[0, 0]
+    start = cumulants[0, 0]
+    for k in range(alphas.size):
+        cumulants[k, 0] -= start

@@ -23,6 +23,7 @@ from .vector import (
     exp,
     exp64,
     extremes,
+    first_largest,
     jit,
     jit_sum,
     order_key,
@@ -106,7 +107,7 @@ def _next_term(weights: Any, n: int) -> Any:
 def _fuse_part(addresses: Any, terms: Any, weights: Any, start: int, part: Any) -> None:
     """Fuse the tokens from `start` on into part (N,). The first terms share one pass."""
     n_terms, offset, size = weights.size, 4 * start, part.size
-    i = _next_term(weights, 0)
+    i = _next_term(weights, np.int64(0))
     if i == n_terms or terms[i, 1] >= 0:
         part[:] = 0.0
     else:
@@ -259,7 +260,7 @@ def fuse_float64(addresses: Any, terms: Any, weights: Any, fused: Any, x: Any, f
 @jit
 def log_sum(maxima: Any, masses: Any) -> Any:
     """log Σ exp(fused), from the groups' maxima and masses."""
-    top = F64(maxima.max())
+    top = F64(maxima[first_largest(maxima)])
     total = 0.0
     for group in range(maxima.size):
         total += masses[group] * math.exp(maxima[group] - top)

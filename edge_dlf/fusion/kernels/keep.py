@@ -9,7 +9,7 @@ import numpy as np
 
 from .fuse import GROUP, find_fault, fuse_groups, log_sum
 from .pick import best_candidates, candidate_token
-from .vector import F32, F64, OK, exp, fetch_add, jit, jit_sum, load, row_at, use_wide_vectors
+from .vector import F32, F64, OK, exp, fetch_add, jit, jit_sum, kernel, load, row_at, use_wide_vectors
 
 PADDING = np.float32(-1e30)
 """Log importance weight of places that hold no token."""
@@ -109,7 +109,7 @@ def _keep(
             kept[m, i] = row[tokens[i]]
 
 
-@jit
+@kernel
 def keep_rows(
     addresses: Any, terms: Any, mixtures: Any, golds: Any, uniforms: Any, n_likeliest: int, fused: Any, chances: Any,
     maxima: Any, masses: Any, candidates: Any, kept: Any, faults: Any, counters: Any,

@@ -31,6 +31,7 @@ from .vector import (
     fetch_add,
     jit,
     jit_sum,
+    kernel,
     load,
     order_key,
     row_at,
@@ -236,7 +237,7 @@ def _loss(
     return top + math.log(total)
 
 
-@jit
+@kernel
 def loss_rows(
     addresses: Any, n_tokens: int, golds: Any, log_weights: Any, weights: Any, scratch: Any,
     losses: Any, gradients: Any, hessians: Any, faults: Any, counters: Any,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .vector import jit
+from .vector import kernel
 
 
-@jit
+@kernel
 def read(values: Any) -> int:
     """Sum of `values`, (N,) int64. Integers may be added in any order, so the loop does nothing but read."""
     total = 0

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .fuse import GROUP, LARGEST_FLOAT, fuse_float64, fuse_groups, log_sum, measure_group
-from .vector import F32, F64, exp64, fetch_add, jit, load, order_key, row_at, use_wide_vectors
+from .vector import F32, F64, exp64, fetch_add, first_largest, jit, kernel, load, order_key, row_at, use_wide_vectors
 
 LEAST_TOP_P = 1e-30
 """Stands for top_p = 0, which keeps one token."""
@@ -22,6 +22,8 @@ SCAN = 64
 """Tokens that are compared with the threshold at once while candidates are gathered."""
 FEW = 24
 """So few candidates are sorted rather than partitioned further."""
+LARGEST_TOKEN = np.int64(0x7FFFFFFF)
+"""The bits of a candidate that hold its token id."""
 NEG_ZERO = np.int32(-0x80000000)
 """The bits of −0.0 in float32."""
 DRAW = np.dtype(
@@ -48,7 +50,7 @@ def _candidate(bits: Any, token: Any) -> Any:
 
 @jit
 def candidate_token(candidate: Any) -> Any:
-    return candidate & np.int64(0x7FFFFFFF)
+    return candidate & LARGEST_TOKEN
 
 
 @jit
@@ -91,7 +93,7 @@ def _weights(fused: Any, candidates: Any, top: float) -> Any:
 
 
 @jit
-def _keep_best(candidates: Any, wanted: float, by_weight: bool, fused: Any, top: float) -> Any:
+def _keep_best(candidates: Any, wanted: float, by_weight: Any, fused: Any, top: float) -> Any:
     """Move the best candidates to the front. Returns their number.
 
     wanted: the number of candidates; with `by_weight`, the sum of exp(logit − top) that they must reach
@@ -133,21 +135,21 @@ def best_candidates(fused: Any, maxima: Any, n: int, out: Any) -> Any:
     bits = maxima.view(np.int32)
     for group in range(maxima.size):
         out[group] = _candidate(bits[group], group)
-    worst = out[: _keep_best(out[: maxima.size], n, False, fused, 0.0)].max()
-    threshold = max(maxima[candidate_token(worst)], F32(-LARGEST_FLOAT))
+    best = out[: _keep_best(out[: maxima.size], F64(n), np.bool_(False), fused, 0.0)]
+    threshold = max(maxima[candidate_token(best[first_largest(best)])], F32(-LARGEST_FLOAT))
     step = F32(1)
     n_found = _gather(fused, maxima, threshold, out)
     while n_found < n and threshold > -LARGEST_FLOAT:
         threshold = max(threshold - step, F32(-LARGEST_FLOAT)) if step < 100 else F32(-LARGEST_FLOAT)
         step *= F32(2)
         n_found = _gather(fused, maxima, threshold, out)
-    return _keep_best(out[:n_found], n, False, fused, 0.0)
+    return _keep_best(out[:n_found], F64(n), np.bool_(False), fused, 0.0)
 
 
 @jit
 def _kept(draw: Any, fused: Any, maxima: Any, masses: Any, out: Any) -> Any:
     """Write the candidates that pass top-k, top-p and min-p to `out`. Returns their number."""
-    top, top_p = F64(maxima.max()), max(draw["top_p"], LEAST_TOP_P)
+    top, top_p = F64(maxima[first_largest(maxima)]), max(draw["top_p"], LEAST_TOP_P)
     cut = F32(top + math.log(draw["min_p"])) if draw["min_p"] > 0.0 else F32(-LARGEST_FLOAT)
     wanted = top_p * math.exp(log_sum(maxima, masses) - top)
     if draw["top_k"] > 0:
@@ -163,7 +165,7 @@ def _kept(draw: Any, fused: Any, maxima: Any, masses: Any, out: Any) -> Any:
             span *= 2.0
             n = _gather(fused, maxima, F32(top - span) if span < 100.0 else F32(-LARGEST_FLOAT), out)
     if top_p < 1.0:
-        n = _keep_best(out[:n], wanted, True, fused, top)
+        n = _keep_best(out[:n], wanted, np.bool_(True), fused, top)
     n_kept = 0
     for i in range(n):
         if fused[candidate_token(out[i])] >= cut:
@@ -275,7 +277,7 @@ def _keep_plausible(
     for n in range(weights.size):
         if weights[n] > 0.0 and terms[n, 2] != 0:
             row = row_at(addresses[terms[n, 0]], fused.size)
-            _mark(row, F32(F64(row.max()) + math.log(plausibility)), marks)
+            _mark(row, F32(F64(row[first_largest(row)]) + math.log(plausibility)), marks)
             n_weighted += 1
     n_left = 0
     for token in range(fused.size):
@@ -293,16 +295,15 @@ def _keep_plausible(
 @jit
 def _pick(
     draw: Any, addresses: Any, terms: Any, weights: Any, recent: Any, bias_tokens: Any, biases: Any, fused: Any,
-    maxima: Any, masses: Any, candidates: Any, pick: Any, top_tokens: Any, top_logprobs: Any,
+    maxima: Any, masses: Any, candidates: Any, pick: Any, top_candidates: Any, top_logprobs: Any,
 ) -> None:  # fmt: skip
     """Choose a token from one fused row, which is overwritten. Logprobs are those before penalties and filters."""
     total = log_sum(maxima, masses)
     if draw["n_top"] > 0:
         n = best_candidates(fused, maxima, draw["n_top"], candidates)
-        best = np.sort(candidates[:n])
         for i in range(n):
-            top_tokens[i] = candidate_token(best[i])
-            top_logprobs[i] = F64(fused[top_tokens[i]]) - total
+            top_candidates[i] = candidates[i]
+            top_logprobs[i] = F64(fused[candidate_token(candidates[i])]) - total
         pick["n_top"] = n
     if draw["scored"] >= 0:
         pick["token"] = draw["scored"]
@@ -310,12 +311,11 @@ def _pick(
         return
     if draw["plausibility"] > 0.0:
         _keep_plausible(addresses, terms, weights, draw["plausibility"], fused, maxima, masses, candidates)
-    recent = np.sort(recent)
     tokens, logits = np.empty(recent.size + biases.size, np.int64), np.empty(recent.size + biases.size, np.float64)
     n = _penalised(draw, recent, bias_tokens, biases, fused, tokens, logits)
     if n > 0:
         _change(fused, tokens[:n], logits[:n], maxima, masses)
-    group = np.argmax(maxima)
+    group = first_largest(maxima)
     top = maxima[group]
     if top == -math.inf:
         pick["token"] = -1
@@ -336,13 +336,13 @@ def _pick(
     pick["logprob"] = logit - total
 
 
-@jit
+@kernel
 def pick_rows(
     addresses: Any, terms: Any, weights: Any, draws: Any, recent: Any, bias_tokens: Any, biases: Any,
-    fused: Any, maxima: Any, masses: Any, candidates: Any, picks: Any, top_tokens: Any, top_logprobs: Any,
+    fused: Any, maxima: Any, masses: Any, candidates: Any, picks: Any, top_candidates: Any, top_logprobs: Any,
     progress: Any, counters: Any,
 ) -> None:  # fmt: skip
-    """Fuse each of K rows, choose a token into picks (K,), and list the likeliest tokens (K, n_top).
+    """Fuse each of K rows, choose a token into picks (K,), and list the likeliest candidates (K, n_top), unsorted.
 
     Threads share the rows as in `search_rows`.
 
@@ -382,7 +382,7 @@ def pick_rows(
             _pick(
                 draw, addresses[k], terms, weights[k], recent[start : start + draw["n_recent"]],
                 bias_tokens[bias : bias + draw["n_bias"]], biases[bias : bias + draw["n_bias"]], row,
-                row_maxima, row_masses, candidates[own], picks[k], top_tokens[k], top_logprobs[k],
+                row_maxima, row_masses, candidates[own], picks[k], top_candidates[k], top_logprobs[k],
             )  # fmt: skip
         fetch_add(counters, 2, 1)
     while load(counters, 2) < n_rows:

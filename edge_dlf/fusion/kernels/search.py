@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 
 from .sums import set_shifts, sum_chunk
-from .vector import HAS_NEG_INF, OK, extremes, fetch_add, jit, load, order_key, row_at, row_condition
+from .vector import (
+    HAS_NEG_INF,
+    OK,
+    extremes,
+    fetch_add,
+    first_largest,
+    jit,
+    kernel,
+    load,
+    order_key,
+    row_at,
+    row_condition,
+)
 
 CHUNK = 2048
 """Tokens that a thread takes at a time."""
@@ -41,15 +53,21 @@ def _set_constants(addresses: Any, n_vocab: int, keys: Any, constants: Any, cond
     """
     n_members = addresses.size
     keys_of_tops = np.empty(n_members, np.int32)
+    top_chunk, worst = 0, OK
     for member in range(n_members):
-        highest = keys[member, :, 0].max()
-        conditions[member] = row_condition(highest, keys[member, :, 1].min())
+        highest, lowest = keys[member, 0, 0], keys[member, 0, 1]
+        for chunk in range(keys.shape[1]):
+            if member == 0 and keys[0, chunk, 0] > highest:
+                top_chunk = chunk
+            highest, lowest = max(highest, keys[member, chunk, 0]), min(lowest, keys[member, chunk, 1])
+        conditions[member] = row_condition(highest, lowest)
         keys_of_tops[member] = order_key(highest)
-    if conditions.max() != OK:
+        worst = max(worst, conditions[member])
+    if worst != OK:
         return
     tops = keys_of_tops.view(np.float32)
     large, base = row_at(addresses[0], n_vocab), row_at(addresses[1], n_vocab)
-    mode = np.argmax(keys[0, :, 0]) * CHUNK
+    mode = top_chunk * CHUNK
     while large[mode] < tops[0]:
         mode += 1
     for t in range(n_members - 2):
@@ -57,8 +75,8 @@ def _set_constants(addresses: Any, n_vocab: int, keys: Any, constants: Any, cond
         c[0], c[1], c[2], c[3] = tops[0], tops[1], tops[2 + t], mode
         set_shifts(base[mode], expert[mode], c[4:])
         set_shifts(c[1], c[2], c[7:])
-        if abs(c[9] - c[6]) < 2.0 and c[4] == c[5] == c[7] == c[8] == 0.0:
-            c[7:] = c[4:7]  # near enough to share
+        if abs(c[9] - c[6]) < 2.0 and c[4] == 0.0 and c[5] == 0.0 and c[7] == 0.0 and c[8] == 0.0:
+            c[9] = c[6]  # near enough to share
 
 
 @jit
@@ -68,22 +86,25 @@ def _set_cumulants(sums: Any, constants: Any, cumulants: Any, targets: Any) -> A
     Λ and Λ' are those of δ, which differs from d by a constant. Λ'' is set only where G ≤ 2.
     """
     n_grid = cumulants.shape[0]
-    total = sums[0].copy()
-    for chunk in range(1, sums.shape[0]):
-        total += sums[chunk]
+    total = np.zeros((n_grid + 3, 3))
+    for chunk in range(sums.shape[0]):
+        for k in range(n_grid + 3):
+            for i in range(3):
+                total[k, i] += sums[chunk, k, i]
+    size = 0.0
     for k in range(n_grid):
         cumulants[k, 0] = math.log(total[k, 0] / total[0, 0])
         cumulants[k, 1] = total[k, 1] / total[k, 0]
         cumulants[k, 2] = total[k, 2] / total[k, 0] - cumulants[k, 1] ** 2
+        size += cumulants[k, 0] + cumulants[k, 1]
     base_sum, expert_sum, c = total[n_grid, 0], total[n_grid + 1, 0], constants
     gap = c[2] - c[8] - (c[1] - c[7]) - c[9] + math.log(expert_sum / base_sum)  # δ − d
     targets[0] = max(0.0, total[n_grid + 1, 1] / expert_sum - gap)
     targets[1] = max(0.0, gap - total[n_grid, 1] / base_sum)
-    is_finite = math.isfinite(cumulants[:, :2].sum() + targets.sum())
-    return is_finite and total[n_grid + 2, 0] == 0.0
+    return math.isfinite(size + targets[0] + targets[1]) and total[n_grid + 2, 0] == 0.0
 
 
-@jit
+@kernel
 def describe(alpha: float, here: Any, start: Any, targets: Any, choice: Any) -> None:
     """Set J(α) = Σ_t [(KL(P̃‖P) − a_t)² + (KL(P‖P̃) − b_t)²] and its parts in choice (1,).
 
@@ -91,22 +112,29 @@ def describe(alpha: float, here: Any, start: Any, targets: Any, choice: Any) -> 
     targets: a_t, b_t of every expert, (T, 2)
     """
     forward, reverse = max(0.0, alpha * here[1] - here[0]), max(0.0, here[0] - alpha * start[1])
-    objective = 0.0
+    objective = forward_sum = reverse_sum = 0.0
     for t in range(targets.shape[0]):
         objective += (forward - targets[t, 0]) ** 2 + (reverse - targets[t, 1]) ** 2
+        forward_sum += targets[t, 0]
+        reverse_sum += targets[t, 1]
     choice[0]["alpha"], choice[0]["objective"] = alpha, objective
     choice[0]["kl_forward"], choice[0]["kl_reverse"] = forward, reverse
-    choice[0]["target_forward"], choice[0]["target_reverse"] = targets[:, 0].mean(), targets[:, 1].mean()
+    choice[0]["target_forward"] = forward_sum / targets.shape[0]
+    choice[0]["target_reverse"] = reverse_sum / targets.shape[0]
 
 
 @jit
 def _first_minimum(cumulants: Any, targets: Any, alphas: Any) -> Any:
     """The expert and the grid index of the first strict minimum of J for one row, and what float32 leaves open."""
     n_experts, n_grid = cumulants.shape[0], cumulants.shape[1]
-    if targets.max() <= NOISE:
+    largest = forward_mean = reverse_mean = spread = 0.0
+    for t in range(n_experts):
+        largest = max(largest, targets[t, 0], targets[t, 1])
+        forward_mean += targets[t, 0]
+        reverse_mean += targets[t, 1]
+    if largest <= NOISE:
         return 0, 0, NOTHING
-    forward_mean, reverse_mean = targets[:, 0].mean(), targets[:, 1].mean()
-    spread = 0.0
+    forward_mean, reverse_mean = forward_mean / n_experts, reverse_mean / n_experts
     for t in range(n_experts):
         spread += (targets[t, 0] - forward_mean) ** 2 + (targets[t, 1] - reverse_mean) ** 2
     objectives, errors = np.empty((n_experts, n_grid)), np.empty((n_experts, n_grid))
@@ -117,7 +145,7 @@ def _first_minimum(cumulants: Any, targets: Any, alphas: Any) -> Any:
             reverse = max(0.0, cumulants[t, k, 0] - alphas[k] * cumulants[t, 0, 1])
             x, y = forward - forward_mean, reverse - reverse_mean
             objectives[t, k] = n_experts * (x * x + y * y) + spread
-            size = 1.0 + alphas[k] * (abs(cumulants[t, k, 1]) + abs(cumulants[t, 0, 1])) + targets.max()
+            size = 1.0 + alphas[k] * (abs(cumulants[t, k, 1]) + abs(cumulants[t, 0, 1])) + largest
             errors[t, k] = 2 * n_experts * (abs(x) + abs(y)) * ROUNDING * size
             if objectives[t, k] < objectives[best_expert, best]:
                 best_expert, best = t, k
@@ -133,7 +161,7 @@ def _first_minimum(cumulants: Any, targets: Any, alphas: Any) -> Any:
     return best_expert, best, recompute
 
 
-@jit
+@kernel
 def choose(cumulants: Any, targets: Any, alphas: Any, choice: Any) -> None:
     """Set choice (1,) for one row, from cumulants (T, G, 3) and targets (T, 2)."""
     expert, k, recompute = _first_minimum(cumulants, targets, alphas)
@@ -151,15 +179,16 @@ def _finish_row(
         if conditions[member] > HAS_NEG_INF:
             choice[0]["member"], choice[0]["fault"] = member, conditions[member]
             return 0
+    is_usable = conditions[first_largest(conditions)] == OK
     for t in range(cumulants.shape[0]):
-        if conditions.max() != OK or not _set_cumulants(sums[t], constants[t], cumulants[t], targets[t]):
+        if not is_usable or not _set_cumulants(sums[t], constants[t], cumulants[t], targets[t]):
             choice[0]["recompute"] = ALL
             return 1
     choose(cumulants, targets, alphas, choice)
     return 0
 
 
-@jit
+@kernel
 def search_rows(
     addresses: Any, n_vocab: int, alphas: Any, keys: Any, constants: Any, conditions: Any, sums: Any,
     cumulants: Any, targets: Any, choices: Any, scratch: Any, progress: Any, counters: Any,
@@ -197,7 +226,7 @@ def search_rows(
                 continue
             while load(progress, 2 * k) <= n_chunks:  # other threads read the last chunks of this row
                 pass
-            if conditions[k].max() == OK:
+            if conditions[k, first_largest(conditions[k])] == OK:
                 sum_chunk(
                     row_at(row[0] + 4 * start, size), row_at(row[1] + 4 * start, size),
                     row_at(row[2 + t] + 4 * start, size), start, constants[k, t], alphas, own, sums[k, t, chunk],

@@ -170,7 +170,7 @@ def sum_chunk(
         out[n_grid + 2, 0] += high
         if not low:
             _steps(alphas[1] - alphas[0], delta, u)
-        k = 0
+        k = np.int64(0)
         while k < n_grid:
             if low or k % CHAIN == 0:
                 if k:

@@ -35,15 +35,28 @@ _POLYNOMIAL_64 = tuple(1.0 / math.factorial(k) for k in range(13, 1, -1))
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def jit(function: _Function) -> _Function:
-    """Compile on first use; kept on disk until the file of the function changes, so touch those of its callers too."""
+_PART: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+"""Options of a function that is called by kernels alone."""
+
+
+def kernel(function: _Function) -> _Function:
+    """Compile a function that Python calls, on first use; kept on disk with all that it calls."""
     return cast(_Function, kept(njit(nogil=True, error_model="numpy")(function)))
+
+
+def jit(function: _Function) -> _Function:
+    """Compile a function that kernels call, as a part of each of them. Python cannot call it."""
+    return cast(_Function, njit(**_PART)(function))
 
 
 def jit_sum(function: _Function) -> _Function:
     """Compile as `jit` does, and let sums be added in any order. No flag lets NaN or inf vanish."""
-    flags = {"reassoc", "contract", "nsz"}
-    return cast(_Function, kept(njit(nogil=True, error_model="numpy", fastmath=flags)(function)))
+    return cast(_Function, njit(fastmath={"reassoc", "contract", "nsz"}, **_PART)(function))
 
 
 def _prefer_wide_vectors(function: Any) -> None:
@@ -159,6 +172,19 @@ _pointer: Any = intrinsic(_pointer_typing) if _compiled else _plain_pointer
 def row_at(address: Any, size: int) -> Any:
     """The float32 row (size,) at a memory address. A list of arrays would be compiled anew for each length."""
     return carray(_pointer(address), size)
+
+
+@jit
+def first_largest(values: Any) -> Any:
+    """Index of the first largest element of an array (N,) without NaN, N > 0.
+
+    NumPy's own reductions and assignments from array to array take Numba 0.2 to 2 s each to compile.
+    """
+    best = 0
+    for i in range(1, values.size):
+        if values[i] > values[best]:
+            best = i
+    return best
 
 
 @jit
