@@ -215,6 +215,7 @@ def tiny_model(
     chat_template: str | None = CHATML,
     nan: bool = False,
     tied: bool = False,
+    file_type: int | None = None,
 ) -> Path:
     """Write a model of `arch` "llama", "qwen2", "qwen3", "gemma3" (most layers see a window), "mamba" (recurrent: its
     memory is a state) or one of `HYBRIDS`, and return `path`.
@@ -224,7 +225,7 @@ def tiny_model(
     spread: standard deviation of the logits, in nats. pad_vocab: entries that only lengthen the vocabulary.
     tokens: id -> text that replaces that entry of the vocabulary. control: control tokens at its end.
     nan: every logit is NaN.
-    tied: the token embeddings are the output too.
+    tied: the token embeddings are the output too. file_type: llama.cpp's number of the quantization that was asked for.
     """
     vocabulary, types = bpe_vocabulary() if tokenizer == "bpe" else spm_vocabulary()
     for token, text in (tokens or {}).items():
@@ -237,6 +238,8 @@ def tiny_model(
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(path.stem)
     writer.add_context_length(n_ctx)
+    if file_type is not None:
+        writer.add_file_type(file_type)
     writer.add_embedding_length(n_embd)
     writer.add_block_count(n_layer)
     writer.add_layer_norm_rms_eps(1e-5)

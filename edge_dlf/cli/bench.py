@@ -80,7 +80,8 @@ def _show(screen: Screen, speeds: dict[str, Any]) -> None:
         screen.show(f"drafts: {a_step:.1f} tokens a step, {speeds['n_accepted'] / n_drafted:.0%} of them accepted")
     else:
         screen.show("drafts: none paid on this machine")
-    screen.show(speeds["verdict"])
+    for line in (*speeds["notes"], speeds["verdict"]):
+        screen.show(line)
 
 
 def _spread(spread: dict[str, float]) -> str:

@@ -23,6 +23,7 @@ from ..fusion.kernels.memory import read
 from ..llama import copy_bytes_s, gpus
 from ..params import FusionParams, SamplingParams
 from ..system.machine import GPU
+from . import costs
 
 if TYPE_CHECKING:
     from ..answers.stream import Report
@@ -59,13 +60,12 @@ def measure(
     """Measure a family.
 
     llm: the family, loaded with a context of N_CTX and room for as many sequences as PARALLEL asks for.
-    files: the files that it was loaded from.
-    n_threads, cache_types: threads, and types of keys and values of the KV cache, that it was loaded with.
+    files, n_threads, cache_types: files, threads, and types of keys and values of the KV cache that it was loaded with.
     tell: called with a few words on what is measured next.
 
     Returns as JSON has it, each spread as median, least and greatest:
     members: role -> spreads `prefill_tps` and `decode_tps`, tokens a second alone; `token_bytes`, weights and KV cache
-        read for each generated token; `read_bytes_s`, the same for each second.
+        read for each generated token; `read_bytes_s`, the same for each second; `batch_s`, as `costs.Seconds`.
     plain, drafted, large: spreads of tokens a second of the same answers, fused without drafts, fused with drafts, and
         by the large model alone without drafts.
     n_drafted, n_accepted: drafted tokens, and those that were kept, in n_steps steps.
@@ -73,6 +73,7 @@ def measure(
     parallel: tokens a second of all sequences together, by how many are decoded at once.
     memory_bytes_s: bytes that n_threads threads of this process read in a second. With a `gpu`, bytes that a copy on it
         reads and writes; None where the GPU has no room for the copy.
+    notes: sentences on what batches of a few tokens cost, whether drafting pays, and quantizations that are slow.
     verdict: one sentence that compares drafted fusion with the large model and with plain fusion.
     """
     ensemble = llm.driver.decoder.ensemble
@@ -104,9 +105,19 @@ def measure(
         "memory_bytes_s": memory,
         "n_threads": n_threads,
         "gpu": gpu.description if gpu else None,
+        "notes": _notes(files, {name: speed["batch_s"] for name, speed in members.items()}, gpu is None),
         "verdict": f"drafted fusion runs at {drafted / large:.2f} of the large model alone, "
         f"{drafted / plain:.2f} times plain fusion",
     }
+
+
+def _notes(files: FamilyFiles, seconds: costs.Seconds, is_on_cpu: bool) -> list[str]:
+    return [
+        costs.batches(seconds),
+        f"by these costs, {costs.fusion(files, seconds)}",
+        f"by these costs, drafting {costs.drafting(files, seconds)}",
+        *("; ".join(found) for found in (costs.slow_types(files) if is_on_cpu else ())),
+    ]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -138,10 +149,13 @@ def member_speed(
 ) -> dict[str, Any]:
     prompt = [10 + n % 97 for n in range(_N_PREFILL)]
     prefill, decode = [], []
+    batch_s: list[list[float]] = [[] for _ in costs.BATCHES]
     for _ in range(3):
         ensemble.forget([0])
         prefill.append(_decode_s(ensemble, name, prompt))
         decode += [_decode_s(ensemble, name, prompt[n : n + 1]) for n in range(_N_STEPS)]
+        for n, seconds in zip(costs.BATCHES, batch_s, strict=True):
+            seconds += [_decode_s(ensemble, name, prompt[:n], n) for _ in range(3)]
     ensemble.forget([0])
     size = footprint(files.models[name], *cache_types)
     n_bytes = size.read + int(sum(size.kv) * (_N_PREFILL + _N_STEPS // 2))
@@ -152,13 +166,14 @@ def member_speed(
         "decode_tps": decode_tps,
         "token_bytes": n_bytes,
         "read_bytes_s": n_bytes * decode_tps["median"],
+        "batch_s": [min(seconds) for seconds in batch_s],
     }
 
 
-def _decode_s(ensemble: Ensemble, name: str, tokens: Sequence[int]) -> float:
-    """Return the seconds in which a member evaluates `tokens`."""
+def _decode_s(ensemble: Ensemble, name: str, tokens: Sequence[int], n_rows: int = 1) -> float:
+    """Return the seconds in which a member evaluates `tokens`, with logits for the last `n_rows` of them."""
     started = time.perf_counter()
-    ensemble.decode({name: [Run(0, tokens, 1)]})
+    ensemble.decode({name: [Run(0, tokens, n_rows)]})
     return time.perf_counter() - started
 
 

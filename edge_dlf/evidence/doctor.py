@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from ..families.spec import FILE_NAME, FamilySpec
 from ..system.install import LLAMA_CPP, compile_again, cuda_wheel, take_wheel
 from ..system.machine import Machine, n_cores, this_machine
 from ..system.paths import models_dir
+from . import costs
 
 _SLOW_KERNELS_S = 8.0
 _TOOL_S = 10.0
@@ -113,6 +114,8 @@ def examine_family(load: Callable[[], tuple[FamilySpec, Mapping[str, Any]]]) -> 
     memory = _plan(planner, files, n_ctx)
     yield memory
     yield _template(files)
+    if not planner.machine.gpus:
+        yield from (_check("quantization", *found) for found in costs.slow_types(files))
     if memory["verdict"] != "problem" or planner.largest_n_cells(256):
         yield from _decodes(files, planner, n_ctx)
 
@@ -277,16 +280,22 @@ def _decodes(files: FamilyFiles, planner: Planner, n_ctx: int) -> Iterator[Check
         plan = planner.plan(n_ctx)
     except EdgeDLFError:
         plan = planner.plan(256)
+    seconds: dict[str, Sequence[float]] = {}
     for name, info in files.models.items():
         layers, split = plan.layers[name], plan.splits[name]
-        found = guard.try_model(info.shards, files.loras.get(name, ()), n_gpu_layers=layers, split=split)
-        facts: dict[str, Any] = {"member": name, "tps": found.tps}
+        loras = files.loras.get(name, ())
+        found = guard.try_model(info.shards, loras, n_gpu_layers=layers, split=split, batches=costs.BATCHES)
+        facts: dict[str, Any] = {"member": name, "tps": found.tps, "batch_s": found.batch_s}
+        seconds[name] = found.batch_s
         if found.ok:
             yield _check(f"decode {name}", f"{found.tps:.1f} tokens/s alone", **facts)
         else:
             step = f"download the file again, or build llama.cpp again: {compile_again()}"
             step = MERGE if name in files.loras else step
             yield _problem(f"decode {name}", found.reason, step, **facts)
+    if all(seconds.values()):
+        text = f"{costs.drafting(files, seconds)}; {costs.fusion(files, seconds)}; {costs.batches(seconds)}"
+        yield _check("drafting", text)
 
 
 def _cpu_lines(*names: str) -> list[str]:

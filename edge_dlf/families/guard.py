@@ -13,9 +13,9 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..engine.backend import PLAIN_TOKENS, Run
 from ..errors import EdgeDLFError, ModelFileError
@@ -25,12 +25,16 @@ from ..llama import gpus, system_info
 from ..system.child import python_command
 from ..system.remembered import recall, remember, states
 
+if TYPE_CHECKING:
+    from ..llama import LlamaBackend
+
 Adapters = Sequence[tuple[Path, float]]
 
 _COLLECTION = "trials"
 _PATIENCE_S = 120.0
 _SLOWEST_DISK = 20e6  # bytes a second
 _N_TOKENS = 8
+_N_ROUNDS = 5
 _TRY = f"import sys; from {__name__} import main; main(sys.argv[1])"
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
@@ -41,12 +45,14 @@ class Trial:
 
     reason: why it failed.
     tps: tokens a second that the model decoded.
+    batch_s: fewest seconds in which it evaluated each number of tokens that was asked for, at once.
     is_final: whether another trial would end the same.
     """
 
     ok: bool
     reason: str = ""
     tps: float = 0.0
+    batch_s: list[float] = field(default_factory=list)
     is_final: bool = True
 
 
@@ -91,14 +97,19 @@ def try_model(
     n_gpu_layers: int = -1,
     split: Sequence[float] = (),
     patience_s: float | None = None,
+    batches: Sequence[int] = (),
 ) -> Trial:
-    """Load the model in `shards`, `loras` over it, in another process, decode a few tokens, and remember the result."""
+    """Load the model in `shards`, `loras` over it, in another process, decode a few tokens, and remember the result.
+
+    batches: numbers of tokens to time together.
+    """
     key = _key(shards, loras)
     patience_s = patience_s or _PATIENCE_S + sum(path.stat().st_size for path in shards) / _SLOWEST_DISK
     question = {
         "model": str(shards[0]),
         "loras": [(str(path), scale) for path, scale in loras],
         "gpu": {"n_gpu_layers": n_gpu_layers, "split": list(split)},
+        "batches": list(batches),
     }
     found = _run(question, patience_s)
     if found.is_final:
@@ -137,13 +148,14 @@ def main(question: str) -> None:
     """Run a trial in this, the other process, and print its result as one line of JSON."""
     asked = json.loads(question)
     try:
-        found = _decode(Path(asked["model"]), [(Path(p), scale) for p, scale in asked["loras"]], asked["gpu"])
+        loras = [(Path(path), scale) for path, scale in asked["loras"]]
+        found = _decode(Path(asked["model"]), loras, asked["gpu"], asked["batches"])
     except EdgeDLFError as error:
         found = Trial(False, str(error), is_final=error.exit_code == 3)
     print(json.dumps(asdict(found)), flush=True)
 
 
-def _decode(path: Path, loras: Adapters, gpu: Mapping[str, Any]) -> Trial:
+def _decode(path: Path, loras: Adapters, gpu: Mapping[str, Any], batches: Sequence[int]) -> Trial:
     import numpy as np
 
     from ..llama import LlamaBackend, Model, applied_tensors
@@ -165,8 +177,17 @@ def _decode(path: Path, loras: Adapters, gpu: Mapping[str, Any]) -> Trial:
                 return Trial(False, "its logits are not numbers")
             backend.decode([Run(0, [int(row.argmax())], 1)])
         elapsed = time.perf_counter() - started
+        batch_s = [min(_evaluate_s(backend, n) for _ in range(_N_ROUNDS)) for n in batches]
         backend.close()
-    return Trial(True, tps=_N_TOKENS / elapsed)
+    return Trial(True, tps=_N_TOKENS / elapsed, batch_s=batch_s)
+
+
+def _evaluate_s(backend: LlamaBackend, n: int) -> float:
+    """Seconds in which n tokens are evaluated at once, with the logits of each."""
+    started = time.perf_counter()
+    backend.decode([Run(0, [0] * n, n)])
+    backend.logits()
+    return time.perf_counter() - started
 
 
 def _key(shards: Sequence[Path], loras: Adapters) -> str:
