@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -89,5 +90,5 @@ def _slow_type(info: GGUFInfo) -> tuple[str, str] | None:
         f"{info.path.name}: {sum(kinds.values())} of {len(matrices)} matrices are {kind}, which is slow on CPUs, since "
         f"rows of {width} do not fit {asked}"
     )
-    made = info.path.with_name(f"{info.path.stem}-q4_0.gguf").name
-    return text, f"Q4_0 is faster, and a little less exact: llama-quantize ORIGINAL-F16.gguf {made} Q4_0"
+    stem = re.sub(f"[-._]?{asked}", "", info.path.stem, flags=re.IGNORECASE)
+    return text, f"Q4_0 is faster, and a little less exact: llama-quantize ORIGINAL-F16.gguf {stem}-q4_0.gguf Q4_0"

@@ -34,7 +34,7 @@ _COLLECTION = "trials"
 _PATIENCE_S = 120.0
 _SLOWEST_DISK = 20e6  # bytes a second
 _N_TOKENS = 8
-_N_ROUNDS = 5
+_N_ROUNDS = 3
 _TRY = f"import sys; from {__name__} import main; main(sys.argv[1])"
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
@@ -167,7 +167,7 @@ def _decode(path: Path, loras: Adapters, gpu: Mapping[str, Any], batches: Sequen
     for lora, _ in loras:
         if unread := sorted(read_info(lora).tensors.keys() - applied_tensors(model, lora)):
             return Trial(False, f"{lora.name}: llama.cpp does not apply {unread[0]}, one of {len(unread)} such tensors")
-    for n_ubatch in _attentions():
+    for n_ubatch in (kinds := _attentions()):
         backend = LlamaBackend(model, path.name, n_ctx=256, n_ubatch=n_ubatch, loras=loras)
         backend.decode([Run(0, tokens, 1)])
         started = time.perf_counter()
@@ -177,7 +177,8 @@ def _decode(path: Path, loras: Adapters, gpu: Mapping[str, Any], batches: Sequen
                 return Trial(False, "its logits are not numbers")
             backend.decode([Run(0, [int(row.argmax())], 1)])
         elapsed = time.perf_counter() - started
-        batch_s = [min(_evaluate_s(backend, n) for _ in range(_N_ROUNDS)) for n in batches]
+        sizes = batches if n_ubatch == kinds[-1] else ()
+        batch_s = [min(_evaluate_s(backend, n) for _ in range(_N_ROUNDS)) for n in sizes]
         backend.close()
     return Trial(True, tps=_N_TOKENS / elapsed, batch_s=batch_s)
 
