@@ -58,6 +58,14 @@ def test_a_machine() -> None:
     assert found["threads"]["facts"]["n_threads"] == llama.default_n_threads()
 
 
+def test_whether_drafting_pays(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "drafting" not in checks(tiny)  # no times
+    monkeypatch.setattr(guard, "try_model", lambda *_, **__: Trial(True, tps=12.0, batch_s=[0.1, 0.1, 0.1]))
+    text = checks(tiny)["drafting"]["text"]
+    assert text.startswith("pays here")
+    assert "a plain step takes 4.00 times one of the large model alone" in text
+
+
 def test_the_version_is_the_one_that_is_installed_with_it() -> None:
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert f'"llama-cpp-python=={install.LLAMA_CPP}"' in pyproject

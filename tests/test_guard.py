@@ -61,6 +61,13 @@ def test_a_model_and_its_adapter_run(model: Path, tmp_path: Path, cache: Path) -
     assert [str(model), str(tmp_path / "lora.gguf")] in json.loads(key)
 
 
+def test_batches_that_are_asked_for_are_timed(model: Path, cache: Path) -> None:
+    assert try_model([model]).batch_s == []
+    found = try_model([model], batches=(1, 2, 4))
+    assert len(found.batch_s) == 3
+    assert min(found.batch_s) > 0
+
+
 def test_what_llama_cpp_refuses_is_the_reason(tmp_path: Path) -> None:
     found = try_model([tiny_model(tmp_path / "nan.gguf", nan=True)])
     assert found == Trial(False, "its logits are not numbers")
