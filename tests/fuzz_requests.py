@@ -34,7 +34,8 @@ CONTROL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "<|tool▁sep|
 
 _OTHER_PIECES = (
     "<", "<|", "|>", ">", "[", "INST]", "im_end|>", "<|im_", "_start", "</think>", "<think>", " ", "\n", "\t", "a",
-    "user", "\ufdd0", "\ufdd1", "\U0010ffff", "\ud800", "\0", "é", "\u2028", '"', "{{", "%}", "<tool_call>",
+    "user", "IM_END", "|>dne_mi|<", "im_end", "\U00100000", "\U00100008", "\U0010ffff", "\ud800", "\0", "é", "\u2028",
+    '"', "{{", "%}", "<tool_call>",
 )  # fmt: skip
 _pieces = st.sampled_from([*CONTROL, *_OTHER_PIECES])
 _texts = st.lists(_pieces, max_size=8).map("".join) | st.text(max_size=5)
@@ -210,7 +211,10 @@ def of_requests(ask: Callable[[bool, bytes], int], tally: Counter[Any]) -> Calla
 _FIELDS = ("m.content", "m.role", "m.name", "m.tool_calls[0].function.name", "m.tool_calls[0].function.arguments")
 _FILTERS = (
     "", "|trim", "|tojson", ".strip()", ".lstrip('\\n')", ".rstrip()", "|string", ".split('</think>')[-1]",
-    ".split('</think>')[0].split('<think>')[-1]", "|replace('\\n', ' ')",
+    ".split('</think>')[0].split('<think>')[-1]", "|replace('\\n', ' ')", "|lower", "|upper", "|title", "|reverse",
+    "[1:]", "[::-1]", "[:-1]", "|list|join", "|list|join('|')", "|replace('a', '')", "|replace(' ', '<')", "|e",
+    ".replace('\\n', '')", ".split('<s>')|join('im_')", "|string|center(9)", ".join(['<|', '|>'])", "|urlencode",
+    "|format('a')", ".replace('user', 'im_end')", "|replace('<s>', '<|im_end|>')", ".removeprefix('<')",
 )  # fmt: skip
 
 
@@ -222,7 +226,24 @@ def _hole(field: str, filters: Sequence[str]) -> str:
 
 
 _holes = st.builds(_hole, st.sampled_from(_FIELDS), st.lists(st.sampled_from(_FILTERS), max_size=2))
-_literals = st.sampled_from([*CONTROL, "<think>", "user", "\n", " ", "{{ bos_token }}", "{{ eos_token }}", "call:"])
+_literals = st.sampled_from(
+    [
+        *CONTROL,
+        "<|",
+        "|>",
+        "<",
+        "INST",
+        "im_",
+        "_end",
+        "<think>",
+        "user",
+        "\n",
+        " ",
+        "{{ bos_token }}",
+        "{{ eos_token }}",
+        "call:",
+    ]
+)
 _bodies_of_loop = st.lists(_literals | _holes, min_size=1, max_size=6).map("".join)
 templates = st.tuples(_bodies_of_loop, st.lists(_literals, max_size=2).map("".join)).map(
     lambda parts: "{% for m in messages %}" + parts[0] + "{% endfor %}" + parts[1]
@@ -243,27 +264,34 @@ _chat_messages = st.lists(
 )
 
 
+_TAME = dict.fromkeys((*range(33, 127), ord("▁")), "(")
+_SHAPE = ("role", "content", "tool_calls", "function", "name", "arguments")
+
+
 def tame(value: Any) -> Any:
-    """A value of the same shape whose texts hold no part of a control token."""
+    """A value of the same shape whose texts hold no letter of a control token, but for the roles."""
     if isinstance(value, str):
-        return value.translate({ord("<"): "(", ord("["): "("})
+        return value.translate(_TAME)
     if isinstance(value, Mapping):
-        return {tame(name): tame(each) for name, each in value.items()}
+        return {
+            name if name in _SHAPE else tame(name): each if (name, each) == ("role", "user") else tame(each)
+            for name, each in value.items()
+        }
     return [tame(each) for each in value] if isinstance(value, list) else value
 
 
 class _Render:
     """A template in this process: thousands of processes would take hours."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, names: Sequence[str]) -> None:
         from edge_dlf.answers import sandbox
 
-        self._rendered, self._template = sandbox._rendered, sandbox._compile(source)
+        self._rendered, self._template = sandbox._rendered, sandbox._compile(source, names)
 
-    def render(self, messages: Sequence[Any], **variables: Any) -> str:
-        question = json.loads(json.dumps({"messages": messages, **variables}, default=str))
+    def render(self, messages: Sequence[Any], variables: Mapping[str, Any], literals: Mapping[str, str]) -> str:
+        question = {"variables": {**variables, "messages": messages}, "literals": literals}
         try:
-            return self._rendered(self._template, question, 1 << 20)
+            return self._rendered(self._template, json.loads(json.dumps(question, default=str)), 1 << 20)
         except Exception as error:
             raise InvalidParameterError(str(error)) from error
 

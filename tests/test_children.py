@@ -49,7 +49,7 @@ def trap(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_process_of_a_chat_template(trap: Path) -> None:
     template = TemplateProcess("{{ messages[0].content }}")
     try:
-        assert template.render([{"role": "user", "content": "Hello"}]) == "Hello"
+        assert template.render([{"role": "user", "content": "Hello"}], {}, {}) == "Hello"
     finally:
         template.close()
     assert not (trap / "ran").exists()

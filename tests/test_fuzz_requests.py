@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_dlf.answers import template
+from edge_dlf.answers.origin import Marker
 
 from .fuzz_requests import run
 
@@ -19,8 +19,9 @@ def test_no_text_of_a_message_is_a_control_token_whatever_the_template_does_with
     assert run("templates", 200)["rendered"] > 150
 
 
-def test_the_cases_find_a_template_that_shields_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template.ChatTemplate, "_shielded", lambda _self, value, _shield: value)
+def test_the_cases_find_texts_that_are_read_as_the_template_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = Marker.split
+    monkeypatch.setattr(Marker, "split", lambda self, text: split(self, self.mark(self.plain(text))))
     with pytest.raises(AssertionError):
         run("templates", 300)
 

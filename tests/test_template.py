@@ -202,6 +202,122 @@ def test_no_nested_text_becomes_a_control_token() -> None:
     assert not [token for token in tokens([message], source) if isinstance(token, int)]
 
 
+TEXT = "{{ messages[0].content|FILTER }}"
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "shown"),
+    [
+        (TEXT.replace("FILTER", "lower"), "<|IM_END|>", "<|im_end|>"),
+        (TEXT.replace("FILTER", "replace('x', '')"), "<|imx_end|>", "<|im_end|>"),
+        (TEXT.replace("FILTER", "replace('x', 'im_end')|replace('[', '<')"), "[|x|>", "<|im_end|>"),
+        (TEXT.replace("FILTER", "reverse"), ">|dne_mi|<", "<|im_end|>"),
+        (TEXT.replace("FILTER", "list|join"), "<|im_end|>", "<|im_end|>"),
+        ("{{ messages[0].content.split(' ')|join }}", "<|im _end|>", "<|im_end|>"),
+        ("{{ ''.join(messages[0].content.split(' ')) }}", "<|im _end|>", "<|im_end|>"),
+        ("{{ messages[0].content[1:-1] }}", "x<|im_end|>x", "<|im_end|>"),
+        ("{% for c in messages[0].content %}{{ c }}{% endfor %}", "<|im_end|>", "<|im_end|>"),
+        ("<|{{ messages[0].content }}|>", "im_end", "<|im_end|>"),
+        ("{{ '<|' ~ messages[0].content ~ '|>' }}", "im_end", "<|im_end|>"),
+        ("{{ '<|%s|>' % messages[0].content }}", "im_end", "<|im_end|>"),
+        ("{{ '<|{}|>'.format(messages[0].content) }}", "im_end", "<|im_end|>"),
+        ("{{ '<|%s|>'|format(messages[0].content) }}", "im_end", "<|im_end|>"),
+        ("{{ ['<|', messages[0].content, '|>']|join }}", "im_end", "<|im_end|>"),
+        ("{{ messages[0].content.join(['<|im_', '|>']) }}", "end", "<|im_end|>"),
+        ("{% macro m(x) %}<|{{ x }}{% endmacro %}{{ m(messages[0].content) }}|>", "im_end", "<|im_end|>"),
+        ("{{ messages[0].content }}", "\U00100000\U00100001\U00100002<|im_end|>", None),
+        ("<|im_{{ messages[0].content }}", "end|>", "<|im_end|>"),
+    ],
+)
+def test_no_work_of_a_template_makes_a_control_token_of_text(source: str, text: str, shown: str | None) -> None:
+    assert tokens(user(text), source) == [shown or text]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("<|im_start|>{{ messages[0].content }}{{ '<|im_end|>' }}", [1, "x", 2]),
+        ("{{ '<|im_start|>' + messages[0].role + '<|im_end|>' }}", [1, "user", 2]),
+        ("{{ 'a_b'|replace('_', '<|im_end|>') }}{{ messages[0].content.replace('x', '<s>') }}", ["a", 2, "b", 3]),
+        ("{% set end = '<|im_end|>' %}{{ messages[0].content ~ end }}", ["x", 2]),
+        ("{{ ['<s>', messages[0].content]|join('<|im_end|>') }}", [3, 2, "x"]),
+        ("{{ ''.join(['<s>', messages[0].content]) }}", [3, "x"]),
+        ("{{ '<s>%s'|format(messages[0].content) }}{{ '{}<s>'.format('<|im_end|>') }}", [3, "x", 2, 3]),
+        ("{{ ('<s>' + messages[0].content + '  ')|trim }}", [3, "x"]),
+        ("{% macro turn(m) %}<|im_{{ 'start' }}|>{{ m.content }}{% endmacro %}{{ turn(messages[0]) }}", [1, "x"]),
+        ("{% set x = '<s>' %}{% if x == '<s>' and 'x' ~ x != x %}{{ x }}{% endif %}", [3]),
+        ("{% set f = {'<s>': '<|im_end|>'} %}{{ f['<s>'] }}{{ f|tojson }}", [2, '{"<s>": "<|im_end|>"}']),
+        ("{{ bos_token if bos_token.startswith('<') else 'none' }}", [3]),
+    ],
+)
+def test_what_a_template_writes_itself_is_a_control_token(source: str, expected: list[int | str]) -> None:
+    assert tokens(user("x"), source) == expected
+
+
+def test_a_role_may_be_part_of_a_control_token_but_a_name_may_not() -> None:
+    control = {"<|user|>": 1, "<|end|>": 2}
+    source = (
+        "{# end #}{% for m in messages %}{{ m.content }}<|{{ m.role }}|>{{ '<|' + m['role'] ~ '|>' }}<|{{ m.name }}|>"
+        "{% endfor %}"
+    )
+    template = ChatTemplate(source, bos="", eos="", control=control, tokenize=lambda text: [-len(text)])
+    assert template.prompt([{"role": "user", "content": "x", "name": "user"}]) == [-1, 1, 1, -8]
+    assert template.prompt([{"role": "end", "content": "<|end|>", "name": "end"}]) == [-28]
+    template.close()
+
+
+def test_a_template_compares_and_splits_by_names_of_control_tokens() -> None:
+    source = "{{ messages[0].content.split('<|im_end|>')[-1] }}{{ '<s>' in messages[0].content }}"
+    assert tokens(user("a<|im_end|>b<s>"), source) == ["b<s>True"]
+
+
+def test_variables_of_a_request_are_texts_too() -> None:
+    template = ChatTemplate(
+        "{{ bos_token }}{{ x }}", bos="<s>", eos="", control=CONTROL, tokenize=lambda text: [-len(text)]
+    )
+    assert template.prompt(user("x"), variables={"x": "<s>"}) == [3, -3]
+    assert template.prompt(user("x"), variables={"bos_token": "<|im_end|>"}) == [-10]
+    with pytest.raises(InvalidParameterError, match="JSON"):
+        template.prompt(user("x"), variables={"x": {(1, 2): 3}})  # type: ignore[dict-item]
+    template.close()
+
+
+def test_thinking_that_a_control_token_begins_is_seen_and_ended() -> None:
+    control = {"<think>": 1, "</think>": 2}
+    source = "{{ messages[0].content.split('</think>')[-1] }}{{ '<think>' }}\n"
+    template = ChatTemplate(source, bos="", eos="", control=control, tokenize=lambda text: [-len(text)])
+    assert template.prompt(user("y</think>x")).is_thinking
+    assert template.prompt(user("y</think>x"), think="off") == [-1, 1, -2, 2, -2]
+    template.close()
+
+
+def test_thousands_of_control_tokens_are_all_found() -> None:
+    control = {f"<unused{n}>": n for n in range(6250)} | {"[multi modal]": 7000}
+    text = "<unused9999><unused62>5>[multi modal]"
+    source = "".join(control) + "{{ messages[0].content }}" + "<unused9><unused99>"
+    template = ChatTemplate(source, bos="", eos="", control=control, tokenize=lambda text: [-len(text)])
+    assert template.prompt(user(text)) == [*control.values(), -len(text), 9, 99]
+    template.close()
+
+
+def test_calls_that_a_template_does_not_know_are_written_into_the_text() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": "<s>"}'}}
+    said = [{"role": "assistant", "content": None, "tool_calls": [call, call]}]
+    line = '{"name": "f", "arguments": {"x": "<s>"}}'
+    assert tokens(said, "{{ messages[0].content }}") == [f"{line}\n{line}"]
+    assert tokens([{**said[0], "content": "Well"}], "{{ messages[0].content }}") == [f"Well\n{line}\n{line}"]
+    assert tokens(said, "{{ messages[0].tool_calls[0].function.name }}{{ messages[0].content }}") == ["f"]
+
+
+def test_all_messages_are_heard_by_one_look_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[int] = []
+    render = ChatTemplate._render
+    monkeypatch.setattr(ChatTemplate, "_render", lambda *given: rendered.append(1) or render(*given))
+    source = "{% for m in messages %}{{ m.role ~ m.content|tojson }}{% endfor %}{{ tools or 'tool' }}"
+    assert tokens([{"role": "tool", "content": f'say "{n}"'} for n in range(99)], source)
+    assert len(rendered) == 2
+
+
 @pytest.mark.parametrize("role", ["developer", "system"])
 def test_a_developer_is_the_system_where_the_template_knows_no_other(role: str) -> None:
     source = "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"

@@ -7,6 +7,7 @@ gigabytes. `serve` runs in that process; `TemplateProcess` is the other end.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import select
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any, NoReturn
 
@@ -22,6 +23,7 @@ import psutil
 
 from ..errors import EdgeDLFError, InvalidParameterError
 from ..system.child import python_command
+from .origin import ROLES, Literal, Marker, written
 
 _START_S = 20.0  # a busy machine may take long to start a process
 _RENDER_S = 5.0
@@ -38,20 +40,24 @@ class NoTemplateError(InvalidParameterError):
 class TemplateProcess:
     """A compiled template in a process of its own, which is started again after it had to be killed.
 
+    names: those of all control tokens, which are marked as `Marker` has it where the template itself writes them.
     Raises NoTemplateError where the template cannot be compiled.
     """
 
-    def __init__(self, source: str) -> None:
-        self._source = source
+    def __init__(self, source: str, names: Sequence[str] = ()) -> None:
+        self._source, self._names = source, list(names)
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._is_closed = False
         self._start()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """Text that the template makes of `messages`.
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], literals: Mapping[str, str]
+    ) -> str:
+        """Text that the template makes of `messages` and other variables, with the names that it writes itself marked.
 
+        literals: variables that are as if the template wrote them.
         Raises InvalidParameterError if the template refuses them, fails, or exceeds its limit of time, memory or text.
         """
         self._forget_parents()
@@ -59,7 +65,8 @@ class TemplateProcess:
             if self._is_closed:
                 raise EdgeDLFError("this chat template has been closed")
             self._start()
-            answer = self._ask({"messages": messages, **variables}, _RENDER_S)
+            question = {"variables": {**variables, "messages": messages}, "literals": literals}
+            answer = self._ask(question, _RENDER_S)
         if "error" in answer:
             raise InvalidParameterError(f"the model's chat template refuses these messages: {answer['error']}")
         return str(answer["text"])
@@ -91,7 +98,7 @@ class TemplateProcess:
         self._process = subprocess.Popen(
             python_command(_SERVE), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
-        answer = self._ask({"source": self._source}, _START_S)
+        answer = self._ask({"source": self._source, "names": self._names}, _START_S)
         if "error" in answer:
             self._end()
             raise NoTemplateError(
@@ -151,7 +158,7 @@ def serve() -> None:
         answer: dict[str, Any]
         try:
             if template is None:
-                template = _compile(question["source"])
+                template = _compile(question["source"], question["names"])
                 answer = {"ready": True}
             else:
                 answer = {"text": _rendered(template, question, max(_MIN_LIMIT, 4 * len(line)))}
@@ -163,20 +170,60 @@ def serve() -> None:
         sys.stdout.buffer.flush()
 
 
-def _compile(source: str) -> Any:
+def _compile(source: str, names: Sequence[str]) -> Any:
+    from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.visitor import NodeTransformer
+
+    marker = Marker(names)
 
     class Environment(ImmutableSandboxedEnvironment):
         # What is intercepted is not computed while the template is compiled.
         intercepted_binops = frozenset({"*", "**"})
 
+        @staticmethod
+        @functools.cache
+        def literal(text: str) -> str:
+            """Return a text of the template's own."""
+            marked = marker.mark(text)
+            return text if marked == text else Literal.of(text, marked)
+
+        def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+            owner, name = getattr(value, "__self__", None), getattr(value, "__name__", "")
+            if type(owner) in (str, Literal) and name == "join":
+                return lambda items: str(written(owner).join(map(written, items)))
+            if type(owner) in (str, Literal) and name == "replace":
+                return functools.partial(_replaced, owner)
+            is_literal = isinstance(owner, Literal) and name in ("format", "format_map")
+            return super().wrap_str_format(getattr(written(owner), name) if is_literal else value)
+
+    class MarkedLiterals(NodeTransformer):
+        def visit_Getitem(self, node: nodes.Getitem) -> nodes.Getitem:  # noqa: N802
+            node.node = self.visit(node.node)
+            node.arg = node.arg if isinstance(node.arg, nodes.Const) else self.visit(node.arg)
+            return node
+
+        def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.TemplateData:  # noqa: N802
+            node.data = marker.mark(node.data)
+            return node
+
+        def visit_Const(self, node: nodes.Const) -> nodes.Const:  # noqa: N802
+            if isinstance(node.value, str):
+                node.value = Environment.literal(node.value)
+            return node
+
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = _tojson
+    environment.filters.update(tojson=_tojson, replace=_replaced)
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-    return environment.from_string(source)
+    return environment.from_string(MarkedLiterals().visit(environment.parse(source)))
 
 
-def _rendered(template: Any, variables: dict[str, Any], limit: int) -> str:
+def _rendered(template: Any, question: dict[str, Any], limit: int) -> str:
+    literal, variables = template.environment.literal, question["variables"]
+    variables = {**{name: literal(text) for name, text in question["literals"].items()}, **variables}
+    for message in variables["messages"]:
+        if message.get("role") in ROLES:
+            message["role"] = literal(message["role"])
     pieces, n_chars = [], 0
     for piece in template.generate(**variables):
         pieces.append(piece)
@@ -189,6 +236,12 @@ def _rendered(template: Any, variables: dict[str, Any], limit: int) -> str:
 def _tojson(value: Any, indent: int | None = None) -> str:
     """As transformers has it: no HTML escapes."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _replaced(text: Any, old: str, new: str, count: int = -1) -> str:
+    return str(
+        written(text if isinstance(text, str) else str(text)).replace(old, written(new), -1 if count is None else count)
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from ..errors import InvalidParameterError
 from .dialects import Dialect, dialect_of
 from .message import MessageParser
+from .origin import Marker
 from .sandbox import TemplateProcess
 from .tools import Tools, with_read_arguments
 
@@ -19,7 +20,7 @@ Message: TypeAlias = Mapping[str, Any]
 _OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
 _MEDIA = ("audio", "file", "files", "image", "image_url", "images", "input_audio", "video", "video_url", "videos")
 _ROLES = ("system", "user", "assistant")
-_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+_FIRST_NUMBER = 918_273_000_000
 
 
 class ChatPrompt(list[int]):
@@ -61,15 +62,11 @@ class ChatTemplate:
         tokenize: Callable[[str], list[int]],
     ) -> None:
         self.dialect = dialect_of(source)
-        self._template = TemplateProcess(source)
+        self._control = dict(control)
+        self._marker = Marker(list(control))
+        self._template = TemplateProcess(source, list(control))
         self._source = source
-        self._bos, self._eos = bos, eos
-        self._control = {text: token for text, token in control.items() if len(text) > 1}
-        names = sorted(self._control, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        self._lengths = range(2, max(map(len, names), default=2))
-        self._beginnings = {name[:n] for name in names for n in range(2, len(name))}
-        self._endings = {name[-n:] for name in names for n in range(2, len(name))}
+        self._literals = {"bos_token": bos, "eos_token": eos}
         self._tokenize = tokenize
 
     def prompt(
@@ -88,19 +85,18 @@ class ChatTemplate:
             raise InvalidParameterError(f"messages must be a list of one message or more, not {messages!r:.60}")
         if tools and self.dialect.calls is None:
             raise InvalidParameterError("the model's chat template knows no tools, or writes calls in an unknown way")
-        plain = [self._with_known_role(with_read_arguments(_with_text_content(message))) for message in messages]
-        given = {**self._switched(think), **_known_variables(variables)}
+        plain = [self._with_known_calls(self._with_known_role(_with_text_content(message))) for message in messages]
+        given: Mapping[str, Any] = {**self._switched(think), **_known_variables(variables)}
         if tools:
-            given["tools"] = list(tools.definitions)
-        shield = _absent_noncharacter([*plain, given])
-        plain, given = [self._shielded(message, shield) for message in plain], self._shielded(given, shield)
+            given = {**given, "tools": list(tools.definitions)}
+        plain, given, escapes = self._escaped(plain, given)
         text = self._render(plain, given)
         self._require_all_heard(plain, given, text)
         tags = self.dialect.tags
-        is_thinking = tags is not None and text.rstrip().endswith(tags[0])
+        is_thinking = tags is not None and self._marker.plain(text.rstrip()[-len(tags[0]) :]) == tags[0]
         if tags and is_thinking and think == "off":
-            text, is_thinking = f"{text.rstrip()}\n\n{tags[1]}\n\n", False
-        return ChatPrompt(self._tokenize_rendered(text, shield), self.dialect, tools, is_thinking=is_thinking)
+            text, is_thinking = f"{text.rstrip()}\n\n{self._marker.mark(tags[1])}\n\n", False
+        return ChatPrompt(self._tokenize_rendered(text, escapes), self.dialect, tools, is_thinking=is_thinking)
 
     def _switched(self, think: str) -> dict[str, Any]:
         """Return the variables by which templates switch thinking on or off."""
@@ -112,14 +108,34 @@ class ChatTemplate:
             raise InvalidParameterError("this model always thinks; reasoning_effort low makes it think less")
         return {"enable_thinking": think == "on", "thinking": think == "on"}
 
-    def _tokenize_rendered(self, text: str, shield: str) -> list[int]:
+    def _tokenize_rendered(self, text: str, escapes: Mapping[int, int]) -> list[int]:
+        back = {escape: char for char, escape in escapes.items()}
         tokens: list[int] = []
-        start = 0
-        for match in self._pattern.finditer(text):
-            tokens += self._tokenize_plain(text[start : match.start()], shield)
-            tokens.append(self._control[match[0]])
-            start = match.end()
-        return tokens + self._tokenize_plain(text[start:], shield)
+        plain: list[str] = []
+        for part, is_name in (*self._marker.split(text), ("", True)):
+            if not is_name:
+                plain.append(part.translate(back) if back else part)
+                continue
+            if piece := "".join(plain):
+                tokens += self._tokenize(piece)
+            plain.clear()
+            tokens += [self._control[part]] if part else []
+        return tokens
+
+    def _escaped(
+        self, messages: list[dict[str, Any]], variables: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], Mapping[str, Any], Mapping[int, int]]:
+        """Return both without the stand-ins for letters of control tokens, and what stands for those instead.
+
+        Raises InvalidParameterError for values that JSON does not have.
+        """
+        try:
+            text = json.dumps([messages, variables], ensure_ascii=False, default=str)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidParameterError(f"messages and variables of a chat template are JSON: {error}") from None
+        if escapes := self._marker.escapes(text):
+            messages, variables = json.loads(text.translate(escapes))
+        return messages, variables, escapes
 
     def _with_known_role(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return the message if its role means anything to the template, which may drop others without a word.
@@ -134,55 +150,57 @@ class ChatTemplate:
             raise InvalidParameterError(f"the model's chat template knows no role {role!r:.60}")
         return message
 
+    def _with_known_calls(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return the message with its calls as a template reads them; as JSON in its text where it would drop them."""
+        read = with_read_arguments(message)
+        if not read.get("tool_calls") or "tool_calls" in self._source:
+            return read
+        calls = [{name: call["function"][name] for name in ("name", "arguments")} for call in read["tool_calls"]]
+        said = [message["content"], *(json.dumps(call, ensure_ascii=False, default=str) for call in calls)]
+        return {**message, "content": "\n".join(filter(None, said))}
+
     def _require_all_heard(self, messages: list[dict[str, Any]], given: Mapping[str, Any], text: str) -> None:
         """Raise InvalidParameterError where the prompt would be the same whatever a system's or tool's message said.
 
         Users and assistants are heard by every template, but for what an assistant thought or said beside a call.
         """
-        for n, message in enumerate(messages):
-            content = message["content"].strip()
-            if message["role"] in ("user", "assistant") or not content or content in text:
+        doubtful = {
+            n: message
+            for n, message in enumerate(messages)
+            if message["role"] not in ("user", "assistant")
+            and (content := message["content"].strip())
+            and content not in text
+        }
+        if not doubtful:
+            return
+        # Numbers in their places all come through at once, unless a template reads them in a way of its own.
+        numbers = {n: str(_FIRST_NUMBER + n) for n in doubtful}
+        through = self._said_instead(messages, given, numbers)
+        for n, message in doubtful.items():
+            if through is not None and numbers[n] in through:
                 continue
-            other = [*messages[:n], {**message, "content": "." if content != "." else "-"}, *messages[n + 1 :]]
-            try:
-                is_heard = self._render(other, given) != text
-            except InvalidParameterError:
-                is_heard = True
-            if not is_heard:
+            other = self._said_instead(messages, given, {n: "." if message["content"].strip() != "." else "-"})
+            if other == text:
                 raise InvalidParameterError(f"the model's chat template drops the message of role {message['role']!r}")
+
+    def _said_instead(
+        self, messages: list[dict[str, Any]], given: Mapping[str, Any], contents: Mapping[int, str]
+    ) -> str | None:
+        """Return the text with other contents for some messages; None where the template refuses those."""
+        others = [
+            {**message, "content": contents[n]} if n in contents else message for n, message in enumerate(messages)
+        ]
+        try:
+            return self._render(others, given)
+        except InvalidParameterError:
+            return None
 
     def close(self) -> None:
         """End the template's process. Calling it twice is no error."""
         self._template.close()
 
     def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
-        own = {"bos_token": self._bos, "eos_token": self._eos, "add_generation_prompt": True}
-        return self._template.render(messages, **{**own, **variables})
-
-    def _shielded(self, value: Any, shield: str) -> Any:
-        """Return the value with every name of a control token broken by `shield`, in every text that it holds."""
-        if isinstance(value, str):
-            return self._broken(value, shield)
-        if isinstance(value, Mapping):
-            return {self._shielded(key, shield): self._shielded(each, shield) for key, each in value.items()}
-        if isinstance(value, Sequence) and not isinstance(value, bytes):
-            return [self._shielded(each, shield) for each in value]
-        return value
-
-    def _broken(self, text: str, shield: str) -> str:
-        text = self._pattern.sub(lambda match: match[0][0] + shield + match[0][1:], text)
-        # Half a name at either end could meet its other half in a text that the template puts next to this one.
-        stripped = text.rstrip()
-        cuts = {len(stripped) - n + 1 for n in self._lengths if stripped[-n:] in self._beginnings}
-        start = len(text) - len(text.lstrip())
-        cuts |= {start + 1 for n in self._lengths if text[start : start + n] in self._endings}
-        for cut in sorted(cuts, reverse=True):
-            text = text[:cut] + shield + text[cut:]
-        return text
-
-    def _tokenize_plain(self, text: str, shield: str) -> list[int]:
-        text = text.replace(shield, "")
-        return self._tokenize(text) if text else []
+        return self._template.render(messages, {"add_generation_prompt": True, **variables}, self._literals)
 
 
 def _with_text_content(message: Message) -> dict[str, Any]:
@@ -219,9 +237,3 @@ def _require_no_media(fields: Mapping[str, Any]) -> None:
     for name in _MEDIA:
         if fields.get(name):
             raise InvalidParameterError(f"messages hold text alone: {name} cannot be used")
-
-
-def _absent_noncharacter(values: list[dict[str, Any]]) -> str:
-    """Return a code point that is no character, and that no text in `values` contains."""
-    used = set(json.dumps(values, ensure_ascii=False, default=str))
-    return next((char for char in _NONCHARACTERS if char not in used), "\U0010ffff")

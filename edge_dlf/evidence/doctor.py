@@ -265,7 +265,7 @@ def _template(files: FamilyFiles) -> Check:
     message = {"role": "user", "content": "Hello"}
     try:
         with closing(TemplateProcess(source)) as template:
-            template.render([message], bos_token="", eos_token="", add_generation_prompt=True)
+            template.render([message], {"add_generation_prompt": True}, {"bos_token": "", "eos_token": ""})
     except EdgeDLFError as error:
         return _problem("chat template", error, "use --raw, or get the model from another source")
     return _check("chat template", "renders a message")
