@@ -106,11 +106,13 @@ def test_tokens_that_come_before_an_error_are_given_before_it(llm: FusedLlama) -
 
 def test_events_that_have_come_are_given_at_once_and_an_end_is_not_late(llm: FusedLlama) -> None:
     async def work(thread: DecodingThread) -> None:
-        ticket = asked(thread, 4)
-        while ticket.events.qsize() < 4:
-            await asyncio.sleep(0)
+        whole = asked(thread, 4, is_streamed=False)
+        (end,) = await taken(whole)
+        ticket = Ticket(thread, 0, is_streamed=True, answers=whole.answers)
+        for token in end.tokens:
+            ticket.events.put_nowait(Event(0, [token], is_last=token is end.tokens[-1]))
         ticket.events.put_nowait(Event(0, error=HTTPError(504, "too late")))
-        assert [sum(len(event.tokens) for event in given) async for given in ticket] == [4]
+        assert [[len(event.tokens) for event in given] async for given in ticket] == [[1, 1, 1, 1]]
 
     run(llm, work)
 

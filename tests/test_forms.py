@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from edge_dlf import FusedLlama, InvalidParameterError
+from edge_dlf import FusedLlama, InvalidParameterError, RequestInterruptedError
 from edge_dlf.answers.call_grammar import call_grammar
 from edge_dlf.answers.dialects import HERMES, Dialect
 from edge_dlf.answers.forms import Form, Forms
 from edge_dlf.answers.thinking import AfterThinking, ThinkingTags
 from edge_dlf.answers.tools import read_tools
 from edge_dlf.engine.constraint import Constraint, StillComputingError
+from edge_dlf.system.workers import Connection
 
 END, XS = 256, 257
 """The token that ends, and one of 40 x."""
@@ -227,9 +228,29 @@ def test_every_form_can_be_ended_at_once_and_later_ones_are_kept_to(forms: Forms
     take(form, "a")
     forms.end()
     forms.end()
-    with pytest.raises(InvalidParameterError, match="cannot be kept to"):
+    with pytest.raises(RequestInterruptedError):
         form.banned([], ord("b"), None)
     take(forms.grammar('root ::= "ab"'), "ab")
+
+
+@pytest.mark.parametrize("end", [Forms.end, Forms.close])
+def test_a_form_that_is_ended_while_it_is_needed_is_an_interrupted_request(
+    end: Callable[[Forms], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms, receive = Forms([*(bytes([byte]) for byte in range(256)), b""], [256]), Connection.receive
+
+    def ended_meanwhile(connection: Connection) -> bytes:
+        end(forms)
+        return receive(connection)
+
+    form = forms.grammar('root ::= "ab"')
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "receive", ended_meanwhile)
+        with pytest.raises(RequestInterruptedError, match="the request was interrupted"):
+            forms.grammar('root ::= "ab"')
+    with pytest.raises(RequestInterruptedError, match="the request was interrupted"):
+        form.banned([97], 98, None)
+    forms.close()
 
 
 def test_the_process_that_forks_is_started_again(forms: Forms) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -348,6 +349,14 @@ def test_a_template_that_knows_the_developer_gets_it() -> None:
 def test_what_a_template_would_drop_is_refused(message: dict[str, object], reason: str) -> None:
     with pytest.raises(InvalidParameterError, match=reason):
         tokens([message], "{{ messages[0].content }}")
+
+
+def test_a_role_of_megabytes_is_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tokens(user("x"))
+    monkeypatch.setattr(re, "escape", lambda *_: pytest.fail("a pattern was made of it"))
+    with pytest.raises(InvalidParameterError, match="knows no role 'a{58}") as caught:
+        tokens([{"role": "a" * 7_000_000, "content": "x"}])
+    assert len(str(caught.value)) < 120
 
 
 USERS_ALONE = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"

@@ -143,7 +143,8 @@ class ChatTemplate:
         "developer" is what OpenAI's clients call "system". Raises InvalidParameterError for an unknown role.
         """
         role = message["role"]
-        is_known = role in _ROLES or re.search(rf"\b{re.escape(role)}\b", self._source)
+        is_word = role in self._source  # a pattern of megabytes would take seconds to compile
+        is_known = role in _ROLES or (is_word and re.search(rf"\b{re.escape(role)}\b", self._source))
         if role == "developer" and not is_known:
             return {**message, "role": "system"}
         if not is_known:

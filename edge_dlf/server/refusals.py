@@ -8,13 +8,20 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError, NonFiniteLogitsError
+from ..errors import (
+    ContextOverflowError,
+    EdgeDLFError,
+    InvalidParameterError,
+    NonFiniteLogitsError,
+    RequestInterruptedError,
+)
 
 logger = logging.getLogger(__name__)
 
 _MEANINGS = (
     (ContextOverflowError, 400, "context_length_exceeded"),
     (InvalidParameterError, 400, "invalid_value"),
+    (RequestInterruptedError, 503, "stopping"),
     (NonFiniteLogitsError, 500, "non_finite_logits"),
     (EdgeDLFError, 500, "failed"),
 )

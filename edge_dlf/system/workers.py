@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import EdgeDLFError
+from ..errors import EdgeDLFError, RequestInterruptedError
 from .child import python_command
 from .locks import ForkSafeLock
 
@@ -37,10 +37,11 @@ class Connection:
     """Messages of bytes between a worker and whoever gave it its job. Used by one thread at a time on each side.
 
     fd: this end of a pair of sockets, which is closed with the connection, at the latest when nobody holds it any more.
+    was_ended: whether the other side was ended on purpose, which raises RequestInterruptedError.
     """
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, fd: int, was_ended: Callable[[], bool] = lambda: False) -> None:
+        self._fd, self._was_ended = fd, was_ended
 
     def __del__(self) -> None:
         self.close()
@@ -52,7 +53,7 @@ class Connection:
             while left:
                 left = left[os.write(self._fd, left) :]
         except OSError:
-            raise WorkerEndedError from None
+            raise self._ended() from None
 
     def receive(self) -> bytes:
         """Wait for a message. Raises WorkerEndedError where the other side has ended."""
@@ -78,11 +79,14 @@ class Connection:
             try:
                 part = os.read(self._fd, min(length - len(content), 1 << 20))
             except OSError:
-                raise WorkerEndedError from None
+                raise self._ended() from None
             if not part:
-                raise WorkerEndedError
+                raise self._ended()
             content += part
         return bytes(content)
+
+    def _ended(self) -> Exception:
+        return RequestInterruptedError("the request was interrupted") if self._was_ended() else WorkerEndedError()
 
 
 class Workers:
@@ -98,6 +102,7 @@ class Workers:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock, self._pid = ForkSafeLock(), os.getpid()
         self._is_closed = False
+        self._n_ends = 0
 
     def worker(self) -> Connection:
         """Return the connection to a new worker. May be called by several threads, and in a forked child.
@@ -117,7 +122,8 @@ class Workers:
                 with suppress(OSError):
                     socket.send_fds(self._control, [b"."], [theirs.fileno()])
                     break
-            return Connection(ours.detach())
+            n_ends = self._n_ends
+            return Connection(ours.detach(), lambda: self._n_ends != n_ends)
 
     def close(self) -> None:
         """End the process and all workers, and start none any more. Calling it twice is no error."""
@@ -127,6 +133,7 @@ class Workers:
     def end(self) -> None:
         """End the process and all workers. A later job starts it again. May be called by any thread."""
         with self._lock:
+            self._n_ends += 1
             if self._process is not None and os.getpid() == self._pid:
                 os.killpg(self._process.pid, signal.SIGKILL)  # workers are in the group of the process they come from
             self._end()
