@@ -137,10 +137,10 @@ class Number(Kind):
             value = int(value)
         is_number = isinstance(value, numbers.Integral if self.is_whole else numbers.Real)
         is_right = is_number and not isinstance(value, bool) and -_FINITE < value < _FINITE
+        if is_right and self.low <= value <= self.high and not (self.is_open and value == self.low):
+            return int(value) if self.is_whole else float(value)
         _require(is_right or bool(self.words), f"{setting} must be {self.type}, not {value!r:.60}")
-        is_inside = is_right and self.low <= value <= self.high and not (self.is_open and value == self.low)
-        _require(is_inside, f"{setting} must be {self.range}, not {value!r:.60}")
-        return int(value) if self.is_whole else float(value)
+        raise InvalidParameterError(f"{setting} must be {self.range}, not {value!r:.60}")
 
     def schema(self) -> dict[str, Any]:
         number: dict[str, Any] = {"type": "integer" if self.is_whole else "number"}

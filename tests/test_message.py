@@ -142,6 +142,14 @@ def test_without_tools_calls_stay_text() -> None:
         assert apart(dialect_of(TEMPLATES[family]), [text], tools=False) == ("", text, [])
 
 
+@pytest.mark.parametrize("properties", [[1], "x", {"city": [1]}, {"city": {"type": {}}}, None])
+def test_schemas_that_are_none_leave_a_call_as_it_is(properties: Any) -> None:
+    parser = MessageParser(dialect_of(TEMPLATES["qwen3-coder"]), {"time": {"properties": properties}})
+    text = "<tool_call>\n<function=time>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>"
+    (call,) = (part.call for part in [*parser.push(text), *parser.finish()] if part.call)
+    assert json.loads(call.arguments) == {"city": "Oslo"}
+
+
 def test_stop_strings_end_the_content_and_no_thought() -> None:
     stream = MessageStream(["STOP"], MessageParser(dialect_of(TEMPLATES["qwen3"]), TOOLS))
     deltas = [stream.push(byte.encode()) for byte in "<think>STOP it</think>Hi ST and STOP more"] + [stream.finish()]

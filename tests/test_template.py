@@ -212,6 +212,8 @@ TEXT = "{{ messages[0].content|FILTER }}"
         (TEXT.replace("FILTER", "lower"), "<|IM_END|>", "<|im_end|>"),
         (TEXT.replace("FILTER", "replace('x', '')"), "<|imx_end|>", "<|im_end|>"),
         (TEXT.replace("FILTER", "replace('x', 'im_end')|replace('[', '<')"), "[|x|>", "<|im_end|>"),
+        (TEXT.replace("FILTER", "replace('_', '<|im_end|>')"), "a_b", "a<|im_end|>b"),
+        ("{{ messages[0].content.replace('_', '<|im_end|>') }}", "a_b", "a<|im_end|>b"),
         (TEXT.replace("FILTER", "reverse"), ">|dne_mi|<", "<|im_end|>"),
         (TEXT.replace("FILTER", "list|join"), "<|im_end|>", "<|im_end|>"),
         ("{{ messages[0].content.split(' ')|join }}", "<|im _end|>", "<|im_end|>"),
@@ -239,7 +241,6 @@ def test_no_work_of_a_template_makes_a_control_token_of_text(source: str, text: 
     [
         ("<|im_start|>{{ messages[0].content }}{{ '<|im_end|>' }}", [1, "x", 2]),
         ("{{ '<|im_start|>' + messages[0].role + '<|im_end|>' }}", [1, "user", 2]),
-        ("{{ 'a_b'|replace('_', '<|im_end|>') }}{{ messages[0].content.replace('x', '<s>') }}", ["a", 2, "b", 3]),
         ("{% set end = '<|im_end|>' %}{{ messages[0].content ~ end }}", ["x", 2]),
         ("{{ ['<s>', messages[0].content]|join('<|im_end|>') }}", [3, 2, "x"]),
         ("{{ ''.join(['<s>', messages[0].content]) }}", [3, "x"]),
@@ -308,6 +309,9 @@ def test_calls_that_a_template_does_not_know_are_written_into_the_text() -> None
     assert tokens(said, "{{ messages[0].content }}") == [f"{line}\n{line}"]
     assert tokens([{**said[0], "content": "Well"}], "{{ messages[0].content }}") == [f"Well\n{line}\n{line}"]
     assert tokens(said, "{{ messages[0].tool_calls[0].function.name }}{{ messages[0].content }}") == ["f"]
+    unknown = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {(1, 2): 3}}}]}]
+    with pytest.raises(InvalidParameterError, match="JSON"):
+        tokens(unknown, "{{ messages[0].content }}")
 
 
 def test_all_messages_are_heard_by_one_look_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProper
 SCHEMAS = {"weather": ARGUMENTS, "time": NOTHING}
 TOOLS = [{"type": "function", "function": {"name": n, "parameters": schema}} for n, schema in SCHEMAS.items()]
 UNKNOWN = {"type": "function", "function": {"name": "x"}}
+NO_NAME = {"type": "function", "function": {"name": ["weather"]}}
 ASK: list[dict[str, Any]] = [{"role": "user", "content": "Is it cold in Oslo?"}]
 _TURNS = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
@@ -185,6 +186,7 @@ def test_an_answer_is_json_or_calls_with_a_response_format(families: dict[str, F
         ("hermes", {"tool_choice": "required"}, "tool_choice needs tools"),
         ("hermes", {"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice must be"),
         ("hermes", {"tools": TOOLS, "tool_choice": UNKNOWN}, "none of the tools"),
+        ("hermes", {"tools": TOOLS, "tool_choice": NO_NAME}, "tool_choice must"),
         ("hermes", {"tools": TOOLS, "parallel_tool_calls": 1}, "parallel_tool_calls must be"),
         ("hermes", {"tools": "weather"}, "tools must be a list"),
         ("hermes", {"tools": ["weather"]}, "a tool must be"),

@@ -174,7 +174,8 @@ def _xml_calls(text: str, tools: ToolSchemas) -> Found | None:
     match = re.match(r"\s*<function=([^>\n]+)>(.*?)</function>", text, re.DOTALL)
     if match is None:
         raise ValueError("a call begins with its function")
-    properties = tools.get(match[1], {}).get("properties") or {}
+    given = tools.get(match[1], {}).get("properties")
+    properties = given if isinstance(given, Mapping) else {}
     pairs = re.findall(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", match[2], re.DOTALL)
     arguments = {name: _typed(value, properties.get(name)) for name, value in pairs}
     return [(match[1], json.dumps(arguments, ensure_ascii=False))], match.end()

@@ -192,8 +192,6 @@ def _compile(source: str, names: Sequence[str]) -> Any:
             owner, name = getattr(value, "__self__", None), getattr(value, "__name__", "")
             if type(owner) in (str, Literal) and name == "join":
                 return lambda items: str(written(owner).join(map(written, items)))
-            if type(owner) in (str, Literal) and name == "replace":
-                return functools.partial(_replaced, owner)
             is_literal = isinstance(owner, Literal) and name in ("format", "format_map")
             return super().wrap_str_format(getattr(written(owner), name) if is_literal else value)
 
@@ -238,10 +236,9 @@ def _tojson(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
-def _replaced(text: Any, old: str, new: str, count: int = -1) -> str:
-    return str(
-        written(text if isinstance(text, str) else str(text)).replace(old, written(new), -1 if count is None else count)
-    )
+def _replaced(text: Any, old: str, new: str, count: int | None = None) -> str:
+    """As jinja2 has it, with literals as what they are: whether `new` is written is up to the text."""
+    return str(text).replace(old, new, -1 if count is None else count)
 
 
 def _raise_exception(message: str) -> NoReturn:

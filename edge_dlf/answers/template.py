@@ -129,10 +129,7 @@ class ChatTemplate:
 
         Raises InvalidParameterError for values that JSON does not have.
         """
-        try:
-            text = json.dumps([messages, variables], ensure_ascii=False, default=str)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InvalidParameterError(f"messages and variables of a chat template are JSON: {error}") from None
+        text = _json([messages, variables])
         if escapes := self._marker.escapes(text):
             messages, variables = json.loads(text.translate(escapes))
         return messages, variables, escapes
@@ -157,7 +154,7 @@ class ChatTemplate:
         if not read.get("tool_calls") or "tool_calls" in self._source:
             return read
         calls = [{name: call["function"][name] for name in ("name", "arguments")} for call in read["tool_calls"]]
-        said = [message["content"], *(json.dumps(call, ensure_ascii=False, default=str) for call in calls)]
+        said = [message["content"], *map(_json, calls)]
         return {**message, "content": "\n".join(filter(None, said))}
 
     def _require_all_heard(self, messages: list[dict[str, Any]], given: Mapping[str, Any], text: str) -> None:
@@ -202,6 +199,14 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         return self._template.render(messages, {"add_generation_prompt": True, **variables}, self._literals)
+
+
+def _json(value: Any) -> str:
+    """Return the JSON of a part of a request. Raises InvalidParameterError for values that JSON does not have."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidParameterError(f"messages and variables of a chat template are JSON: {error}") from None
 
 
 def _with_text_content(message: Message) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def _schema(function: Mapping[str, Any]) -> Mapping[str, Any]:
 def _chosen(choice: Any) -> Any:
     """Return the name in `{"type": "function", "function": {"name": …}}`."""
     function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
-    if not isinstance(function, Mapping):
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         message = f"tool_choice must be {', '.join(_CHOICES)} or the name of a tool as OpenAI writes it"
         raise InvalidParameterError(f"{message}, not {choice!r:.60}")
     return function.get("name")
