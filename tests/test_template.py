@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -189,6 +190,19 @@ def test_a_template_process_that_is_killed_is_started_again() -> None:
     with pytest.raises(InvalidParameterError, match="its process ended"):
         tokens(user("two"), "{{ messages[0].content }}")
     assert tokens(user("three"), "{{ messages[0].content }}") == ["three"]
+
+
+@pytest.mark.parametrize("question", [b"{", b"[" * 100_000, b'{"variables": 1, "literals": {}}'])
+def test_a_template_process_survives_a_question_that_it_cannot_read(question: bytes) -> None:
+    assert tokens(user("one"), "{{ messages[0].content }}") == ["one"]
+    process = TEMPLATES["{{ messages[0].content }}"][0]._template._process
+    assert process is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(question + b"\n")
+    process.stdin.flush()
+    assert "error" in json.loads(process.stdout.readline())
+    assert tokens(user("two"), "{{ messages[0].content }}") == ["two"]
 
 
 def test_text_that_is_no_unicode_comes_back_as_it_is() -> None:

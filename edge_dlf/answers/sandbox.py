@@ -154,19 +154,18 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     template = None
     while line := sys.stdin.buffer.readline():
-        question = json.loads(line)
-        answer: dict[str, Any]
         try:
+            question = json.loads(line)
             if template is None:
                 template = _compile(question["source"], question["names"])
-                answer = {"ready": True}
+                answer = json.dumps({"ready": True})
             else:
-                answer = {"text": _rendered(template, question, max(_MIN_LIMIT, 4 * len(line)))}
+                answer = json.dumps({"text": _rendered(template, question, max(_MIN_LIMIT, 4 * len(line)))})
         except MemoryError:
-            answer = {"error": f"it takes more than {_MEMORY_BYTES >> 20} MiB of memory"}
+            answer = json.dumps({"error": f"it takes more than {_MEMORY_BYTES >> 20} MiB of memory"})
         except Exception as error:  # whatever a template raises is about these messages
-            answer = {"error": str(error) or type(error).__name__}
-        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+            answer = json.dumps({"error": str(error) or type(error).__name__})
+        sys.stdout.buffer.write(answer.encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
