@@ -86,16 +86,17 @@ class TestLines:
     def test_a_byte_order_mark_is_left_out_and_carriage_returns_do_no_harm(self) -> None:
         (line,) = read_lines(io.BytesIO(b'\xef\xbb\xbf{"a": 1}\r\n\r\n'))
         assert parse_object(line.content or b"") == {"a": 1}
+        assert parse_object(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
 
     @pytest.mark.parametrize(
         ("content", "reason"),
         [
-            (b'{"a": \xff}', "byte 7 is not UTF-8"),
+            (b'{"a": \xff}', "not UTF-8 at byte 7"),
             (b'{"a": 1', "not JSON: Expecting ',' delimiter at character 8"),
             (b'{"a": "\x00"}', "not JSON: Invalid control character at at character 8"),
-            (b'{"a": NaN}', "not JSON: NaN is no number there"),
-            (b"[" * 100_000, "not usable: nested too deep"),
-            (b'{"a": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
+            (b'{"a": NaN}', "not usable: NaN is no number of JSON"),
+            (b"[" * 100_000, "nested too deeply"),
+            (b'{"a": ' + b"1" * 5000 + b"}", "not usable: Exceeds the limit"),
             (b"[]", "not a JSON object"),
             (b"null", "not a JSON object"),
         ],

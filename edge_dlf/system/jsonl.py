@@ -98,22 +98,25 @@ def _require_text(beginning: bytes, name: object) -> None:
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """The JSON object in `content`. Raises ValueError, which says in one line what is wrong."""
+    """The JSON object in `content`, which may begin with a byte order mark. Raises ValueError, which says in one line
+    what it is instead."""
     try:
-        value = json.loads(content.decode("utf-8"), parse_constant=_no_number)
+        value = json.loads(content.removeprefix(BOM).decode("utf-8"), parse_constant=_no_number)
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} is not UTF-8") from None
+        raise ValueError(f"not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except RecursionError:
-        raise ValueError("not usable: nested too deep") from None
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:  # of one number, which has thousands of digits
+        raise ValueError(f"not usable: {error}") from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"not JSON: {name} is no number there")
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def dump_line(row: Mapping[str, Any]) -> bytes:
