@@ -316,6 +316,14 @@ def test_thousands_of_control_tokens_are_all_found() -> None:
     template.close()
 
 
+def test_names_with_blanks_are_found_and_blanks_alone_are_text() -> None:
+    control = {" <PRE>": 1, "<a b>": 2, "\n\n": 3, "<SUF> ": 4}
+    source = "x <PRE>{{ messages[0].content }}<a b>\n\n<SUF> <PRE>"
+    template = ChatTemplate(source, bos="", eos="", control=control, tokenize=lambda text: [-len(text)])
+    assert template.prompt(user(" <PRE><a b>\n\n")) == [-1, 1, -13, 2, -2, 4, -5]
+    template.close()
+
+
 def test_calls_that_a_template_does_not_know_are_written_into_the_text() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": "<s>"}'}}
     said = [{"role": "assistant", "content": None, "tool_calls": [call, call]}]

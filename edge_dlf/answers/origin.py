@@ -77,6 +77,7 @@ class Marker:
         spaces = "".join(sorted({char for name in self._names for char in name if char.isspace()}))
         self._stand_ins = re.compile(f"[{stand_ins}]")
         self._runs = re.compile(f"[{stand_ins}][{stand_ins}{re.escape(spaces)}]*")
+        self._n_blanks = max((len(name) - len(name.lstrip()) for name in self._names), default=0)
         self._lengths: dict[str, list[int]] = {}
         for name in sorted(self._names, key=len, reverse=True):
             lengths = self._lengths.setdefault(name[0], [])
@@ -107,8 +108,10 @@ class Marker:
         """Yield the parts of a rendered prompt: a text, and whether it is the name of a control token."""
         start = 0
         for run in self._runs.finditer(rendered):
-            letters = self.plain(run[0])
-            yield rendered[start : run.start()], False
+            blanks = rendered[max(start, run.start() - self._n_blanks) : run.start()]
+            begin = run.start() - (len(blanks) - len(blanks.rstrip()))  # a name may begin with blanks
+            letters = self.plain(rendered[begin : run.end()])
+            yield rendered[start:begin], False
             start, done = run.end(), 0
             for at, name in self._found(letters):
                 yield letters[done:at], False
