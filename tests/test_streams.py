@@ -148,6 +148,21 @@ def test_whoever_needs_an_answer_says_that_nobody_gives_one(folder: Path, argume
     assert (done.code, len(done.complaints)) in ((2, 1), (3, 1))
 
 
+@pytest.mark.parametrize("option", [["--grammar", "/dev/zero", "Hi"], ["--json-schema", "/dev/zero", "Hi"], ["-"]])
+def test_what_never_ends_is_refused_before_memory_does(folder: Path, option: list[str]) -> None:
+    with Path("/dev/zero").open("rb") as endless:
+        done = subprocess.run(
+            command("generate", *option), cwd=folder, env=ENVIRONMENT, stdin=endless, capture_output=True,
+            encoding="utf-8", timeout=60, check=False, preexec_fn=_with_little_memory,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(": has more than 64 MiB")
+
+
+def _with_little_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+
+
 def test_a_stdin_that_cannot_be_read(folder: Path) -> None:
     done = Run(folder, ["generate", "-"], wrong=[0])
     assert (done.code, done.complaints) == (1, ["edge-dlf: input or output: bad file descriptor"])

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ContextOverflowError, EdgeDLFError
 from ..system.durable import replacing, require_own
+from .streams import read_all
 
 _FORMAT = "edge-dlf chat 1"
 
@@ -107,7 +108,8 @@ class Conversation:
 def load(path: Path) -> tuple[Conversation, dict[str, Any]]:
     """Read the conversation and the settings from a file that `save` wrote. Raises EdgeDLFError."""
     try:
-        saved = json.loads(path.expanduser().read_bytes())
+        with path.expanduser().open("rb") as file:
+            saved = json.loads(read_all(file, str(path)))
     except (OSError, RuntimeError, ValueError) as error:
         reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else f"not valid JSON: {error}"
         raise EdgeDLFError(f"{path}: cannot be read ({reason})") from error

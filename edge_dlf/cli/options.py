@@ -17,6 +17,7 @@ from ..params import OVERLAPS, SETTINGS, ByName, Kind, Number, Setting, Text, Te
 from ..system.jsonl import parse_object
 from ..system.paths import shipped_dir
 from .screen import show
+from .streams import read_all
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
@@ -264,7 +265,7 @@ _COMPUTING: Sequence[Decorator] = (
     ),
 )
 _FORM: Sequence[Decorator] = (
-    click.option("--grammar", type=click.File(encoding="utf-8"), help="File of a GBNF grammar that answers keep to."),
+    click.option("--grammar", type=click.File("rb"), help="File of a GBNF grammar that answers keep to."),
     click.option("--json-schema", type=click.File("rb"), help="File of a JSON schema that answers are JSON of."),
 )
 family_argument = click.argument("positional_family", metavar="[FAMILY]", required=False)
@@ -304,12 +305,12 @@ def _form(values: Mapping[str, Any]) -> dict[str, Any]:
     form: dict[str, Any] = {}
     if file := values.get("grammar"):
         try:
-            form["grammar"] = file.read()
+            form["grammar"] = read_all(file, file.name).decode()
         except UnicodeDecodeError as error:
             raise InvalidParameterError(f"{file.name}: no UTF-8 ({error.reason})") from None
     if file := values.get("json_schema"):
         try:
-            form["json_schema"] = parse_object(file.read())
+            form["json_schema"] = parse_object(read_all(file, file.name))
         except ValueError as error:
             raise InvalidParameterError(f"{file.name}: {error}") from None
     if len(form) == 2:

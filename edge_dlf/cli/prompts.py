@@ -11,6 +11,7 @@ import click
 
 from ..errors import InvalidParameterError
 from ..params import DEFAULTS
+from .streams import read_all
 
 if TYPE_CHECKING:
     from ..api import FusedLlama
@@ -54,7 +55,8 @@ def read_prompt(argument: str | None, *, raw: bool, system: str | None) -> Promp
     """
     text = argument or ""
     if argument == "-" or (argument is None and not sys.stdin.isatty()):
-        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
+        given = read_all(sys.stdin.buffer, "stdin").decode("utf-8", "surrogateescape")
+        text = given.removesuffix("\n").removesuffix("\r")
     if argument is None and not text:
         raise InvalidParameterError("no prompt is given: add it to the command, or pipe it in")
     return Prompt(text, raw, system)

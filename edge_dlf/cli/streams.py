@@ -7,7 +7,10 @@ import io
 import os
 import select
 import sys
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
+
+from ..errors import InvalidParameterError
+from ..system.jsonl import MAX_LINE_BYTES
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -73,3 +76,11 @@ class _Output(io.FileIO):
                 raise
             return memoryview(data).nbytes
         return n_written
+
+
+def read_all(file: IO[bytes], name: str) -> bytes:
+    """Read a file or stdin to its end. Raises InvalidParameterError where it is larger than any prompt or form is."""
+    content = file.read(MAX_LINE_BYTES + 1)
+    if len(content) > MAX_LINE_BYTES:
+        raise InvalidParameterError(f"{name}: has more than {MAX_LINE_BYTES >> 20} MiB")
+    return content
