@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from edge_dlf import InvalidParameterError
 
-CHUNK = 5_000
+CHUNK = 2_000
 CONTROL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "<|tool▁sep|>", "<start_of_turn>")
 
 _OTHER_PIECES = (
@@ -194,7 +194,7 @@ def scripted_server() -> Iterator[Callable[[bool, bytes], int]]:
             driver.clear()
 
     try:
-        assert ask(False, b'{"prompt": "x", "max_tokens": 1}') == 200  # compiles kernels, which may take long
+        assert ask(False, b'{"prompt": "x", "max_tokens": 1}') == 200  # compiles some kernels, which may take long
         yield ask
     finally:
         tokenizer.close()
@@ -374,7 +374,7 @@ def run_chunk(name: str, corpus: str, seed: int) -> None:
                 f"-seed={seed}",
                 "-max_len=4096",
                 "-len_control=0",
-                "-timeout=30",
+                "-timeout=120",
                 "-rss_limit_mb=0",
                 corpus,
             ],
