@@ -155,8 +155,8 @@ def scripted_server() -> Iterator[Callable[[bool, bytes], int]]:
     preparer = Preparer("fake", {}, {}, None, ensemble, tokenizer, (257).__eq__)
     driver = Driver(Decoder(ensemble, Fuser(n_vocab)))
     llm: Any = SimpleNamespace(
-        prepare=lambda request, **given: preparer.request(
-            request, raw=True, system=None, draft="auto", trace=False, settings=given
+        prepare=lambda request, trace=False, **given: preparer.request(
+            request, raw=True, system=None, draft="auto", trace=trace, settings=given
         )
     )
     models: dict[str, Any] = {
