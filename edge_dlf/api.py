@@ -128,7 +128,7 @@ class FusedLlama:
         plan = planned()
         # Importing numba and loading kernels takes as long as mapping the models: both at once.
         background = ThreadPoolExecutor(1)
-        fuser = background.submit(_ready_fuser, files.n_vocab, n_threads or default_n_threads())
+        fuser = background.submit(_ready_fuser, files, n_threads or default_n_threads())
         background.shutdown(wait=False)
         self._members = Members(files, plan, planned, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
         try:
@@ -138,7 +138,7 @@ class FusedLlama:
         except BaseException:
             self._members.close()
             raise
-        tokenizer = Tokenizer(self._members.vocabulary, files.n_vocab, ensemble.n_ctx)
+        tokenizer = Tokenizer(self._members.vocabulary, files.n_vocab, ensemble.n_ctx, files.tokens.templates)
         spec = files.spec
         self._open_preparer: Preparer | None = Preparer(
             self.name, spec.defaults, spec.profiles, spec.profile, ensemble, tokenizer, self._members.is_eog
@@ -393,7 +393,7 @@ class FusedLlama:
         return self._driver
 
 
-def _ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
+def _ready_fuser(files: FamilyFiles, n_threads: int) -> Fuser:
     from .fusion.ready import ready_fuser  # loads numba
 
-    return ready_fuser(n_vocab, n_threads)
+    return ready_fuser(files.n_vocab, n_threads, files.tokens.lacking)

@@ -20,6 +20,7 @@ from edge_dlf.cli.screen import Screen
 from edge_dlf.cli.session import Session
 from edge_dlf.families.files import FamilyFiles
 from edge_dlf.families.spec import FamilySpec, ModelSource
+from edge_dlf.families.tokens import SharedTokens
 from edge_dlf.params import METHODS
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class FakeLlama:
         self.experts = tuple(experts)
         spec = FamilySpec.from_files("large.gguf", "base.gguf", dict.fromkeys(experts, "expert.gguf"))
         models: dict[str, Any] = dict.fromkeys(("large", "base", *experts))
-        self.files = FamilyFiles(spec, {}, models, {}, 256)
+        self.files = FamilyFiles(spec, {}, models, {}, SharedTokens(256))
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.options: Options | None = None
         self.is_closed = False

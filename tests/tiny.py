@@ -58,8 +58,9 @@ def add_tokenizer(
     types: list[int],
     chat_template: str | None,
     pre: str = "qwen2",
+    renamed: Mapping[str, str] | None = None,
 ) -> None:
-    writer.add_token_list(tokens)
+    writer.add_token_list([(renamed or {}).get(token, token) for token in tokens])
     writer.add_token_types(types)
     if tokenizer == "bpe":
         writer.add_tokenizer_model("gpt2")
@@ -212,6 +213,8 @@ def tiny_model(
     pad_vocab: int = 0,
     tokens: Mapping[int, str] | None = None,
     control: Sequence[str] = (),
+    order: Mapping[int, int] | None = None,
+    renamed: Mapping[str, str] | None = None,
     chat_template: str | None = CHATML,
     nan: bool = False,
     tied: bool = False,
@@ -224,6 +227,8 @@ def tiny_model(
     drift: adds noise of this relative size to them: a model fine-tuned from the one without.
     spread: standard deviation of the logits, in nats. pad_vocab: entries that only lengthen the vocabulary.
     tokens: id -> text that replaces that entry of the vocabulary. control: control tokens at its end.
+    order: id -> id of the token that stands there instead, with its weights. renamed: text -> text of a token that is
+    otherwise the same.
     nan: every logit is NaN.
     tied: the token embeddings are the output too. file_type: llama.cpp's number of the quantization that was asked for.
     """
@@ -234,6 +239,8 @@ def tiny_model(
     types += [gguf.TokenType.CONTROL] * len(control)
     vocabulary += [f"[PAD{len(vocabulary) + n}]" for n in range(pad_vocab)]
     types += [gguf.TokenType.UNUSED] * pad_vocab
+    ids = [(order or {}).get(token, token) for token in range(len(vocabulary))]
+    vocabulary, types = [vocabulary[token] for token in ids], [types[token] for token in ids]
 
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(path.stem)
@@ -270,7 +277,7 @@ def tiny_model(
         if arch == "gemma3":
             writer.add_sliding_window(64)
         layer_shapes = [transformer_shapes(arch, n_embd, 16, 2 * n_embd)]
-    add_tokenizer(writer, tokenizer, vocabulary, types, chat_template, pre)
+    add_tokenizer(writer, tokenizer, vocabulary, types, chat_template, pre, renamed)
 
     shapes = {
         "token_embd.weight": (len(vocabulary), n_embd),
@@ -287,6 +294,8 @@ def tiny_model(
         values = _weights(name, shape, rng, spread)
         if drift and len(shape) == 2:
             values += np.float32(drift) * values.std() * noise.standard_normal(shape, np.float32)
+        if order and name in ("token_embd.weight", "output.weight"):
+            values = values[ids]
         if nan and name == "output_norm.weight":
             values[0] = np.nan
         is_small = any(part in name for part in ("conv.conv", "conv1d", "ssm_d", "ssm_norm")) or name.endswith("ssm_a")

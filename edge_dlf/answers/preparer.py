@@ -24,7 +24,7 @@ from .completion import ChatCompletion, Completion
 from .message import MessageStream
 from .requests import OF_TEMPLATE, Request, count, flag, schema_of
 from .stream import Answer
-from .template import ChatPrompt, Message
+from .template import ChatPrompt, MemberPrompts, Message
 from .tokenizer import Prompt, Tokenizer
 from .tools import read_tools
 
@@ -94,8 +94,7 @@ class Preparer:
         names = self._ensemble.names
         if unknown := sorted(set(own) - set(names)):
             raise InvalidParameterError(f"prompts names {unknown[0]!r}; the members are {', '.join(names)}")
-        shared = self.tokenizer.prompt(prompt)
-        tokens = {name: self.tokenizer.prompt(own[name]) if name in own else shared for name in names}
+        tokens = self._tokens(prompt, own, names)
         roles, n_ctx = self._ensemble.roles(fusion), self._ensemble.n_ctx
         longest = max(len(tokens[name]) for name in roles.members)
         if longest >= n_ctx:
@@ -124,6 +123,18 @@ class Preparer:
         one_call = prompt.tools is not None and prompt.tools.one_call
         text = MessageStream(stops, prompt.parser(), one_call=one_call)
         return Answer(Generation(request, constraint), self._pieces_of(prompt), text)
+
+    def _tokens(self, prompt: Prompt, own: Mapping[str, Prompt], names: Sequence[str]) -> dict[str, Sequence[int]]:
+        """Return the tokens of each member's prompt: those that its own template made, where there are such."""
+        shared = self.tokenizer.prompt(prompt)
+        tokens: dict[str, Sequence[int]] = {}
+        for name in names:
+            given = own.get(name, prompt)
+            if isinstance(given, MemberPrompts) and name in given.own:
+                tokens[name] = given.own[name]
+            else:
+                tokens[name] = self.tokenizer.prompt(given) if name in own else shared
+        return tokens
 
     def chat(self, messages: Sequence[Message], arguments: dict[str, Any]) -> ChatPrompt:
         """Return the prompt of a chat, by what concerns its template, which is taken out of `arguments`."""
@@ -159,15 +170,14 @@ class Preparer:
             if not isinstance(pair, Sequence) or len(pair) != 2:
                 raise InvalidParameterError(f"a pair must be a prompt and the tokens of its answer, not {pair!r:.60}")
             prompt, answer = pair
-            forced, tokens = tuple(self.tokenizer.known(answer)), self.tokenizer.prompt(prompt)
+            forced, prompts = tuple(self.tokenizer.known(answer)), self._tokens(prompt, {}, roles.members)
             if not forced:
                 raise InvalidParameterError("the answer to be scored has no tokens")
-            if len(tokens) + len(forced) - 1 > n_ctx:
+            longest = max(map(len, prompts.values()))
+            if longest + len(forced) - 1 > n_ctx:
                 raise ContextOverflowError(
-                    f"the prompt has {len(tokens)} tokens and the answer {len(forced)}: "
-                    f"more than the context of {n_ctx}"
+                    f"the prompt has {longest} tokens and the answer {len(forced)}: more than the context of {n_ctx}"
                 )
-            prompts = dict.fromkeys(roles.members, tokens)
             request = GenerationRequest(roles, prompts, fusion, greedy, max_tokens=len(forced), n_top=1, forced=forced)
             return Answer(Generation(request), self._piece)
 

@@ -23,7 +23,18 @@ _ROLES = ("system", "user", "assistant")
 _FIRST_NUMBER = 918_273_000_000
 
 
-class ChatPrompt(list[int]):
+class MemberPrompts(list[int]):
+    """Prompt tokens, and those of members that read the same conversation by a template of their own.
+
+    own: member -> its tokens. Some of them may be control tokens that only such members have.
+    """
+
+    def __init__(self, tokens: Sequence[int], own: Mapping[str, Sequence[int]] | None = None) -> None:
+        super().__init__(tokens)
+        self.own = own or {}
+
+
+class ChatPrompt(MemberPrompts):
     """Prompt tokens that a chat template made, and how the answer to them is to be read.
 
     tools: those that it may call. is_thinking: whether the prompt ends within thinking.

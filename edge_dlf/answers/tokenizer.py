@@ -9,12 +9,14 @@ import numpy as np
 
 from ..engine.constraint import Constraint
 from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError
+from ..gguf.own_template import OwnTemplate
 from ..params import Text
 from ..system.locks import ForkSafeLock
 from .call_grammar import call_grammar
 from .dialects import Dialect
 from .fewest_tokens import FewestTokens
 from .forms import Forms
+from .own_prompts import OwnPrompts
 from .sandbox import NoTemplateError
 from .template import ChatPrompt, ChatTemplate, Message
 from .text import to_bytes
@@ -35,10 +37,14 @@ class Tokenizer:
     """Tokenizer of a family. May be used by several threads.
 
     n_vocab: tokens that all members share. n_ctx: the most tokens of a prompt.
+    templates: of the members that read a conversation by a chat template of their own.
     """
 
-    def __init__(self, model: Model, n_vocab: int, n_ctx: int) -> None:
+    def __init__(
+        self, model: Model, n_vocab: int, n_ctx: int, templates: Mapping[str, OwnTemplate] | None = None
+    ) -> None:
         self.n_vocab, self._n_ctx = n_vocab, n_ctx
+        self._own = OwnPrompts(templates or {}, self._part)
         self._lock, self._is_closed = ForkSafeLock(), False
         self._fewest: FewestTokens | None = None
         self._model = model
@@ -126,6 +132,7 @@ class Tokenizer:
                 self._template = self._compile_template()
         prompt = self._template.prompt(messages, tools, think, variables)
         self._with_bos(prompt)
+        prompt.own = self._own.prompts(messages, tools, think, variables)
         return prompt
 
     def chat_constraint(
@@ -226,7 +233,7 @@ class Tokenizer:
         """End the processes that render the template and read forms. Calling it twice is no error."""
         with self._lock:
             self._is_closed = True
-            for process in (self._forms, self._template):
+            for process in (self._forms, self._template, self._own):
                 if process is not None:
                     process.close()
 

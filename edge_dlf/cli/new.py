@@ -21,6 +21,8 @@ def new(name: str, **files: Any) -> None:
     The files stay where they are. Those that `edge-dlf pull` brought are named by repository, revision and sha256,
     others by their path. The path of the family.toml goes to stdout.
 
+    Where control tokens of the models differ, it says how they were matched.
+
     An adapter that was trained as a corrector says so itself. Where all experts are correctors, the base only holds the
     weights that their LoRAs go over, and is not decoded.
     """
@@ -33,7 +35,12 @@ def new(name: str, **files: Any) -> None:
     if not all(files[role] for role in ("large", "base", "expert")):
         raise InvalidParameterError("give the files: --large FILE --base FILE --expert NAME=FILE")
     spec, screen = replace(spec_of_files(files), name=name), Screen()
-    correctors = sorted(check_files(spec).correctors)
+    checked = check_files(spec)
+    correctors = sorted(checked.correctors)
     screen.show(str(write_family(change_sources(spec, as_hub_source))))
+    for match in checked.tokens.matches.values():
+        screen.say(match.told())
+        if warning := match.warning():
+            screen.say(f"warning: {warning}")
     if correctors:
         screen.say(f"{' and '.join(correctors)}: added to the large model without the base")

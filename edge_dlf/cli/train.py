@@ -85,6 +85,8 @@ def train(
     rows = [row for path in data for row in read_rows(path)]
     loading = {"n_ctx": n_ctx, "n_threads": n_threads, "n_parallel": "auto"}
     with open_family(Options(job.family(), None, loading, {}, system), screen) as llm:
+        if llm.files.tokens.maps:
+            raise InvalidParameterError("an expert cannot be trained through a model whose control tokens are others")
         prepared = Prepared(job, tokenized(llm, rows, raw=raw, system=system), llm.n_vocab)
         if prepared.is_done:
             screen.say(f"{out}: has been trained so already")

@@ -77,7 +77,7 @@ class Drafting:
         n_most = min(self._room(generation, generation.members), MAX_DRAFT if fixed is None else fixed)
         drafts, best, best_rate = [], Draft(), 0.0
         for name, drafter in TEXT_DRAFTERS.items():
-            draft = Draft(name, *drafter(generation.tokens, n_most, generation.request.is_end))
+            draft = Draft(name, *self._pickable(*drafter(generation.tokens, n_most, generation.request.is_end)))
             drafts.append(draft)
             rate, n = 0.0, len(draft.tokens)
             if fixed is None:
@@ -92,6 +92,11 @@ class Drafting:
                 best = self._draft_by_member(generation, member, n_most, rate)
         best.rivals = [draft for draft in drafts if draft is not best]
         return best
+
+    def _pickable(self, tokens: list[int], probabilities: list[float]) -> tuple[list[int], list[float]]:
+        """Return a draft up to the first token that only prompts may hold."""
+        n = next((n for n, token in enumerate(tokens) if token >= self._ensemble.n_vocab), len(tokens))
+        return tokens[:n], probabilities[:n]
 
     def learn(self, generation: Generation, draft: Draft, picks: Sequence[Pick], seconds: float) -> None:
         """Note which guesses were right, and what a step with this draft took."""

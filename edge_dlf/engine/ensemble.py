@@ -15,6 +15,7 @@ from ..errors import InvalidParameterError
 from ..params import METHODS, FusionParams, Overlap, check_names
 from .backend import Backend, Logits, Run
 from .threads import GroupThreads
+from .token_map import TokenMap
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class Ensemble:
     members: those in memory. names: those, and the ones that `require` can load.
     correctors: experts that correct the large model without the base, as `Roles.of` takes them.
     n_vocab: tokens that all members share. What lies beyond in longer rows is padding.
+    maps: ids of those members whose own ids differ from the family's.
     n_ctx: positions that every member has for one sequence.
     n_batch: tokens that every member can evaluate in one batch.
     groups: names of members that share a device, a tuple for each device. Members of one group run one after the
@@ -171,8 +173,10 @@ class Ensemble:
         names: Sequence[str] = (),
         load: Callable[[Sequence[str]], Mapping[str, Backend]] = lambda names: {},
         correctors: Collection[str] = (),
+        maps: Mapping[str, TokenMap] | None = None,
     ) -> None:
         self.members = dict(members)
+        self.maps = maps or {}
         self.names = tuple(names) or tuple(members)
         self.correctors = frozenset(correctors)
         self._load, self._loading = load, threading.Lock()
@@ -221,7 +225,12 @@ class Ensemble:
         else:
             for job in jobs:
                 job()
-        return {name: self.members[name].logits() for name in runs if any(run.n_rows for run in runs[name])}
+        return {name: self._rows(name) for name in runs if any(run.n_rows for run in runs[name])}
+
+    def _rows(self, name: str) -> Logits:
+        """The rows that a member was asked for, in the family's ids."""
+        rows, ids = self.members[name].logits(), self.maps.get(name)
+        return ids.rows(rows) if ids else rows
 
     def _decode_group(self, names: Sequence[str], runs: Mapping[str, Sequence[Run]]) -> None:
         """Decode the members of one group, one after the other."""
@@ -229,7 +238,8 @@ class Ensemble:
             self._repair(name)
             cache = self._caches[name]
             cache.unsure.update(run.seq for run in runs[name])
-            self.members[name].decode(runs[name])
+            ids = self.maps.get(name)
+            self.members[name].decode(ids.runs(runs[name]) if ids else runs[name])
             for run in runs[name]:
                 cache.append(run.seq, run.tokens)
             cache.unsure.clear()

@@ -110,7 +110,8 @@ def evaluate(
         Column(np.float32, (len(methods),)),
         Column(np.bool_, (len(methods),)),
     )
-    reduce = _Reduction(Fuser(llm.n_vocab, n_threads), methods, search, n_kept, n_threads)
+    fuser = Fuser(llm.n_vocab, n_threads, llm.files.tokens.lacking)
+    reduce = _Reduction(fuser, methods, search, n_kept, n_threads)
     arrays = read_answers(
         llm, names, examples, columns, reduce, how=[n_kept, search], kind="tune", folder=folder, tell=tell
     )
@@ -141,7 +142,7 @@ class _Reduction:
 
     def __call__(self, members: Sequence[Rows], names: Sequence[str], draws: Sequence[Draw]) -> Arrays:
         golds = known_tokens(draws)
-        whole = fit.whole(members, names, golds, self._fuser.n_vocab)
+        whole = fit.whole(self._fuser.weighed(members, names), names, golds, self._fuser.n_vocab)
         (kept,) = fit.keep(whole, self._n_kept, sample_seed(draws), n_threads=self._n_threads).arrays
         return kept, *self._score(members, names, golds, draws)
 

@@ -104,7 +104,7 @@ def examine_family(load: Callable[[], tuple[FamilySpec, Mapping[str, Any]]]) -> 
         yield _problem("files", error, "correct the family")
         return
     yield _files(files)
-    yield _check("tokenizer", f"{files.n_vocab:,} tokens, the same in every model", n_vocab=files.n_vocab)
+    yield _tokenizer(files)
     try:
         from .. import llama
     except Exception:  # `examine_machine` has reported it
@@ -254,6 +254,14 @@ def _devices(machine: Machine, member: MemberPlan) -> str:
     if len(machine.gpus) == 1 or not member.n_gpu_layers:
         return "the GPU"
     return " and ".join(gpu.name for gpu, share in zip(machine.gpus, member.split, strict=True) if share)
+
+
+def _tokenizer(files: FamilyFiles) -> Check:
+    matches = files.tokens.matches.values()
+    warnings = [warning for match in matches if (warning := match.warning())]
+    told = "; ".join([*(match.told() for match in matches), *warnings]) or "the same in every model"
+    step = "take small models with more of the large model's control tokens" if warnings else None
+    return _check("tokenizer", f"{files.n_vocab:,} tokens, {told}", step, n_vocab=files.n_vocab)
 
 
 def _template(files: FamilyFiles) -> Check:

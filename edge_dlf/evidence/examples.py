@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..answers.template import MemberPrompts
 from ..api import FusedLlama
 from ..errors import InvalidParameterError
 from ..system.jsonl import parse_object, read_lines
@@ -20,12 +21,14 @@ class Example:
     prompt, answer: token ids. The answer's last token ends it.
     text: the answer.
     weight: how much it counts in training.
+    own: members that read it by a chat template of their own, each with its prompt.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     text: str
     weight: float = 1.0
+    own: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -80,16 +83,17 @@ def tokenized(
             if system is not None and messages[0].get("role") != "system":
                 messages = [{"role": "system", "content": system}, *messages]
             try:
-                tokens: list[int] = llm.apply_chat_template(messages)
+                tokens: MemberPrompts = llm.apply_chat_template(messages)
             except InvalidParameterError as error:
                 raise InvalidParameterError(f"{where}: {error}") from error
         else:
-            tokens = llm.tokenize(prompt) or [llm.first_token]
+            tokens = MemberPrompts(llm.tokenize(prompt) or [llm.first_token])
         answered = llm.tokenize_answer(answer, is_chat=is_chat)
-        n_tokens = len(tokens) + len(answered) - 1
+        n_tokens = max(map(len, (tokens, *tokens.own.values()))) + len(answered) - 1
         if n_tokens > llm.n_ctx:
             raise InvalidParameterError(f"{where}: has {n_tokens} tokens, more than the context of {llm.n_ctx}")
-        examples.append(Example(tuple(tokens), tuple(answered), answer, _weight(row, where)))
+        own = tuple((name, tuple(prompt)) for name, prompt in tokens.own.items())
+        examples.append(Example(tuple(tokens), tuple(answered), answer, _weight(row, where), own))
     return examples
 
 

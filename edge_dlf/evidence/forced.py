@@ -123,7 +123,7 @@ def _run(
             prompt, answer = examples[number].prompt, examples[number].answer
             request = GenerationRequest(
                 roles,
-                dict.fromkeys(roles.members, prompt),
+                {**dict.fromkeys(roles.members, prompt), **dict(examples[number].own)},
                 FusionParams(),
                 replace(_GREEDY, seed=number),
                 max_tokens=len(answer),
@@ -217,7 +217,7 @@ def _path(
     digest = blake2b(_FORMAT, digest_size=12)
     digest.update(json.dumps([family, llm.cache_types, how], sort_keys=True).encode())
     for example in examples:
-        digest.update(json.dumps([example.prompt, example.answer]).encode())
+        digest.update(json.dumps([example.prompt, example.answer, *example.own]).encode())
     path = folder / f"{digest.hexdigest()}.rows"
     try:
         folder.mkdir(parents=True, exist_ok=True)

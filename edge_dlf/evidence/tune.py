@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..answers.template import MemberPrompts
 from ..api import FusedLlama
 from ..errors import EdgeDLFError, InvalidParameterError
 from ..llama import default_n_threads
@@ -237,7 +238,8 @@ def _request(result: TuneResult, outcome: Outcome, number: int) -> dict[str, Any
     if outcome.fold_weights:
         settings["weights"] = outcome.fold_weights[result.folds[number]]
     n_most = len(example.answer) + _SLACK
-    return {"id": str(number), "prompt": list(example.prompt), "max_tokens": n_most, "edge_dlf": settings}
+    prompt = MemberPrompts(example.prompt, dict(example.own))
+    return {"id": str(number), "prompt": prompt, "max_tokens": n_most, "edge_dlf": settings}
 
 
 def answers_right(outcome: Outcome) -> Estimate:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,21 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.ensemble import Roles
-from ..errors import FamilyError, InvalidParameterError, VocabMismatchError
-from ..gguf.header import header_hash, show
+from ..errors import FamilyError, InvalidParameterError
+from ..gguf.header import header_hash
 from ..gguf.info import GGUFInfo, check_lora_fits, read_info
 from ..params import METHODS, ByName, Number, params_of
 from .spec import ExpertSpec, FamilySpec
+from .tokens import SharedTokens, share_tokens
 
 _THROUGH = "edge_dlf.trained.through"
 """Key of an adapter's header: what it was trained as, such as "corrector"."""
 _LARGE = "edge_dlf.trained.large"
 """Key of an adapter's header: `header_hash` of the large model that it was trained for."""
-_UNUSED = 5  # GGUF's type of a token that never occurs
-_PADDING = re.compile(
-    rb"[\[<]\|?([a-z]+_)*pad(ding)?(_?token|_id)?_?\d*\|?[\]>]|<\|?(unused|extra|reserved|dummy)[\w-]*\|?>",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class FamilyFiles:
     models: role -> header of its model; a LoRA expert has the base's. Where all experts are correctors there is no role
         "base": its file only holds the weights that their LoRAs go over.
     loras: LoRA expert -> its (file, scale) pairs.
-    n_vocab: tokens that all models share; longer lists only add padding.
+    tokens: those that all models share.
     correctors: experts that are added to the large model as they are, without the base.
     """
 
@@ -45,8 +40,13 @@ class FamilyFiles:
     infos: Mapping[Path, GGUFInfo]
     models: Mapping[str, GGUFInfo]
     loras: Mapping[str, tuple[tuple[Path, float], ...]]
-    n_vocab: int
+    tokens: SharedTokens
     correctors: frozenset[str] = frozenset()
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens that can be picked."""
+        return self.tokens.n_vocab
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -152,12 +152,10 @@ def check_files(family: FamilySpec | str | Path) -> FamilyFiles:
         if twice := next((path for path in paths if paths.count(path) > 1), None):
             raise FamilyError(f"expert {expert.name!r} names {twice} twice; name it once, with the sum of the scales")
         models[expert.name], loras[expert.name] = base, pairs
-    for model in {id(model): model for model in models.values() if model is not large}.values():
-        _check_one_tokenizer(large, model)
-    n_vocab = min(map(_n_vocab, models.values()))
+    tokens = share_tokens(models)
     if len(correctors) == len(spec.experts):
         del models["base"]
-    files = FamilyFiles(spec, infos, models, loras, n_vocab, frozenset(correctors))
+    files = FamilyFiles(spec, infos, models, loras, tokens, frozenset(correctors))
     return _with_method(files) if correctors else files
 
 
@@ -192,29 +190,3 @@ def _with_method(files: FamilyFiles) -> FamilyFiles:
             what = f"profile {profile}" if profile else "[defaults]"
             raise FamilyError(f"{spec.name}: its {what} cannot be used: {error}") from error
     return files
-
-
-def _check_one_tokenizer(a: GGUFInfo, b: GGUFInfo) -> None:
-    """The same kind, and the same text at every id that both have; beyond that only padding."""
-    both = f"{a.path} and {b.path} do not share one tokenizer"
-    kinds = [model.metadata.get("tokenizer.ggml.model") for model in (a, b)]
-    if kinds[0] != kinds[1]:
-        raise VocabMismatchError(f"{both}: the first is of type {kinds[0]!r}, the second of type {kinds[1]!r}")
-    short, long = sorted((a, b), key=_n_vocab)
-    if not long.vocabulary.tokens.data.startswith(short.vocabulary.tokens.data):
-        pairs = enumerate(zip(a.vocabulary.tokens.since(0), b.vocabulary.tokens.since(0), strict=False))
-        token, (ours, theirs) = next((token, texts) for token, texts in pairs if texts[0] != texts[1])
-        raise VocabMismatchError(f"{both}: token {token} is {show(ours)} in the first and {show(theirs)} in the second")
-    if _n_vocab(short) == _n_vocab(long):
-        return
-    for token, text in enumerate(long.vocabulary.tokens.since(_n_vocab(short)), _n_vocab(short)):
-        is_padding = long.vocabulary.types[token] == _UNUSED or _PADDING.fullmatch(text)
-        if not is_padding:
-            raise VocabMismatchError(
-                f"{both}: {long.path.name} has token {token}, {show(text)}, where the other has ended"
-            )
-
-
-def _n_vocab(model: GGUFInfo) -> int:
-    assert model.n_vocab is not None, "a model has a vocabulary"
-    return model.n_vocab

@@ -40,8 +40,6 @@ _MOVED_BYTES = 128 * 2**20
 """Most bytes of one sequence's KV stream: two streams are copied while they are swapped."""
 _CELLS_PER_SEQUENCE = 1024
 """Positions of the shared KV cache for each sequence; a longer sequence uses what others leave free."""
-_ENDS = "eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"
-"""Kinds of tokens that end an answer, in a GGUF's keys."""
 
 
 def plan_memory(
@@ -121,7 +119,6 @@ class Members:
         self._settings: dict[str, Any] = {"n_threads": n_threads, "type_k": type_k, "type_v": type_v}
         self._models: dict[Path, Model] = {}
         self._streams: bool | None = None
-        self._ends = _ends(files)
         large = files.models["large"].path
         with ExitStack() as self._closing:
             self._load(plan)
@@ -136,7 +133,13 @@ class Members:
         """Return the members as the engine decodes them, which asks for the others when a request needs them."""
         files, names = self._files, tuple(self._files.models)
         return Ensemble(
-            self.backends, files.n_vocab, self.lanes, names=names, load=self._load_more, correctors=files.correctors
+            self.backends,
+            files.n_vocab,
+            self.lanes,
+            names=names,
+            load=self._load_more,
+            correctors=files.correctors,
+            maps=files.tokens.maps,
         )
 
     def set_overlap(self, ensemble: Ensemble, overlap: Overlap | Literal["auto"]) -> None:
@@ -212,17 +215,12 @@ class Members:
 
     def is_eog(self, token: int) -> bool:
         """Whether `token` ends an answer for any member, loaded or not."""
-        return self.vocabulary.is_eog(token) or token in self._ends
+        # What llama.cpp tells by their text, every model that has these tokens has by the same text.
+        return self.vocabulary.is_eog(token) or token in self._files.tokens.ends
 
     def close(self) -> None:
         """Free contexts and weights. Calling it twice is no error."""
         self._closing.close()
-
-
-def _ends(files: FamilyFiles) -> frozenset[object]:
-    """Tokens that end an answer by the header of any model. What llama.cpp tells by their text, all models share."""
-    keys = [f"tokenizer.ggml.{kind}_token_id" for kind in _ENDS]
-    return frozenset(info.metadata[key] for info in files.models.values() for key in keys if key in info.metadata)
 
 
 def ways_to_overlap() -> tuple[Overlap, ...]:

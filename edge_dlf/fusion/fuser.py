@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from .kernels.fuse import GROUP
 from .kernels.pick import DRAW, LARGEST_TOKEN, PICK, pick_rows
 from .kernels.search import ALL, CHOICE, CHUNK, NOISE, NOTHING, OBJECTIVE, choose, describe, search_rows
 from .kernels.sums import BLOCK
+from .lacking import with_the_large_models
 from .records import AlphaChoice, Draw, Pick
 
 _NO_TOKENS: Int64Array = np.empty(0, np.int64)
@@ -31,11 +32,13 @@ class Fuser:
     """Searches α, fuses rows of `n_vocab` logits and chooses tokens. Keeps its scratch memory. Not for concurrent use.
 
     Rows are read in place. They may be wider than `n_vocab`; the rest of a row is padding and is ignored.
+    lacking: name of a member -> tokens that its vocabulary lacks, whose logits are −inf.
     """
 
-    def __init__(self, n_vocab: int, n_threads: int = 1) -> None:
+    def __init__(self, n_vocab: int, n_threads: int = 1, lacking: Mapping[str, Int64Array] | None = None) -> None:
         n_groups, n_slots = -(-n_vocab // GROUP), 2 * n_threads
         self.n_vocab = n_vocab
+        self._lacking = lacking or {}
         self._fused: Float32Array = np.empty((n_slots, n_vocab), np.float32)
         self._maxima: Float32Array = np.empty((n_slots, n_groups), np.float32)
         self._masses: Float32Array = np.empty((n_slots, n_groups), np.float32)
@@ -64,7 +67,8 @@ class Fuser:
         draws: how to choose from each row, (K,)
 
         A token is impossible in the weighted fusion if a member with a positive weight gives it −inf. A member with
-        a negative weight that gives it −inf is left out for this token: its log p counts as 0.
+        a negative weight that gives it −inf is left out for this token: its log p counts as 0. For a token that a
+        member lacks, the large model's probability counts as the member's.
 
         A row from which nothing can be picked has `error` set: NonFiniteLogitsError where a member that takes part
         returned NaN, +inf or no finite logit, DecodeError where no token is possible for every member with a positive
@@ -73,6 +77,9 @@ class Fuser:
         """
         if not draws:
             return []
+        is_weighted = len(weights[0]) == len(members)
+        if is_weighted:
+            members = self.weighed(members, names)
         addresses = row_addresses(members, len(draws), self.n_vocab)
         choices: list[AlphaChoice | None] = [None] * len(draws)
         errors: dict[int, EdgeDLFError] = {}
@@ -81,7 +88,6 @@ class Fuser:
             errors.update(found)
             n_experts = len(members) - 2
             weights = [_alphas(choice, n_experts) for choice in choices]
-        is_weighted = len(weights[0]) == len(members)
         terms = _weighted_terms(tuple(names)) if is_weighted else _difference_terms(len(members))
         factors = np.array(weights if is_weighted else [(1.0, *row) for row in weights], np.float64)
         if factors.shape != (len(draws), len(terms)):
@@ -97,6 +103,12 @@ class Fuser:
                 top = tuple(zip(top_tokens[k, :n_top].tolist(), top_logprobs[k, :n_top].tolist(), strict=True))
                 results.append(Pick(token, logprob, top, tuple(weights[k]), choices[k]))
         return results
+
+    def weighed(self, members: Sequence[Rows], names: Sequence[str]) -> Sequence[Rows]:
+        """Return the rows as the weighted fusion takes them, which leaves it to the large model what a member lacks."""
+        if not self._lacking:
+            return members
+        return with_the_large_models(members, names, self._lacking, self.n_vocab)
 
     def _choose(
         self, addresses: Int64Array, terms: Int64Array, factors: Float64Array, draws: Sequence[Draw]
@@ -121,7 +133,7 @@ class Fuser:
         n_recent = n_biases = 0
         for k, draw in enumerate(draws):
             x = draw.sampling
-            tokens = draw.recent
+            tokens = draw.recent[draw.recent < self.n_vocab]
             biased, values = _biases(draw, self.n_vocab)
             records[k] = (
                 x.temperature, x.top_p, x.min_p, x.repeat_penalty, x.frequency_penalty, x.presence_penalty,

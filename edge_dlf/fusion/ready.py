@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
+from collections.abc import Mapping
 
 import numpy as np
 
 from ..params import FusionParams, SamplingParams
 from ..system.child import python_command
 from ..system.machine import n_cores
-from .dispatch import Float32Array, Threads, row_addresses
+from .dispatch import Float32Array, Int64Array, Threads, row_addresses
 from .fuser import AlphaSearch, Fuser
 from .kernels.cache import is_ready
 from .kernels.search import search_rows
@@ -29,7 +30,7 @@ _ROWS = np.array([[[0.0, 1.0]], [[0.0, 1.0]], [[1.0, 2.0]]], np.float32)
 _MASKED = np.array([[[0.0, 1.0]], [[0.0, 1.0]], [[1.0, -np.inf]]], np.float32)
 
 
-def ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
+def ready_fuser(n_vocab: int, n_threads: int, lacking: Mapping[str, Int64Array]) -> Fuser:
     """Load the kernels and return a fuser that uses up to `n_threads` threads. Compiling is announced in the log."""
     notice = "compiling kernels for this machine; they are kept, so later starts are quick"
     timer = threading.Timer(_PATIENCE_S, logger.warning, [notice])
@@ -39,7 +40,7 @@ def ready_fuser(n_vocab: int, n_threads: int) -> Fuser:
         warm_up()
     finally:
         timer.cancel()
-    return Fuser(n_vocab, n_threads if n_vocab >= _WORTH_THREADS else 1)
+    return Fuser(n_vocab, n_threads if n_vocab >= _WORTH_THREADS else 1, lacking)
 
 
 def warm_up() -> None:

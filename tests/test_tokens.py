@@ -1,0 +1,246 @@
+"""Families whose control tokens are renamed, moved or missing in some of their models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_dlf import FusedLlama, SamplingParams
+from edge_dlf.engine.backend import Run
+from edge_dlf.evidence import tune
+from edge_dlf.families.spec import FamilySpec
+from edge_dlf.llama import LlamaBackend, Model
+
+from . import naive
+from .tiny import bpe_vocabulary, tiny_lora, tiny_model
+
+N = len(bpe_vocabulary()[0])
+BOS, START, END, THINK, TOOL = range(N - 3, N + 2)
+"""Ids in the large model: of <|endoftext|>, <|im_start|>, <|im_end|>, which ends texts, <think> and <tool>."""
+CONTROL = ("<think>", "<tool>")
+ORDER = {BOS: TOOL, START: BOS, END: THINK, THINK: START, TOOL: END}
+RENAMED = {"<|endoftext|>": "<begin>", "<|im_end|>": "<end>"}
+OWN = "{% for m in messages %}<begin>{{ m['content'] }}<end>{% endfor %}<|im_start|>"
+PROMPT = "<|im_start|>user\nOnce upon a <tool>time<|im_end|>\n<|im_start|>"
+OFTEN = {BOS: 6.0, START: 6.0, THINK: 6.0, TOOL: 6.0}
+METHODS: Sequence[Mapping[str, Any]] = (
+    {"method": "dynamic"},
+    {"method": "dynamic", "search": "exact"},
+    {"method": "dynamic", "plausibility": 0.1},
+    {"method": "static", "alpha": {"tuned": 0.7, "lora": -0.2}},
+    {"method": "blend"},
+    {"method": "weighted", "weights": {"large": 0.5, "base": -0.3, "tuned": 0.8}},
+    {"method": "weighted", "weights": {"base": 0.4, "tuned": 0.6}},
+    {"method": "large"},
+    {"method": "base"},
+    {"method": "tuned"},
+)
+
+
+def names(method: Mapping[str, Any]) -> str:
+    return " ".join(str(value) for value in method.values())
+
+
+def write_family(folder: Path, **small: Any) -> Path:
+    """Write a family whose small models differ from the usual ones by the arguments `small` of `tiny_model`."""
+    folder.mkdir()
+    tiny_model(folder / "large.gguf", seed=1, n_embd=64, control=CONTROL, pad_vocab=5)
+    given = {"control": CONTROL, **small}
+    tiny_model(folder / "base.gguf", seed=2, **given)
+    tiny_model(folder / "tuned.gguf", seed=2, drift=0.5, **given)
+    tiny_lora(folder / "lora.gguf", seed=3)
+    (folder / "family.toml").write_text(
+        'name = "tiny"\n[large]\npath = "large.gguf"\n[base]\npath = "base.gguf"\n'
+        '[[experts]]\nname = "lora"\nlora = "lora.gguf"\n[[experts]]\nname = "tuned"\npath = "tuned.gguf"\n'
+    )
+    return folder
+
+
+def opened(folder: Path) -> FusedLlama:
+    return FusedLlama.from_family(folder, n_ctx=256, n_threads=1, n_parallel=3)
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FusedLlama]:
+    """The family with equal tokens."""
+    with opened(write_family(tmp_path_factory.mktemp("tokens") / "equal")) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FusedLlama]:
+    """The same family, but that the control tokens of its small models are renamed and moved."""
+    folder = tmp_path_factory.mktemp("tokens") / "other"
+    with opened(write_family(folder, order=ORDER, renamed=RENAMED, chat_template=OWN)) as llm:
+        yield llm
+
+
+def tokens(llm: FusedLlama, prompt: Any = PROMPT, **settings: Any) -> list[tuple[int, float]]:
+    given = {"max_tokens": 24, "repeat_penalty": 1.2, "seed": 5, "logit_bias": OFTEN, **settings}
+    return [(token.id, token.logprob) for token in llm.stream(prompt, **given)]
+
+
+def ids(found: Sequence[tuple[int, float]]) -> list[int]:
+    return [token for token, _ in found]
+
+
+class TestTheSameFamilyWithEqualTokens:
+    """Token for token, whatever is asked."""
+
+    @pytest.mark.parametrize("method", METHODS, ids=names)
+    @pytest.mark.parametrize("draft", ["off", 4])
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_streams(
+        self, equal: FusedLlama, other: FusedLlama, method: Mapping[str, Any], draft: Any, temperature: float
+    ) -> None:
+        found, wanted = (tokens(llm, draft=draft, temperature=temperature, **method) for llm in (other, equal))
+        assert ids(found) == ids(wanted)
+        np.testing.assert_allclose([p for _, p in found], [p for _, p in wanted], atol=1e-4)
+
+    def test_control_tokens_are_picked_at_all(self, equal: FusedLlama) -> None:
+        picked = {token for seed in range(4) for token, _ in tokens(equal, seed=seed, temperature=1.0)}
+        assert len(picked & set(OFTEN)) >= 3
+
+    def test_batches(self, equal: FusedLlama, other: FusedLlama) -> None:
+        requests = [
+            {"id": f"{n}", "prompt": PROMPT * (1 + n % 2), "max_tokens": 12, "edge_dlf": dict(method)}
+            for n, method in enumerate(METHODS)
+        ]
+        found, wanted = (
+            [
+                row["response"]["body"]["choices"][0]["text"]
+                for row in llm.batch(requests, ordered=True, temperature=1.0, logit_bias=OFTEN, draft="off")
+            ]
+            for llm in (other, equal)
+        )
+        assert found == wanted
+
+    @pytest.mark.parametrize("method", METHODS, ids=names)
+    def test_scores(self, equal: FusedLlama, other: FusedLlama, method: Mapping[str, Any]) -> None:
+        answer = [40, THINK, 41, TOOL, START, 42, END]
+        (found,), (wanted,) = (
+            [score for _, score in llm.score([(PROMPT, answer)], **method)] for llm in (other, equal)
+        )
+        np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-4)
+
+    def test_traces(self, equal: FusedLlama, other: FusedLlama) -> None:
+        given: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0, "trace": True, "logit_bias": OFTEN}
+        found, wanted = (llm.create_completion(PROMPT, **given)["edge_dlf"]["trace"] for llm in (other, equal))
+        assert json.dumps(found["tokens"]) == pytest.approx(json.dumps(wanted["tokens"]))
+
+    def test_tuned_weights(
+        self, equal: FusedLlama, other: FusedLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        rows = [{"prompt": f"{n} <tool>", "answer": f"it is {n * n}"} for n in range(12)]
+        found, wanted = (tune.tune(llm, rows, raw=True, n_threads=1) for llm in (other, equal))
+        assert [outcome.name for outcome in found.outcomes] == [outcome.name for outcome in wanted.outcomes]
+        for ours, theirs in zip(found.outcomes, wanted.outcomes, strict=True):
+            np.testing.assert_allclose(ours.losses, theirs.losses, atol=1e-2)
+
+    def test_a_chat_by_templates_of_their_own(self, equal: FusedLlama, other: FusedLlama) -> None:
+        messages = [{"role": "user", "content": "A <|im_end|> B <end>"}]
+        own = equal.tokenize("<|endoftext|>", special=True) + equal.tokenize("A <|im_end|> B <end>", special=False)
+        own += equal.tokenize("<|im_end|><|im_start|>", special=True)
+        prompt = other.apply_chat_template(messages)
+        assert list(prompt) == list(equal.apply_chat_template(messages))
+        assert prompt.own == dict.fromkeys(("base", "lora", "tuned"), own)
+        for method in METHODS:
+            assert ids(tokens(other, prompt, **method)) == ids(
+                tokens(equal, list(prompt), prompts=dict.fromkeys(("base", "lora", "tuned"), own), **method)
+            )
+
+
+def small_ids(family: Path, member: str) -> tuple[dict[int, int], dict[int, int]]:
+    """What a member of the oracle's family reads for each id of the large model, and where it has a logit for it.
+
+    By hand: <think> is unknown to it and read as a line break, <|im_end|> is its <end>, others stand elsewhere.
+    """
+    line_break = bpe_vocabulary()[0].index("Ċ")
+    same = {token: token for token in range(BOS)}
+    columns = {**same, BOS: TOOL - 1, START: BOS, END: START, TOOL: END}
+    return {**columns, THINK: line_break}, columns
+
+
+class Oracle:
+    """Greedy decoding in float64, each member by itself, in its own ids."""
+
+    def __init__(self, folder: Path) -> None:
+        paths = {"large": "large", "base": "base", "tuned": "tuned"}
+        self.members = {
+            name: LlamaBackend(Model(folder / f"{file}.gguf"), name, n_ctx=128, n_threads=1)
+            for name, file in paths.items()
+        }
+        self.reads, self.columns = small_ids(folder, "base")
+
+    def row(self, name: str, text: Sequence[int]) -> Any:
+        """Logits in the family's ids, −inf for what the member lacks."""
+        member = self.members[name]
+        member.trim(0, 0)
+        member.decode([Run(0, text if name == "large" else [self.reads[token] for token in text], 1)])
+        own = member.logits()[0].astype(np.float64)
+        if name == "large":
+            return own[: TOOL + 1]
+        return np.array([own[self.columns[token]] if token in self.columns else -np.inf for token in range(TOOL + 1)])
+
+    def fused(self, method: Mapping[str, Any], text: Sequence[int]) -> Any:
+        """Logits of the fusion."""
+        rows = {name: self.row(name, text) for name in self.members}
+        large, base, tuned = rows.values()
+        if method["method"] in rows:
+            return rows[method["method"]]
+        if method["method"] in ("dynamic", "static"):
+            alpha = method.get("alpha", {}).get("tuned") or naive.search(large, base, [tuned])[1]
+            fused = large + alpha * naive.log_ratio(base, tuned)[0]
+            beta = method.get("plausibility")
+            return naive.restricted(fused, [tuned], [alpha], beta) if beta else fused
+        weights = method.get("weights") or {"large": 0.5, "tuned": 0.5}
+        return sum(weight * self.extended(rows, name, weights) for name, weight in weights.items())
+
+    def extended(self, rows: Mapping[str, Any], name: str, weights: Mapping[str, float]) -> Any:
+        """log p̃ of a member: P(v) for the v that it lacks, (1 − P(lacking)) p(v) for others."""
+        lacks = ~np.isfinite(rows[name])
+        with np.errstate(divide="ignore"):
+            large, own = (np.log(naive.softmax(rows[each])) for each in ("large", name))
+        if "large" not in weights or not lacks.any():
+            return own
+        return np.where(lacks, large, np.log1p(-np.exp(large[lacks]).sum()) + own)
+
+
+@pytest.fixture(scope="module")
+def lacking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family of one expert whose small models have no <think>, and stop one token earlier."""
+    folder = tmp_path_factory.mktemp("tokens")
+    order = {BOS: START, START: END, END: TOOL - 1, TOOL - 1: BOS}
+    small: dict[str, Any] = {"control": CONTROL[1:], "order": order, "renamed": RENAMED}
+    tiny_model(folder / "large.gguf", seed=1, n_embd=64, control=CONTROL)
+    tiny_model(folder / "base.gguf", seed=2, **small)
+    tiny_model(folder / "tuned.gguf", seed=2, drift=0.5, **small)
+    return folder
+
+
+def spec(folder: Path) -> FamilySpec:
+    return FamilySpec.from_files(folder / "large.gguf", folder / "base.gguf", {"tuned": folder / "tuned.gguf"})
+
+
+@pytest.mark.parametrize(
+    "method",
+    [method for method in METHODS if "exact" not in method.values() and method["method"] != "static"],
+    ids=names,
+)
+def test_the_oracle(lacking: Path, method: Mapping[str, Any]) -> None:
+    oracle, text = Oracle(lacking), [40, START, 41, THINK, 42]
+    sampling = SamplingParams(temperature=0.0, repeat_penalty=1.0, logit_bias=OFTEN)
+    with FusedLlama.from_family(spec(lacking), n_ctx=128, n_threads=1) as llm:
+        for draft in ("off", 3):
+            found = llm.stream(text, max_tokens=20, draft=draft, temperature=0.0, logit_bias=OFTEN, **method)
+            for n, token in enumerate(picked := list(found)):
+                fused = oracle.fused(method, [*text, *(each.id for each in picked[:n])])
+                assert token.id == naive.select(fused, sampling, 0, 0)
+                assert token.logprob == pytest.approx(naive.log_softmax(fused)[0][token.id], abs=2e-4)
+            assert len(picked) == 20 or picked[-1].id == END
