@@ -187,7 +187,7 @@ def test_a_fine_tune_may_have_one_more_token_for_padding(
 ) -> None:
     tiny_model(tmp_path / "base.gguf", n_embd=16, n_layer=1)
     texts, types = tiny.bpe_vocabulary()
-    monkeypatch.setattr(tiny, "bpe_vocabulary", lambda: ([*texts, token], [*types, 3]))
+    monkeypatch.setattr(tiny, "bpe_vocabulary", lambda: ([*texts, token], [*types, 3 if is_padding else 1]))
     tiny_model(tmp_path / "tuned.gguf", n_embd=16, n_layer=1)
     family = FamilySpec.from_files(tmp_path / "base.gguf", tmp_path / "base.gguf", {"x": tmp_path / "tuned.gguf"})
     if is_padding:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from edge_dlf import FusedLlama, SamplingParams
+from edge_dlf import FusedLlama, SamplingParams, VocabMismatchError
+from edge_dlf.cli import main
 from edge_dlf.engine.backend import Run
 from edge_dlf.evidence import tune
+from edge_dlf.evidence.doctor import examine_family
+from edge_dlf.families.files import check_files
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.llama import LlamaBackend, Model
 
@@ -27,7 +31,7 @@ ORDER = {BOS: TOOL, START: BOS, END: THINK, THINK: START, TOOL: END}
 RENAMED = {"<|endoftext|>": "<begin>", "<|im_end|>": "<end>"}
 OWN = "{% for m in messages %}<begin>{{ m['content'] }}<end>{% endfor %}<|im_start|>"
 PROMPT = "<|im_start|>user\nOnce upon a <tool>time<|im_end|>\n<|im_start|>"
-OFTEN = {BOS: 6.0, START: 6.0, THINK: 6.0, TOOL: 6.0}
+OFTEN = {START: 4.0, THINK: 4.0, TOOL: 4.0}
 METHODS: Sequence[Mapping[str, Any]] = (
     {"method": "dynamic"},
     {"method": "dynamic", "search": "exact"},
@@ -80,9 +84,23 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FusedLlama]:
         yield llm
 
 
+def fresh(llm: FusedLlama) -> FusedLlama:
+    """The family with empty caches: what llama.cpp evaluates in other batches it rounds otherwise."""
+    llm.driver.clear()
+    llm.driver.decoder.ensemble.forget()
+    return llm
+
+
 def tokens(llm: FusedLlama, prompt: Any = PROMPT, **settings: Any) -> list[tuple[int, float]]:
     given = {"max_tokens": 24, "repeat_penalty": 1.2, "seed": 5, "logit_bias": OFTEN, **settings}
-    return [(token.id, token.logprob) for token in llm.stream(prompt, **given)]
+    return [(token.id, token.logprob) for token in fresh(llm).stream(prompt, **given)]
+
+
+def flat(tree: Any) -> tuple[list[float], str]:
+    """All numbers of a tree of JSON that have a fraction, and the text of all else."""
+    numbers: list[float] = []
+    text = json.dumps(json.loads(json.dumps(tree), parse_float=lambda number: numbers.append(float(number))))
+    return numbers, text
 
 
 def ids(found: Sequence[tuple[int, float]]) -> list[int]:
@@ -103,8 +121,8 @@ class TestTheSameFamilyWithEqualTokens:
         np.testing.assert_allclose([p for _, p in found], [p for _, p in wanted], atol=1e-4)
 
     def test_control_tokens_are_picked_at_all(self, equal: FusedLlama) -> None:
-        picked = {token for seed in range(4) for token, _ in tokens(equal, seed=seed, temperature=1.0)}
-        assert len(picked & set(OFTEN)) >= 3
+        picked = {token for seed in range(8) for token, _ in tokens(equal, seed=seed, temperature=1.0)}
+        assert len(picked & set(OFTEN)) >= 2
 
     def test_batches(self, equal: FusedLlama, other: FusedLlama) -> None:
         requests = [
@@ -114,7 +132,7 @@ class TestTheSameFamilyWithEqualTokens:
         found, wanted = (
             [
                 row["response"]["body"]["choices"][0]["text"]
-                for row in llm.batch(requests, ordered=True, temperature=1.0, logit_bias=OFTEN, draft="off")
+                for row in fresh(llm).batch(requests, ordered=True, temperature=1.0, logit_bias=OFTEN, draft="off")
             ]
             for llm in (other, equal)
         )
@@ -124,14 +142,16 @@ class TestTheSameFamilyWithEqualTokens:
     def test_scores(self, equal: FusedLlama, other: FusedLlama, method: Mapping[str, Any]) -> None:
         answer = [40, THINK, 41, TOOL, START, 42, END]
         (found,), (wanted,) = (
-            [score for _, score in llm.score([(PROMPT, answer)], **method)] for llm in (other, equal)
+            [score for _, score in fresh(llm).score([(PROMPT, answer)], **method)] for llm in (other, equal)
         )
         np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-4)
 
     def test_traces(self, equal: FusedLlama, other: FusedLlama) -> None:
         given: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0, "trace": True, "logit_bias": OFTEN}
-        found, wanted = (llm.create_completion(PROMPT, **given)["edge_dlf"]["trace"] for llm in (other, equal))
-        assert json.dumps(found["tokens"]) == pytest.approx(json.dumps(wanted["tokens"]))
+        found, wanted = (fresh(llm).create_completion(PROMPT, **given)["edge_dlf"]["trace"] for llm in (other, equal))
+        numbers, texts = flat(found["tokens"])
+        assert texts == flat(wanted["tokens"])[1]
+        np.testing.assert_allclose(numbers, flat(wanted["tokens"])[0], atol=1e-3)
 
     def test_tuned_weights(
         self, equal: FusedLlama, other: FusedLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -156,8 +176,8 @@ class TestTheSameFamilyWithEqualTokens:
             )
 
 
-def small_ids(family: Path, member: str) -> tuple[dict[int, int], dict[int, int]]:
-    """What a member of the oracle's family reads for each id of the large model, and where it has a logit for it.
+def small_ids() -> tuple[dict[int, int], dict[int, int]]:
+    """What a small member of the family `lacking` reads for each id of the large model, and the column of its logit.
 
     By hand: <think> is unknown to it and read as a line break, <|im_end|> is its <end>, others stand elsewhere.
     """
@@ -176,7 +196,7 @@ class Oracle:
             name: LlamaBackend(Model(folder / f"{file}.gguf"), name, n_ctx=128, n_threads=1)
             for name, file in paths.items()
         }
-        self.reads, self.columns = small_ids(folder, "base")
+        self.reads, self.columns = small_ids()
 
     def row(self, name: str, text: Sequence[int]) -> Any:
         """Logits in the family's ids, −inf for what the member lacks."""
@@ -188,17 +208,35 @@ class Oracle:
             return own[: TOOL + 1]
         return np.array([own[self.columns[token]] if token in self.columns else -np.inf for token in range(TOOL + 1)])
 
-    def fused(self, method: Mapping[str, Any], text: Sequence[int]) -> Any:
-        """Logits of the fusion."""
+    @staticmethod
+    def alone(path: Path) -> Callable[[Sequence[int], int], list[int]]:
+        """Greedy tokens of one model after a text, in its own ids, of those that the large model has too."""
+        member = LlamaBackend(Model(path), "alone", n_ctx=128, n_threads=1)
+
+        def decode(text: Sequence[int], n_tokens: int) -> list[int]:
+            tokens = list(text)
+            for _ in range(n_tokens):
+                member.trim(0, 0)
+                member.decode([Run(0, tokens, 1)])
+                tokens.append(int(member.logits()[0][: TOOL + 1].argmax()))
+            return tokens[len(text) :]
+
+        return decode
+
+    def fused(self, method: Mapping[str, Any], text: Sequence[int], alpha: float) -> Any:
+        """Logits of the fusion. alpha: what was found at this token, which must be as good as any."""
         rows = {name: self.row(name, text) for name in self.members}
         large, base, tuned = rows.values()
         if method["method"] in rows:
             return rows[method["method"]]
-        if method["method"] in ("dynamic", "static"):
-            alpha = method.get("alpha", {}).get("tuned") or naive.search(large, base, [tuned])[1]
+        if method["method"] == "dynamic":
+            (j,), *_ = naive.objectives(large, base, [tuned], [*naive.GRID, alpha])
+            assert j[-1] <= 1.05 * j.min() + 1e-3
             fused = large + alpha * naive.log_ratio(base, tuned)[0]
             beta = method.get("plausibility")
             return naive.restricted(fused, [tuned], [alpha], beta) if beta else fused
+        if method["method"] == "static":
+            return large + method["alpha"]["tuned"] * naive.log_ratio(base, tuned)[0]
         weights = method.get("weights") or {"large": 0.5, "tuned": 0.5}
         return sum(weight * self.extended(rows, name, weights) for name, weight in weights.items())
 
@@ -229,18 +267,126 @@ def spec(folder: Path) -> FamilySpec:
 
 
 @pytest.mark.parametrize(
-    "method",
-    [method for method in METHODS if "exact" not in method.values() and method["method"] != "static"],
-    ids=names,
+    "method", [*METHODS[:3], *METHODS[4:], {"method": "static", "alpha": {"tuned": 0.7}}], ids=names
 )
 def test_the_oracle(lacking: Path, method: Mapping[str, Any]) -> None:
     oracle, text = Oracle(lacking), [40, START, 41, THINK, 42]
     sampling = SamplingParams(temperature=0.0, repeat_penalty=1.0, logit_bias=OFTEN)
     with FusedLlama.from_family(spec(lacking), n_ctx=128, n_threads=1) as llm:
         for draft in ("off", 3):
-            found = llm.stream(text, max_tokens=20, draft=draft, temperature=0.0, logit_bias=OFTEN, **method)
-            for n, token in enumerate(picked := list(found)):
-                fused = oracle.fused(method, [*text, *(each.id for each in picked[:n])])
+            found = llm.stream(text, max_tokens=16, draft=draft, temperature=0.0, logit_bias=OFTEN, **method)
+            picked = list(found)
+            for n, token in enumerate(picked):
+                fused = oracle.fused(method, [*text, *(each.id for each in picked[:n])], token.alpha)
                 assert token.id == naive.select(fused, sampling, 0, 0)
-                assert token.logprob == pytest.approx(naive.log_softmax(fused)[0][token.id], abs=2e-4)
-            assert len(picked) == 20 or picked[-1].id == END
+                unrestricted = {name: value for name, value in method.items() if name != "plausibility"}
+                fused = oracle.fused(unrestricted, [*text, *(each.id for each in picked[:n])], token.alpha)
+                assert token.logprob == pytest.approx(naive.log_softmax(fused)[0][token.id], abs=0.05)
+            assert len(picked) > 2
+
+
+class TestMatching:
+    """By the files' headers."""
+
+    def test_by_text_by_role_and_not_at_all(self, lacking: Path) -> None:
+        tokens = check_files(spec(lacking)).tokens
+        assert tokens.n_vocab == TOOL + 1
+        assert set(tokens.maps) == {"base", "tuned"}
+        assert tokens.lacking["base"].tolist() == [THINK]
+        reads, _ = small_ids()
+        assert dict(enumerate(tokens.maps["base"].reads.tolist())) == reads
+        match = tokens.matches[lacking / "base.gguf"]
+        assert match.told() == (
+            "base.gguf: control tokens matched with the large model's: by role '<end>' stands for '<|im_end|>', "
+            "'<begin>' stands for '<|endoftext|>'; at other ids '<|im_start|>', '<tool>'; it lacks '<think>'"
+        )
+        assert match.warning() is None
+
+    def test_tokens_of_the_small_model_alone(self, lacking: Path, tmp_path: Path) -> None:
+        """They are read in prompts of their own, and never picked."""
+        control = (*CONTROL, "<call>", "<cite>")
+        for name in ("base", "tuned"):
+            tiny_model(
+                tmp_path / f"{name}.gguf", seed=2, control=control, chat_template="<cite>{{messages[0].content}}"
+            )
+        family = FamilySpec.from_files(
+            lacking / "large.gguf", tmp_path / "base.gguf", {"tuned": tmp_path / "tuned.gguf"}
+        )
+        tokens = check_files(family).tokens
+        assert tokens.n_vocab == TOOL + 1
+        assert [list(match.extra) for match in tokens.matches.values()] == [[b"<call>", b"<cite>"]] * 2
+        message = [{"role": "user", "content": "abcabcabc"}]
+        raw = Oracle.alone(tmp_path / "tuned.gguf")
+        with FusedLlama.from_family(family, n_ctx=128, n_threads=1) as llm:
+            prompt = llm.apply_chat_template(message)
+            assert prompt.own["tuned"] == [N + 3, *llm.tokenize("abcabcabc", special=False)]
+            for draft in ("off", 4):
+                settings: dict[str, Any] = {
+                    "method": "tuned",
+                    "temperature": 0.0,
+                    "repeat_penalty": 1.0,
+                    "max_tokens": 12,
+                }
+                found = [token.id for token in llm.stream(prompt, draft=draft, **settings)]
+                assert found == raw(prompt.own["tuned"], len(found))
+            penalised = llm.stream(prompt, **{**settings, "repeat_penalty": 1.5})
+            assert all(token.id <= TOOL for token in penalised)
+
+    def test_an_end_that_only_a_small_model_names(self, lacking: Path, tmp_path: Path) -> None:
+        family = write_family(tmp_path / "f", order=ORDER, renamed=RENAMED)
+        assert check_files(family).tokens.ends == {END}
+
+    def test_what_is_lost_is_warned_of(self, lacking: Path, tmp_path: Path) -> None:
+        bare = tiny_model(tmp_path / "bare.gguf", renamed={"<|im_start|>": "<a>", "<|endoftext|>": "<b>"})
+        family = FamilySpec.from_files(lacking / "large.gguf", bare, {"tuned": bare})
+        (match,) = check_files(family).tokens.matches.values()
+        assert match.warning() == "bare.gguf lacks 3 of the large model's 5 control tokens"
+        raw = bare.read_bytes()
+        key = b"tokenizer.ggml.eos_token_id"
+        assert raw.count(key) == 1
+        bare.write_bytes(raw.replace(key, b"tokenizer.ggml.xos_token_id").replace(b"<|im_end|>", b"<|im_fin|>"))
+        (match,) = check_files(family).tokens.matches.values()
+        assert match.warning() == "bare.gguf has nothing for '<|im_end|>': it has no say in where an answer ends"
+
+    @pytest.mark.parametrize("token", [100, 60])
+    def test_an_ordinary_token_must_not_differ(self, lacking: Path, tmp_path: Path, token: int) -> None:
+        """Neither by its text, nor where the other model has a control token."""
+        other = {"tokens": {token: "different"}} if token == 100 else {"order": {token: START, START: token}}
+        base = tiny_model(tmp_path / "base.gguf", control=CONTROL, **other)
+        family = FamilySpec.from_files(lacking / "large.gguf", base, {"tuned": base})
+        with pytest.raises(VocabMismatchError, match=rf"base\.gguf do not share one tokenizer: token {token} is"):
+            check_files(family)
+
+    def test_new_and_doctor_tell(self, lacking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("EDGE_DLF_MODELS", str(tmp_path))
+        files = [f"--large={lacking}/large.gguf", f"--base={lacking}/base.gguf", f"--expert=tuned={lacking}/tuned.gguf"]
+        result = CliRunner().invoke(main, ["new", "mine", *files])
+        assert result.exit_code == 0, result.output
+        assert "base.gguf: control tokens matched with the large model's: by role '<end>' stands for" in result.stderr
+        assert "warning" not in result.stderr
+        check = next(each for each in examine_family(lambda: (spec(lacking), {})) if each["name"] == "tokenizer")
+        assert check["verdict"] == "ok"
+        assert check["text"].startswith("308 tokens, base.gguf: control tokens matched")
+
+    def test_a_family_with_equal_tokens_pays_nothing(self, equal: FusedLlama) -> None:
+        assert equal.files.tokens.maps == {}
+        assert equal._ensemble.maps == {}
+
+
+def test_training_through_such_a_large_model_is_refused(lacking: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "answer": "b"}\n')
+    command = [
+        "train",
+        lacking / "base.gguf",
+        rows,
+        "-o",
+        tmp_path / "x.gguf",
+        "--through",
+        lacking / "large.gguf",
+        "--raw",
+    ]
+    result = CliRunner().invoke(main, list(map(str, command)))
+    assert result.exit_code == 2
+    assert "cannot be trained through a model whose control tokens are others" in result.stderr
