@@ -14,6 +14,7 @@ from edge_dlf import ContextOverflowError, RequestInterruptedError, Token
 from edge_dlf.answers.batch import LATER
 from edge_dlf.answers.completion import ChatCompletion, Completion
 from edge_dlf.answers.stream import Report
+from edge_dlf.answers.template import MemberPrompts
 from edge_dlf.cli.conversation import Conversation
 from edge_dlf.cli.options import Options
 from edge_dlf.cli.screen import Screen
@@ -100,9 +101,9 @@ class FakeLlama:
     def interrupt(self) -> None:
         self.is_interrupted = True
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], think: str = "auto") -> list[int]:
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], think: str = "auto") -> MemberPrompts:
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
-        return list(text.encode("utf-8", "surrogateescape"))
+        return MemberPrompts(text.encode("utf-8", "surrogateescape"))
 
     def stream(self, prompt: str | Sequence[int], *, max_tokens: int | None = None, **settings: Any) -> FakeStream:
         text = prompt if isinstance(prompt, str) else bytes(prompt).decode("utf-8", "surrogateescape")

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from rich.color import ColorSystem
 
 from edge_dlf import ContextOverflowError, DecodeError, EdgeDLFError, InvalidParameterError, Token
+from edge_dlf.answers.template import MemberPrompts
 from edge_dlf.cli import main
 from edge_dlf.cli.chat import handle
 from edge_dlf.cli.commands import COMMANDS
@@ -161,10 +162,10 @@ class TestContext:
         conversation = Conversation(None, [*messages, {"role": "user", "content": "x"}])
         calls = 0
 
-        def tokenize(visible: Any) -> list[int]:
+        def tokenize(visible: Any) -> MemberPrompts:
             nonlocal calls
             calls += 1
-            return [0] * len(visible)
+            return MemberPrompts([0] * len(visible))
 
         assert len(conversation.fit(tokenize, 100, 10)) == 75
         assert calls < 20

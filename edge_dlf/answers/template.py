@@ -33,6 +33,11 @@ class MemberPrompts(list[int]):
         super().__init__(tokens)
         self.own = own or {}
 
+    @property
+    def n_longest(self) -> int:
+        """The most tokens that any member reads."""
+        return max(map(len, (self, *self.own.values())))
+
 
 class ChatPrompt(MemberPrompts):
     """Prompt tokens that a chat template made, and how the answer to them is to be read.

@@ -8,11 +8,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ContextOverflowError, EdgeDLFError
 from ..system.durable import replacing, require_own
 from .streams import read_all
+
+if TYPE_CHECKING:
+    from ..answers.template import MemberPrompts
 
 _FORMAT = "edge-dlf chat 1"
 
@@ -67,7 +70,9 @@ class Conversation:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return system + self.messages[n_dropped:]
 
-    def fit(self, tokenize: Callable[[Sequence[Mapping[str, Any]]], list[int]], n_ctx: int, n_answer: int) -> list[int]:
+    def fit(
+        self, tokenize: Callable[[Sequence[Mapping[str, Any]]], MemberPrompts], n_ctx: int, n_answer: int
+    ) -> MemberPrompts:
         """Prompt tokens of the conversation, with room for an answer in the context.
 
         Where the context is full, the oldest turns are dropped until a quarter of it is free, so that the next turns
@@ -79,7 +84,7 @@ class Conversation:
         """
 
         def room(n_dropped: int) -> int:
-            return n_ctx - len(tokenize(self.visible(n_dropped)))
+            return n_ctx - tokenize(self.visible(n_dropped)).n_longest
 
         if room(self.n_dropped) < n_answer:
             starts = range(self.n_dropped, len(self.messages), 2)

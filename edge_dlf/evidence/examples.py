@@ -89,7 +89,7 @@ def tokenized(
         else:
             tokens = MemberPrompts(llm.tokenize(prompt) or [llm.first_token])
         answered = llm.tokenize_answer(answer, is_chat=is_chat)
-        n_tokens = max(map(len, (tokens, *tokens.own.values()))) + len(answered) - 1
+        n_tokens = tokens.n_longest + len(answered) - 1
         if n_tokens > llm.n_ctx:
             raise InvalidParameterError(f"{where}: has {n_tokens} tokens, more than the context of {llm.n_ctx}")
         own = tuple((name, tuple(prompt)) for name, prompt in tokens.own.items())
