@@ -12,9 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from edge_dlf import FusedLlama, SamplingParams, VocabMismatchError
+from edge_dlf.answers.template import MemberPrompts
 from edge_dlf.cli import main
 from edge_dlf.engine.backend import Run
-from edge_dlf.evidence import tune
+from edge_dlf.evidence import answer_rows, examples, tune
 from edge_dlf.evidence.doctor import examine_family
 from edge_dlf.families.files import check_files
 from edge_dlf.families.spec import FamilySpec
@@ -81,6 +82,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FusedLlama]:
     """The same family, but that the control tokens of its small models are renamed and moved."""
     folder = tmp_path_factory.mktemp("tokens") / "other"
     with opened(write_family(folder, order=ORDER, renamed=RENAMED, chat_template=OWN)) as llm:
+        assert set(llm.files.tokens.maps) == {"base", "lora", "tuned"}
         yield llm
 
 
@@ -174,6 +176,21 @@ class TestTheSameFamilyWithEqualTokens:
             assert ids(tokens(other, prompt, **method)) == ids(
                 tokens(equal, list(prompt), prompts=dict.fromkeys(("base", "lora", "tuned"), own), **method)
             )
+
+    def test_examples_keep_the_prompts_of_each_template(self, other: FusedLlama, tmp_path: Path) -> None:
+        rows = [("row", {"prompt": f"{n} <tool>", "answer": f"it is {n}"}) for n in range(3)]
+        found = examples.tokenized(other, rows, raw=False, system=None)
+        losses = answer_rows.evaluate(other, found, 1, tmp_path)
+        alone = [method.name for method in losses.methods].index("base alone")
+        for n, (_, row) in enumerate(rows):
+            prompt = other.apply_chat_template([{"role": "user", "content": row["prompt"]}])
+            ((_, score),) = fresh(other).score([(prompt, found[n].answer)], method="base")
+            mine = losses.losses[losses.starts[n] : losses.starts[n + 1], alone]
+            np.testing.assert_allclose(mine, [-p for p in score.logprobs], atol=1e-2)
+            asked = {"prompt": MemberPrompts(found[n].prompt, dict(found[n].own)), "max_tokens": 8}
+            (answered,) = fresh(other).batch([asked], temperature=0.0, method="base", repeat_penalty=1.0)
+            told = fresh(other).stream(prompt, max_tokens=8, temperature=0.0, method="base", repeat_penalty=1.0)
+            assert answered["response"]["body"]["choices"][0]["text"] == "".join(token.text for token in told)
 
 
 def small_ids() -> tuple[dict[int, int], dict[int, int]]:
