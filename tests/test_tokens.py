@@ -177,6 +177,21 @@ class TestTheSameFamilyWithEqualTokens:
                 tokens(equal, list(prompt), prompts=dict.fromkeys(("base", "lora", "tuned"), own), **method)
             )
 
+    def test_a_conversation_that_their_template_refuses(
+        self, lacking: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        own = "{{ raise_exception('no') if messages[0].role == 'system' }}<end>"
+        for name in ("base", "tuned"):
+            tiny_model(tmp_path / f"{name}.gguf", seed=2, control=CONTROL, renamed=RENAMED, chat_template=own)
+        (tmp_path / "large.gguf").symlink_to(lacking / "large.gguf")
+        messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+        with FusedLlama.from_family(spec(tmp_path), n_ctx=128, n_threads=1) as llm:
+            assert llm.apply_chat_template(messages[1:]).own == {"base": [END], "tuned": [END]}
+            assert [llm.apply_chat_template(messages).own for _ in range(2)] == [{}, {}]
+            assert llm.create_chat_completion(messages, max_tokens=2)["choices"]
+        said = [record.message for record in caplog.records if "by the large model's chat template" in record.message]
+        assert [message.split()[0] for message in said] == ["base", "tuned"]
+
     def test_examples_keep_the_prompts_of_each_template(self, other: FusedLlama, tmp_path: Path) -> None:
         rows = [("row", {"prompt": f"{n} <tool>", "answer": f"it is {n}"}) for n in range(3)]
         found = examples.tokenized(other, rows, raw=False, system=None)

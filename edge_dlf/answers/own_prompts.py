@@ -25,6 +25,7 @@ class OwnPrompts:
         self._sources = dict(templates)
         self._tokenize = tokenize
         self._templates: dict[str, ChatTemplate] = {}
+        self._said: set[str] = set()
         self._lock = ForkSafeLock()
 
     def prompts(
@@ -36,13 +37,15 @@ class OwnPrompts:
         is left to itself.
         """
         found = {}
-        for member, own in list(self._sources.items()):
+        for member, own in self._sources.items():
             try:
                 template = self._compiled(own)
                 asked = think if template.dialect.can_think and not template.dialect.is_harmony else "auto"
                 tokens: list[int] = [*template.prompt(messages, tools, asked, variables)]
             except InvalidParameterError as error:
-                logger.warning("%s reads the prompt by the large model's chat template: %s", member, error)
+                if member not in self._said:
+                    logger.warning("%s reads the prompt by the large model's chat template: %s", member, error)
+                self._said.add(member)
                 continue
             if own.first is not None and tokens[:1] != [own.first]:
                 tokens.insert(0, own.first)
