@@ -160,7 +160,7 @@ class TestTheSameFamilyWithEqualTokens:
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         rows = [{"prompt": f"{n} <tool>", "answer": f"it is {n * n}"} for n in range(12)]
-        found, wanted = (tune.tune(llm, rows, raw=True, n_threads=1) for llm in (other, equal))
+        found, wanted = (tune.tune(fresh(llm), rows, raw=True, n_threads=1) for llm in (other, equal))
         assert [outcome.name for outcome in found.outcomes] == [outcome.name for outcome in wanted.outcomes]
         for ours, theirs in zip(found.outcomes, wanted.outcomes, strict=True):
             np.testing.assert_allclose(ours.losses, theirs.losses, atol=1e-2)
