@@ -2,6 +2,7 @@
 
     python benchmarks/draft.py --family FAMILY [--tokens 64] [--rounds 2] [--draft auto] [--temperature 0]
                                [--questions FILE] [--turns 0] [--workloads maths,code]
+                               [--rows 1] [--threads N] [--processor]
 
 Each prompt is answered plainly, drafted, and by the large model alone in turn, the order changing from prompt to
 prompt, by one family in memory; tokens a second are of decoding alone, from a prompt that is in the cache to the end of
@@ -9,11 +10,18 @@ the answer, medians. "ratio" is the median over answers of drafted to plain, "in
 took; "same" counts answers that are equal token for token (batches round otherwise than single steps: near ties may go
 either way). The questions of FILE, one a line, are asked through the chat template,
 as a workload "own", each as if the first of them, --turns many, had been asked and answered before.
+
+With --rows 4, four answers are decoded at once, as a batch does: each workload is answered as a whole, at least eight
+prompts, plainly and drafted in turn, prompts included.
+
+--processor counts seconds of processor time, and lets the engine go by them too: for one thread on a machine that other
+programs use.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +65,7 @@ WORKLOADS = {
         "Keys: a7f:91c, a3b:40e, a7f:2d8, a9c:b15, a3b:7e2, a7f:c04, a9c:38d, a3b:f61, a9c:05a, a7f:",
     ],
 }
+_COUNTS = ("n_drafted", "n_accepted")
 
 
 @dataclass
@@ -128,6 +137,37 @@ def run(llm: FusedLlama, prompts: Sequence[Prompt], options: argparse.Namespace)
     return tally
 
 
+def run_rows(llm: FusedLlama, requests: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[str]:
+    """Answer all requests at once, plainly and drafted in turn. Returns the cells of the table."""
+    requests = [*requests] * -(-2 * options.rows // len(requests))
+    clock = llm.driver.decoder.ensemble.clock
+    seconds: dict[str, list[float]] = {"off": [], "drafted": []}
+    texts, counts = {}, Counter[str]()
+    for number in range(options.rounds + 1):
+        for way in sorted(seconds, reverse=number % 2 == 0):
+            started = clock()
+            draft = options.draft if way == "drafted" else "off"
+            settings = {"max_tokens": options.tokens, "temperature": options.temperature, "draft": draft}
+            bodies = [result["response"]["body"] for result in llm.batch(requests, ordered=True, **settings)]
+            took = clock() - started
+            if number:  # the first round warms up
+                seconds[way].append(took)
+                texts[way] = [str(body["choices"]) for body in bodies]
+                counts[way] += sum(body["usage"]["completion_tokens"] for body in bodies)
+                if way == "drafted":
+                    counts.update({name: sum(body["edge_dlf"][name] for body in bodies) for name in _COUNTS})
+    off, drafted = map(sum, seconds.values())
+    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    n_same = sum(a == b for a, b in zip(*texts.values(), strict=True))
+    return [
+        *(f"{number:.1f}" for number in (counts["off"] / off, counts["drafted"] / drafted)),
+        *(f"{number:.2f}" for number in (median(ratios), off / drafted)),
+        f"{counts['n_accepted'] / max(counts['n_drafted'], 1):.0%}",
+        f"{counts['n_drafted'] / counts['drafted']:.1f}",
+        f"{n_same}/{len(requests)}",
+    ]
+
+
 def asked(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
@@ -141,6 +181,14 @@ def conversation(llm: FusedLlama, questions: Sequence[str], n_tokens: int) -> li
     return messages
 
 
+@contextmanager
+def opened(options: argparse.Namespace) -> Iterator[FusedLlama]:
+    with FusedLlama.from_family(options.family, n_ctx=512, n_parallel=options.rows, n_threads=options.threads) as llm:
+        if options.processor:
+            llm.driver.decoder.ensemble.clock = time.process_time
+        yield llm
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", required=True)
@@ -151,11 +199,17 @@ def main() -> None:
     parser.add_argument("--questions", type=Path)
     parser.add_argument("--turns", type=int, default=0)
     parser.add_argument("--workloads", help="those named [all]")
+    parser.add_argument("--rows", type=int, default=1, help="answers that are decoded at once")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--processor", action="store_true", help="count processor time")
     options = parser.parse_args()
     wanted = options.workloads.split(",") if options.workloads else [*WORKLOADS, "own"]
+    if options.rows > 1:
+        main_rows(options, wanted)
+        return
     print("| workload | large alone, tokens/s | plain | drafted | ratio | in all | accepted | a step | same |")
     print("|---" * 9 + "|")
-    with FusedLlama.from_family(options.family, n_ctx=512) as llm:
+    with opened(options) as llm:
         for draft in (options.draft, "off"):
             answer(llm, WORKLOADS["code"][0], options, draft=draft)
         workloads: dict[str, Sequence[Prompt]] = {name: WORKLOADS[name] for name in WORKLOADS if name in wanted}
@@ -171,6 +225,18 @@ def main() -> None:
             cells.append(f"{tally.seconds['off'] / tally.seconds['drafted']:.2f}")
             cells += [f"{tally.chance:.0%}", f"{tally.n_mean:.1f}", f"{tally.n_same}/{len(plain)}"]
             print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main_rows(options: argparse.Namespace, wanted: Sequence[str]) -> None:
+    print("| workload | plain, tokens/s | drafted | ratio | in all | accepted | drafted a token | same |")
+    print("|---" * 8 + "|")
+    requests = {name: [{"prompt": text} for text in texts] for name, texts in WORKLOADS.items()}
+    if options.questions:
+        requests["own"] = [{"messages": asked(text)} for text in options.questions.read_text("utf-8").splitlines()]
+    with opened(options) as llm:
+        for name in requests:
+            if name in wanted:
+                print(f"| {' | '.join([name, *run_rows(llm, requests[name], options)])} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/draft_replay.py record --family FAMILY --out answers.jsonl [--tokens 96] [--temperatures 0,1.5]
                                              [--prompts N] [--questions FILE] [--settings JSON]
     python benchmarks/draft_replay.py costs --family FAMILY --out costs.json [--rounds 5]
-    python benchmarks/draft_replay.py replay answers.jsonl --costs costs.json [--set NAME=VALUE] [--out FILE]
+    python benchmarks/draft_replay.py replay answers.jsonl --costs costs.json [--rows 1] [--set NAME=VALUE] [--out FILE]
+    python benchmarks/draft_replay.py sure answers.jsonl --costs costs.json
 
 `record` answers the prompts of draft.py plainly, and keeps at each position what was picked and what each member alone
 would have picked under the same noise: what it drafts there while all guesses before are right. `--settings
@@ -21,7 +22,7 @@ import json
 import math
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -33,7 +34,7 @@ from draft import WORKLOADS, asked
 from edge_dlf import FusedLlama, FusionParams, SamplingParams
 from edge_dlf.answers.tokenizer import Prompt
 from edge_dlf.engine import draft_length
-from edge_dlf.engine.backend import Logits, Run
+from edge_dlf.engine.backend import N_ROWS, Logits, Run
 from edge_dlf.engine.decoder import Decoder
 from edge_dlf.engine.ensemble import Ensemble
 from edge_dlf.engine.generation import Generation, GenerationRequest
@@ -92,11 +93,11 @@ def costs(options: argparse.Namespace) -> None:
             member.trim(0, 0)
             member.decode([Run(0, text[:96], 0)])
             times = defaultdict(list)
-            for n in [*range(1, MAX_DRAFT + 2)] * options.rounds:
+            for n in [*range(1, N_ROWS + 1)] * options.rounds:
                 first, second = (batch_ms(member, text[96 : 96 + n]) for _ in range(2))
                 times[n].append(second)
                 switches.append(first - second)
-            found["members"][name] = [round(median(times[n]), 3) for n in range(1, MAX_DRAFT + 2)]
+            found["members"][name] = [round(median(times[n]), 3) for n in range(1, N_ROWS + 1)]
             member.trim(0, 0)
     found["switch"] = max(0.0, round(median(switches), 3))
     options.out.write_text(json.dumps(found) + "\n", "utf-8")
@@ -129,21 +130,25 @@ class Clock:
 class Member:
     """A member that says what was recorded, wherever its text stands, and takes what was measured."""
 
-    n_ctx, n_seq_max, n_cells, n_batch, can_trim, has_streams = 4096, 1, 4096, 512, True, False
+    n_ctx, n_batch, can_trim, n_rollback, has_streams = 4096, 512, True, 0, False
 
-    def __init__(self, clock: Clock, costs: Sequence[float], switch: float) -> None:
+    def __init__(self, clock: Clock, costs: Sequence[float], switch: float, n_seqs: int) -> None:
         self.n_bytes = int(1e6 * costs[0])
-        self.script: Logits = np.empty((0, 0), np.float32)
-        self.n_prompt = 0
+        self.n_seq_max, self.n_cells = n_seqs, self.n_ctx * n_seqs
+        self.scripts: dict[int, tuple[Logits, int]] = {}
         self._clock, self._costs, self._switch = clock, costs, switch
-        self._n_held = self._n_last = 0
+        self._n_held = [0] * n_seqs
+        self._n_last = 0
 
     def decode(self, runs: Sequence[Run]) -> None:
-        ((_, tokens, n_rows),) = runs
-        self._n_held += len(tokens)
-        first = self._n_held - n_rows - self.n_prompt
-        self._rows = self.script[np.clip(np.arange(first, first + n_rows), 0, len(self.script) - 1)]
-        n = len(tokens)
+        rows = []
+        for seq, tokens, n_rows in runs:
+            self._n_held[seq] += len(tokens)
+            script, n_prompt = self.scripts[seq]
+            first = self._n_held[seq] - n_rows - n_prompt
+            rows.append(script[np.clip(np.arange(first, first + n_rows), 0, len(script) - 1)])
+        self._rows = np.concatenate(rows)
+        n = sum(len(run.tokens) for run in runs)
         ms = self._costs[min(n, len(self._costs)) - 1] * max(1.0, n / len(self._costs))
         self._clock.advance(ms + self._switch * (n != self._n_last))
         self._n_last = n
@@ -155,13 +160,19 @@ class Member:
         pass
 
     def n_past(self, seq: int) -> int:
-        return self._n_held
+        return self._n_held[seq]
 
     def trim(self, seq: int, n_past: int) -> None:
-        self._n_held = min(n_past, self._n_held)
+        self._n_held[seq] = min(n_past, self._n_held[seq])
+
+    def reach(self, seq: int, n_past: int) -> int:
+        return n_past
+
+    def checkpoint(self, seq: int, *, lasting: bool) -> None:
+        pass
 
     def copy(self, source: int, target: int, n_past: int) -> None:
-        raise NotImplementedError
+        self._n_held[target] = n_past
 
     def swap(self, a: int, b: int) -> None:
         raise NotImplementedError
@@ -194,13 +205,13 @@ class Answer:
 
 
 class Replay:
-    """Decodes recorded answers on scripted members."""
+    """Decodes recorded answers on scripted members, `n_rows` at once. Each seed numbers an answer."""
 
-    def __init__(self, costs: Mapping[str, Any], names: Sequence[str], method: str, seed: int) -> None:
+    def __init__(self, costs: Mapping[str, Any], names: Sequence[str], method: str, seed: int, n_rows: int) -> None:
         self._clock, self._costs, self._fuser = Clock(seed), costs, Fuser(N_VOCAB)
         batches = costs["members"]
         self._members = {
-            name: Member(self._clock, batches.get(name) or batches["base"], costs["switch"]) for name in names
+            name: Member(self._clock, batches.get(name) or batches["base"], costs["switch"], n_rows) for name in names
         }
         self._ensemble = Ensemble(self._members, N_VOCAB, clock=self._clock)
         self._decoder = Decoder(self._ensemble, self._fuser)
@@ -218,36 +229,46 @@ class Replay:
         if len(names) == 1:
             return picks
         for k, draw in enumerate(draws):
-            n = draw.position - len(self._answer.prompt)
-            expert, alpha = self._answer.weights[n] if n < len(self._answer.weights) else (None, 0.0)
+            answer = self._answers[draw.seed]
+            n = draw.position - len(answer.prompt)
+            expert, alpha = answer.weights[n] if n < len(answer.weights) else (None, 0.0)
             picks[k] = picks[k]._replace(weights=tuple(alpha * (name == expert) for name in names[2:]))
         return picks
 
     def seconds(self, answers: Sequence[Answer], n_draft: int | None) -> float:
         """Nominal time of all answers, from the first token of each on."""
-        total = 0.0
-        for answer in answers:
-            self._answer = answer
-            self._ensemble.forget([0])
-            for name, member in self._members.items():
-                member.script, member.n_prompt = answer.rows[name], len(answer.prompt)
-            request = GenerationRequest(
-                self._ensemble.roles(self._fusion),
-                dict.fromkeys(self._members, answer.prompt),
-                self._fusion,
-                SamplingParams(temperature=0.0),
-                max_tokens=answer.n_tokens,
-                n_draft=n_draft,
-                is_end=lambda token: token == END,
-            )
-            generation = Generation(request)
-            self._decoder.begin(generation)
-            self._decoder.step([generation])
+        self._answers, waiting = answers, deque(range(len(answers)))
+        total, active, idle = 0.0, dict[int, Generation](), list(range(self._ensemble.n_seq_max))
+        while waiting or active:
+            while waiting and idle:
+                seq = idle.pop()
+                active[seq] = self._begun(waiting.popleft(), seq, n_draft)
             started = self._clock.nominal
-            while generation.n_left > 0:
-                self._decoder.step([generation])
+            self._decoder.step([generation for generation in active.values() if generation.n_left > 0])
             total += self._clock.nominal - started
+            idle += [seq for seq, generation in active.items() if generation.n_left <= 0]
+            active = {seq: generation for seq, generation in active.items() if generation.n_left > 0}
         return total
+
+    def _begun(self, number: int, seq: int, n_draft: int | None) -> Generation:
+        """An answer with its first token."""
+        answer = self._answers[number]
+        self._ensemble.forget([seq])
+        for name, member in self._members.items():
+            member.scripts[seq] = answer.rows[name], len(answer.prompt)
+        request = GenerationRequest(
+            self._ensemble.roles(self._fusion),
+            dict.fromkeys(self._members, answer.prompt),
+            self._fusion,
+            SamplingParams(temperature=0.0, seed=number),
+            max_tokens=answer.n_tokens,
+            n_draft=n_draft,
+            is_end=lambda token: token == END,
+        )
+        generation = Generation(request, seq=seq)
+        self._decoder.begin(generation)
+        self._decoder.step([generation])
+        return generation
 
 
 def replay(options: argparse.Namespace) -> None:
@@ -266,14 +287,44 @@ def replay(options: argparse.Namespace) -> None:
     costs = json.loads(options.costs.read_text("utf-8"))
     ratios = {}
     for workload, answers in workloads.items():
-        answers *= 1 + LEAST_TOKENS // sum(answer.n_tokens for answer in answers)
+        answers *= 1 + options.rows * LEAST_TOKENS // sum(answer.n_tokens for answer in answers)
         names = [*answers[0].rows]
-        plain = Replay(costs, names, options.method, 0).seconds(answers, 0)
-        seconds = [Replay(costs, names, options.method, seed).seconds(answers, None) for seed in range(options.seeds)]
+        plain = Replay(costs, names, options.method, 0, options.rows).seconds(answers, 0)
+        seconds = [
+            Replay(costs, names, options.method, seed, options.rows).seconds(answers, None)
+            for seed in range(options.seeds)
+        ]
         ratios[workload] = plain * options.seeds / sum(seconds)
         print(f"| {workload} | {ratios[workload]:.2f} |", flush=True)
     if options.out:
         options.out.write_text(json.dumps(ratios) + "\n", "utf-8")
+
+
+def sure(options: argparse.Namespace) -> None:
+    """Print how often the large model's best token has 0.99 or more, how often the fusion picks another one there, and
+    the speed, relative to plain decoding, if base and experts read the tokens of such steps later in one batch."""
+    costs = json.loads(options.costs.read_text("utf-8"))["members"]
+    runs, counts = defaultdict[str, list[int]](list), defaultdict[str, Counter[str]](Counter)
+    for text in options.answers.read_text("utf-8").splitlines():
+        line = json.loads(text)
+        name, n = f"{line['workload']}, {line['temperature']}", 0
+        for token, (own, p) in zip(line["tokens"], line["alone"]["large"], strict=True):
+            counts[name].update(tokens=1, sure=p >= 0.99, other=p >= 0.99 and own != token)
+            n += 1
+            if p < 0.99 or n == options.most:
+                runs[name].append(n)
+                n = 0
+        runs[name] += [n] * (n > 0)
+    for name, own in runs.items():
+        count = counts[name]
+        plain = count["tokens"] * sum(each[0] for each in costs.values())
+        late = sum(
+            costs[member][0] * length if member == "large" else costs[member][length - 1]
+            for length in own
+            for member in costs
+        )
+        cells = f"{count['sure'] / count['tokens']:.0%}", f"{count['other']} of {count['sure']}", f"{plain / late:.2f}"
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -301,8 +352,14 @@ def main() -> None:
     command.add_argument("--costs", type=Path, required=True)
     command.add_argument("--method", default="static", help='"large" for the large model alone [static]')
     command.add_argument("--seeds", type=int, default=2)
+    command.add_argument("--rows", type=int, default=1, help="answers that are decoded at once")
     command.add_argument("--set", action="append", default=[], help="NAME=VALUE")
     command.add_argument("--out", type=Path)
+    command = commands.add_parser("sure")
+    command.set_defaults(run=sure)
+    command.add_argument("answers", type=Path)
+    command.add_argument("--costs", type=Path, required=True)
+    command.add_argument("--most", type=int, default=MAX_DRAFT + 1, help="tokens that are read at once")
     options = parser.parse_args()
     options.run(options)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_dlf.engine.backend import N_CHECKPOINTS, Logits, Run
+from edge_dlf.engine.backend import N_CHECKPOINTS, N_ROWS, Logits, Run
 
 
 class FakeBackend:
@@ -74,6 +74,7 @@ class FakeBackend:
         self.calls.append([Run(run.seq, list(run.tokens), run.n_rows) for run in runs])
         assert len({run.seq for run in runs}) == len(runs) > 0
         assert sum(len(run.tokens) for run in runs) <= self.n_batch
+        assert sum(run.n_rows for run in runs) <= max(N_ROWS, self.n_seq_max), "no room for the rows"
         self._rows = None
         for run in runs:
             self._states[run.seq] = set()

@@ -30,9 +30,9 @@ def family(n_experts: int = 2, **settings: Any) -> dict[str, FakeBackend]:
     return {name: FakeBackend(seed, N_VOCAB + 3 * seed, **settings) for seed, name in enumerate(names)}
 
 
-def alike(n_experts: int, agreement: float) -> dict[str, FakeBackend]:
+def alike(n_experts: int, agreement: float, **settings: Any) -> dict[str, FakeBackend]:
     """A family whose rows are a common part, and the rest of them each member's own."""
-    members = family(n_experts)
+    members = family(n_experts, **settings)
     for member in members.values():
         member.common = agreement
     return members

@@ -10,7 +10,7 @@ import pytest
 from edge_dlf import FusionParams, SamplingParams
 from edge_dlf.engine.backend import Logits, Run
 from edge_dlf.engine.decoder import Decoder
-from edge_dlf.engine.draft_length import DraftLength
+from edge_dlf.engine.draft_length import DraftLength, Guesses
 from edge_dlf.engine.ensemble import Ensemble
 from edge_dlf.engine.generation import Generation, GenerationRequest
 from edge_dlf.fusion.fuser import Fuser
@@ -20,6 +20,8 @@ from .fake_backend import FakeBackend
 
 Seconds = Callable[[int], float]
 N_VOCAB = 50
+ANY = [Guesses([], MAX_DRAFT)]
+"""One row of which nothing was guessed yet."""
 # Milliseconds of batches of 1 to 9 tokens, as measured on two CPU cores: Qwen2.5-Coder 1.5B and 0.5B.
 LARGE = (58, 89, 110, 105, 134, 150, 168, 186, 200)
 SMALL = (35, 43, 49, 53, 77, 78, 79, 79, 85)
@@ -54,11 +56,11 @@ class Text:
         n_left, spent = n_tokens, 0.0
         drafts = []
         while n_left > 0:
-            n = self.lengths.best("expert", MAX_DRAFT)[1] if self.lengths.drafts else 0
+            n = self.lengths.best("expert", ANY)[1] if self.lengths.drafts else 0
             n_accepted = 0
             for _ in range(n):
                 is_right = self.random.random() < chance
-                self.lengths.judged("expert", 0.95 if is_sure else 0.3, is_right)
+                self.lengths.experience.judged("expert", 0.95 if is_sure else 0.3, is_right)
                 if not is_right:
                     break
                 n_accepted += 1
@@ -74,11 +76,43 @@ def text() -> Text:
     return Text(DraftLength({"expert": 0.1}))
 
 
+def plain_steps(lengths: DraftLength, seconds: float = 1.0) -> DraftLength:
+    """As many as it takes: the first one may follow another kind of step, which costs time, and two are timed."""
+    for _ in range(3):
+        lengths.stepped("", 0, 1, seconds)
+    return lengths
+
+
 def test_nothing_is_drafted_before_a_plain_step_was_timed() -> None:
     lengths = DraftLength({})
-    assert not lengths.drafts
-    lengths.stepped("", 0, 1, 0.1)
+    for _ in range(3):
+        assert not lengths.drafts
+        lengths.stepped("", 0, 1, 0.1)
     assert lengths.drafts
+
+
+def test_a_plain_step_right_after_a_drafted_one_is_no_measure() -> None:
+    """It takes longer, as each change of a batch's size does. A draft that only beats that one is a loss."""
+    lengths = plain_steps(DraftLength({}))
+    for _ in range(8):
+        lengths.stepped("expert", 1, 2, 2.2)
+        lengths.stepped("", 0, 1, 1.5)
+    assert not lengths.drafts
+
+
+def test_guesses_of_all_rows_are_weighed_by_what_their_batch_takes() -> None:
+    lengths = DraftLength({}, n_rows=4)
+    for _ in range(3):
+        lengths.stepped("", 0, 4, 1.0)
+    for n in range(1, 13):
+        for _ in range(2):
+            lengths.stepped("text", n, n + 4, 1.0 + (0.05 if n <= 4 else 0.2) * n)
+    sure, unsure = Guesses([0.999] * 3, 3), Guesses([0.05] * 3, 3)
+    assert lengths.best("text", [sure])[1] == 3
+    assert lengths.best("text", [sure] * 4)[1] == 1
+    assert lengths.best("text", [sure, unsure, unsure, unsure])[1] == 1
+    assert lengths.best("text", [unsure] * 4)[1] == 0
+    assert lengths.best("text", [Guesses([], 0)] * 4)[1] == 0
 
 
 def test_lengths_grow_step_by_step_where_guesses_are_cheap_and_right() -> None:
@@ -131,41 +165,38 @@ def test_a_step_that_something_else_disturbed_decides_nothing() -> None:
 
 
 def test_a_doubtful_guess_ends_a_draft_and_sure_ones_lengthen_it() -> None:
-    lengths = DraftLength({"expert": 0.2})
-    lengths.stepped("", 0, 1, 1.0)
+    lengths = plain_steps(DraftLength({"expert": 0.2}))
     for n in range(1, MAX_DRAFT + 1):
         for _ in range(3):
             lengths.stepped("expert", n, n + 1, 1.0 + 0.3 * n)
     for _ in range(30):
-        lengths.judged("expert", 0.9, True)
-        lengths.judged("expert", 0.1, False)
-    rate, _ = lengths.best("expert", MAX_DRAFT)
-    assert lengths.wanted("expert", MAX_DRAFT, [0.99], rate) > 1
-    assert lengths.wanted("expert", MAX_DRAFT, [0.99, 0.99, 0.05], rate) == 2
-    assert lengths.wanted("expert", MAX_DRAFT, [0.05], rate) == 0
-    assert lengths.wanted("expert", 3, [0.99] * 3, rate) == 3
+        lengths.experience.judged("expert", 0.9, True)
+        lengths.experience.judged("expert", 0.1, False)
+    rate, _ = lengths.best("expert", ANY)
+    assert lengths.wanted("expert", [Guesses([0.99], MAX_DRAFT)], rate) > 1
+    assert lengths.wanted("expert", [Guesses([0.99, 0.99, 0.05], MAX_DRAFT)], rate) == 2
+    assert lengths.wanted("expert", [Guesses([0.05], MAX_DRAFT)], rate) == 0
+    assert lengths.wanted("expert", [Guesses([0.99] * 3, 3)], rate) == 3
 
 
 def test_a_guess_is_worth_what_its_drafter_was_right_by_when_so_sure() -> None:
     """A drafter that is often wrong though it is sure is not believed."""
     promises = []
     for accepted in (True, False):
-        lengths = DraftLength({})
-        lengths.stepped("", 0, 1, 1.0)
+        lengths = plain_steps(DraftLength({}))
         for _ in range(50):
-            lengths.judged("text", 0.8, accepted)
-        promises.append(lengths.best("text", 1, [0.8])[0])
+            lengths.experience.judged("text", 0.8, accepted)
+        promises.append(lengths.best("text", [Guesses([0.8], 1)])[0])
     assert promises[0] > 1.5 > 1.3 > promises[1]
 
 
 def test_a_clock_that_stands_still_divides_by_nothing() -> None:
-    lengths = DraftLength({"expert": 0.5})
-    lengths.stepped("", 0, 1, 0.0)
+    lengths = plain_steps(DraftLength({"expert": 0.5}), 0.0)
     for n in range(MAX_DRAFT):
-        lengths.best("expert", MAX_DRAFT)
-        lengths.wanted("expert", MAX_DRAFT, [0.5] * n, 0.0)
+        lengths.best("expert", ANY)
+        lengths.wanted("expert", [Guesses([0.5] * n, MAX_DRAFT)], 0.0)
         lengths.stepped("expert", n, 1, 0.0)
-    assert lengths.best("expert", 0)[1] == 0
+    assert lengths.best("expert", [Guesses([], 0)])[1] == 0
 
 
 class Clock:
@@ -194,9 +225,11 @@ class TimedBackend(FakeBackend):
 
 
 def timed_family(
-    clock: Clock, large: Sequence[float], small: Sequence[float], common: float
+    clock: Clock, large: Sequence[float], small: Sequence[float], common: float, **settings: int
 ) -> Mapping[str, FakeBackend]:
-    members = {name: TimedBackend(seed, N_VOCAB, n_ctx=2000) for seed, name in enumerate(("large", "base", "e0"))}
+    members = {
+        name: TimedBackend(seed, N_VOCAB, n_ctx=2000, **settings) for seed, name in enumerate(("large", "base", "e0"))
+    }
     for name, member in members.items():
         member.n_bytes = 1000 * (large if name == "large" else small)[0]
         member.clock, member.costs, member.common = clock, large if name == "large" else small, common
@@ -257,8 +290,8 @@ def test_a_draft_is_as_long_as_was_meant_when_it_is_surely_right() -> None:
     request = GenerationRequest(ensemble.roles(fusion), prompts, fusion, sampling, max_tokens=100, n_draft=None)
     generation = Generation(request)
     decoder.begin(generation)
-    n_picks = [len(decoder.step([generation])[0].picks) for _ in range(14)]
-    assert n_picks[:4] == [1, 1, 2, 4]
+    n_picks = [len(decoder.step([generation])[0].picks) for _ in range(16)]
+    assert n_picks[:6] == [1, 1, 1, 1, 2, 4]
     assert max(n_picks) == 9
     assert generation.counts.n_drafted == generation.counts.n_accepted == sum(n_picks) - len(n_picks)
 

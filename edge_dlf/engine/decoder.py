@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import EdgeDLFError
 from ..fusion.records import N_CANDIDATES, Draw, Pick, Trace
-from .backend import N_ROWS, Logits, Run
+from .backend import Logits, Run
 from .constraint import StillComputingError, Tokens
-from .drafting import Draft, Drafting
-from .ensemble import Ensemble, common_prefix
+from .drafting import Draft, Drafting, Drafts
+from .ensemble import Ensemble, Roles, common_prefix
 from .generation import Generation, StepResult
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class _Ready:
         n = len(self.ahead) + 1
         return range(self.next, n if self.draft is None or self.draft.rows is None else min(n, len(self.draft.rows)))
 
-    def rows(self, name: str, logits: Mapping[str, Logits]) -> Logits:
-        """The rows of a member at these positions, (K, width)."""
+    def rows(self, name: str, logits: Mapping[str, Logits]) -> Logits | Sequence[Logits]:
+        """The K rows of a member at these positions."""
         start, stop = self.next, self.positions.stop
         if name in self.first:
             return logits[name][self.first[name] + start : self.first[name] + stop]
@@ -127,8 +127,7 @@ class Decoder:
         """Evaluate what is due and pick what follows.
 
         A generation gets no pick while its prompt is evaluated in parts. Then it gets one in each step, or several
-        where a draft is accepted; only a generation on its own is drafted for. Or it gets the error that makes a pick
-        impossible, such as a member's NaN.
+        where a draft is accepted. Or it gets the error that makes a pick impossible, such as a member's NaN.
 
         n_prefill: prompt tokens to evaluate, beside the one token that each other generation needs; None for as many as
             fit into a batch. Generations that come first are served first.
@@ -138,67 +137,68 @@ class Decoder:
         started, n_tokens = self.ensemble.clock(), [len(generation.tokens) for generation in generations]
         for generation in generations:
             generation.advance_constraint()
-        draft: Draft | None = None
+        drafts = Drafts()
         try:
-            if len(generations) == 1 and self._may_draft(generations[0]):
-                draft = self.drafting.draft(generations[0])
-            runs, ready = self._plan(generations, draft, n_prefill)
+            picking = sorted(filter(self._may_draft, generations), key=attrgetter("seq"))
+            n_room = min(self.ensemble.n_free(), self.ensemble.n_batch, self.ensemble.n_rows) - len(generations)
+            drafts = self.drafting.draft(picking, n_room, on_decode)
+            runs, ready = self._plan(generations, drafts, n_prefill)
             logits = self.ensemble.decode(runs, on_decode)
             results = {generation: StepResult(generation) for generation in generations}
             while ready:
                 picks = self._pick(ready, logits)
                 ready = [each for each in ready if self._commit(each, picks, results)]
+                if ready:
+                    self.drafting.evaluate_last(drafts, [each.generation for each in ready])
         except BaseException:
             for generation, n in zip(generations, n_tokens, strict=True):
                 del generation.tokens[n:]
-                self._trim(generation, draft)
+                self._trim(generation, drafts.drafter)
             raise
-        if draft:
-            self._trim(generations[0], draft)
-            picked = results[generations[0]].picks
-            generations[0].counts.n_drafted += draft.n_verified
-            generations[0].counts.n_accepted += sum(pick.from_draft for pick in picked)
-            if picked:
-                self.drafting.learn(generations[0], draft, picked, self.ensemble.clock() - started)
+        for generation, draft in drafts.each.items():
+            self._trim(generation, drafts.drafter)
+            generation.counts.n_drafted += draft.n_verified
+            generation.counts.n_accepted += sum(pick.from_draft for pick in results[generation].picks)
+        seconds = self.ensemble.clock() - started
+        self.drafting.learn(drafts, results.values(), seconds if len(picking) == len(generations) else None)
         return list(results.values())
 
     def _plan(
-        self, generations: Sequence[Generation], draft: Draft | None, n_prefill: int | None
+        self, generations: Sequence[Generation], drafts: Drafts, n_prefill: int | None
     ) -> tuple[dict[str, list[Run]], list[_Ready]]:
         """Return the tokens that each member evaluates, and the generations that can be picked for then."""
         for generation in generations:
-            self._make_checkpoints(generation, draft)
-        due = {generation: self.n_due(generation) for generation in generations}
-        left = self.ensemble.n_batch - sum(n == 1 for n in due.values())
-        left = left if n_prefill is None else min(left, n_prefill)
+            self._make_checkpoints(generation, drafts)
+        due, n_drafted = {generation: self.n_due(generation) for generation in generations}, drafts.n_verified
+        left = self.ensemble.n_batch - sum(n == 1 for n in due.values()) - n_drafted
+        left = left if n_prefill is None else max(0, min(left, n_prefill - n_drafted))
         runs: dict[str, list[Run]] = defaultdict(list)
         ready = []
         for generation, n_due in due.items():
             n_given = 1 if n_due == 1 else min(n_due, left)
             left -= n_given if n_due > 1 else 0
             if n_given == n_due and not any(generation.pauses.values()):
+                draft = drafts.each.get(generation)
                 ready.append(_Ready(generation, draft.ahead if draft else [], draft))
             else:
                 self._add_prompt(runs, generation, n_given)
         n_rows: Counter[str] = Counter()
-        left = max(0, min(left, max(N_ROWS, self.ensemble.n_seq_max) - len(ready)))
+        left = max(0, min(left, self.ensemble.n_rows - len(ready) - n_drafted))
         ready.sort(key=attrgetter("generation.seq"))  # sequences with cells of their own are read in this order
         for each in ready:
             if unscored := each.generation.unscored():
                 each.ahead = list(unscored[:-1][:left])
                 left -= len(each.ahead)
-            self._add_text(runs, each, n_rows)
+            self._add_text(runs, each, n_rows, drafts.drafter)
         return runs, ready
 
     def _may_draft(self, generation: Generation) -> bool:
         """Whether members have no more to read than drafts go with: what they took back of the answer, they read again
         beside the next draft, unless that is much."""
         n_most = 1 + (_MAX_LAG if generation.n_picked else 0)
-        return (
-            generation.request.n_draft != 0 and self.n_due(generation) <= n_most and not any(generation.pauses.values())
-        )
+        return self.n_due(generation) <= n_most and not any(generation.pauses.values())
 
-    def _make_checkpoints(self, generation: Generation, draft: Draft | None) -> None:
+    def _make_checkpoints(self, generation: Generation, drafts: Drafts) -> None:
         """Let members keep the states to which they may have to go back: those at which they pause, and the one before
         a draft that they have to verify and could not take back otherwise."""
         for name in generation.members:
@@ -206,8 +206,8 @@ class Decoder:
             while pauses and pauses[0] <= self.ensemble.n_held(name, generation.seq):
                 member.checkpoint(generation.seq, lasting=True)
                 del pauses[0]
-            is_drafter = draft is not None and draft.drafter == name
-            if draft and not is_drafter and len(draft.ahead) > member.n_rollback:
+            draft = drafts.each.get(generation)
+            if draft and drafts.drafter != name and len(draft.ahead) > member.n_rollback:
                 member.checkpoint(generation.seq, lasting=False)
 
     def _add_prompt(self, runs: dict[str, list[Run]], generation: Generation, n_most: int) -> None:
@@ -218,12 +218,12 @@ class Decoder:
             if stop > n_held:
                 runs[name].append(Run(generation.seq, generation.text(name, n_held, stop), 0))
 
-    def _add_text(self, runs: dict[str, list[Run]], each: _Ready, n_rows: Counter[str]) -> None:
-        """Add all of a text that a member does not hold, and what comes ahead of it."""
+    def _add_text(self, runs: dict[str, list[Run]], each: _Ready, n_rows: Counter[str], drafter: str) -> None:
+        """Add all of a text that a member does not hold, and what comes ahead of it. The member that drafted for this
+        text holds it already."""
         generation, n_ahead = each.generation, len(each.ahead)
-        drafter = each.draft.drafter if each.draft and each.draft.rows is not None else None
         for name in generation.members:
-            if name != drafter:
+            if name != drafter or each.draft is None:
                 n_held = self.ensemble.n_held(name, generation.seq)
                 tokens = [*generation.text(name, n_held), *each.ahead]
                 runs[name].append(Run(generation.seq, tokens, n_ahead + 1))
@@ -234,27 +234,31 @@ class Decoder:
         """Pick at every position of each generation that has its rows, those that are fused alike in one call."""
         picks: dict[Generation, list[Pick]] = {}
         for group in _fused_alike(ready):
+            roles = group[0].generation.request.roles
             places = [(each.generation, each.ahead[each.next : k]) for each in group for k in each.positions]
             rows: list[Logits | Sequence[Logits]] = []
-            for name in group[0].generation.members:
+            for name in roles.members:
                 own = [each.rows(name, logits) for each in group]
                 rows.append(own[0] if len(own) == 1 else [row for each in own for row in each])
-            found = iter(self._select(places, rows))
+            found = iter(self._select(places, rows, roles))
             for each in group:
                 picks[each.generation] = [next(found) for _ in each.positions]
         return picks
 
     def _select(
-        self, places: Sequence[tuple[Generation, Sequence[int]]], rows: Sequence[Logits | Sequence[Logits]]
+        self,
+        places: Sequence[tuple[Generation, Sequence[int]]],
+        rows: Sequence[Logits | Sequence[Logits]],
+        roles: Roles,
     ) -> list[Pick]:
         """Fuse the rows of each place and pick a token.
 
         places: K generations that are fused alike, each with the tokens that stand between its text and its row.
-        rows: K rows of each member of their roles.
+        rows: K rows of each member of `roles`.
         A token that the constraint forbids is picked again among those that it allows, as llama.cpp does: most often
         the first pick is right, and asking for all allowed tokens costs more.
         """
-        roles, fusion = places[0][0].request.roles, places[0][0].request.fusion
+        fusion = places[0][0].request.fusion
         draws = [generation.draw(ahead) for generation, ahead in places]
         weights = [roles.weights or ()] * len(draws)
         picks = self.fuser.pick(rows, roles.members, fusion, weights, draws)
@@ -271,7 +275,7 @@ class Decoder:
                 picks[k] = picks[k]._replace(choice=found.choice)
             if picks[k].error:
                 stopped.add(generation)
-            elif generation.request.traced:
+            elif generation.request.traced and roles == generation.request.roles:
                 picks[k] = self._traced(generation, own, draws[k], picks[k])
         return picks
 
@@ -292,15 +296,9 @@ class Decoder:
         finally:
             self._patience_s -= time.perf_counter() - started
 
-    def _pick_alone(self, generation: Generation, name: str, row: Logits, ahead: Sequence[int]) -> Pick:
-        """Pick as the member `name` alone would after the text and `ahead`, from its row (width,)."""
-        draw = generation.draw(ahead)
-        (pick,) = self.fuser.pick([[row]], (name,), generation.request.fusion, [()], [draw])
-        pick, banned = self._judged(generation, ahead, pick)
-        if banned is not None:
-            draw = dataclasses.replace(draw, banned=banned)
-            (pick,) = self.fuser.pick([[row]], (name,), generation.request.fusion, [()], [draw])
-        return pick
+    def _pick_alone(self, name: str, places: Sequence[tuple[Generation, Sequence[int]]], rows: Logits) -> list[Pick]:
+        """Pick as the member `name` alone would, from its row at each place."""
+        return self._select(places, [rows], Roles((name,)))
 
     def _traced(
         self, generation: Generation, rows: Sequence[Logits | Sequence[Logits]], draw: Draw, pick: Pick
@@ -327,7 +325,7 @@ class Decoder:
             if pick.error:
                 if not results[generation].picks and not isinstance(pick.error, StillComputingError):
                     results[generation] = StepResult(generation, error=pick.error)
-                self._trim(generation, each.draft)
+                self._trim(generation)
                 return False
             is_kept = each.next < len(each.ahead) and pick.token == each.ahead[each.next]
             pick = pick._replace(from_draft=is_kept and each.draft is not None)
@@ -336,19 +334,16 @@ class Decoder:
             each.next += 1
             if not is_kept:
                 return False
-        if each.draft is None or each.draft.rows is None:
-            return False
-        self.drafting.evaluate_last(generation, each.draft)
-        return True
+        return each.draft is not None and each.draft.rows is not None
 
     def rewind(self, generation: Generation, n_tokens: int) -> None:
         """Take back the last `n_tokens` picks. Every member then holds the text but its last token."""
         del generation.tokens[len(generation.tokens) - n_tokens :]
-        self._trim(generation, None)
+        self._trim(generation)
 
-    def _trim(self, generation: Generation, draft: Draft | None) -> None:
+    def _trim(self, generation: Generation, drafter: str = "") -> None:
         """Let every member hold all of the text but its last token, as after a step that drafted nothing."""
-        for name in {*generation.members, draft.drafter if draft else ""}:
+        for name in {*generation.members, drafter}:
             if name in self.ensemble.members:
                 self.ensemble.shorten(name, generation.seq, generation.n_text(name) - 1)
 

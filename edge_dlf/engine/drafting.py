@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,9 +12,9 @@ import numpy as np
 from ..fusion.records import Pick
 from ..params import MAX_DRAFT
 from .backend import Logits, Run
-from .draft_length import DraftLength
+from .draft_length import DraftLength, Experience, Guesses
 from .ensemble import Ensemble
-from .generation import Generation
+from .generation import Generation, StepResult
 from .prompt_lookup import lookup
 
 TextDrafter = Callable[[Sequence[int], int, Callable[[int], bool]], tuple[list[int], list[float]]]
@@ -23,30 +24,26 @@ TextDrafter = Callable[[Sequence[int], int, Callable[[int], bool]], tuple[list[i
 TEXT_DRAFTERS: Mapping[str, TextDrafter] = {"prompt lookup": lookup}
 """By a name that no expert can have: it holds a space."""
 
-PickAlone = Callable[[Generation, str, Logits, Sequence[int]], Pick]
-"""What one member alone picks after the text and some guesses: generation, member, its row (width,), guesses."""
+PickAlone = Callable[[str, Sequence[tuple[Generation, Sequence[int]]], Logits], list[Pick]]
+"""What one member alone picks: its name, generations with the guesses that follow their texts, its rows after them."""
 
 
 @dataclass
 class Draft:
     """Tokens guessed to follow the text of one generation.
 
-    drafter: who guessed them; empty where nothing is drafted.
+    n_most: tokens that it may have.
     probabilities: of each token, by the drafter.
     n_verified: how many of the tokens the members verify in this step.
-    rows: rows of a drafting member that is fused too, (K, width): after the text, and after each guess that it has
-        evaluated. None where the drafter is no member of the fusion.
-    rivals: drafts that were not chosen. Whether their guesses were right is counted too.
-    reading_s: seconds in which a drafter outside the fusion read the text first.
+    rows: rows of a drafting member that is fused too: after the text, and after each guess that it has evaluated. None
+        where the drafter is no member of the fusion.
     """
 
-    drafter: str = ""
+    n_most: int
     tokens: list[int] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
     n_verified: int = 0
-    rows: Logits | None = None
-    rivals: Sequence[Draft] = ()
-    reading_s: float = 0.0
+    rows: list[Logits] | None = None
 
     @property
     def ahead(self) -> list[int]:
@@ -54,80 +51,167 @@ class Draft:
         return self.tokens[: self.n_verified]
 
 
-class Drafting:
-    """Builds the candidate drafts of a generation and chooses one.
+@dataclass
+class Drafts:
+    """What one drafter guesses in a step, for some of its generations.
 
-    lengths: for each set of members, what chooses the length of drafts.
+    drafter: empty where nothing is drafted.
+    rivals: drafts that were not chosen. Whether their guesses were right is counted too.
+    length: what chose the length of each; None where it was asked for.
+    reading_s: seconds in which a drafter outside the fusion read the texts first.
     """
 
+    drafter: str = ""
+    each: dict[Generation, Draft] = field(default_factory=dict)
+    rivals: Sequence[Drafts] = ()
+    length: DraftLength | None = None
+    reading_s: float = 0.0
+
+    @property
+    def guesses(self) -> list[Guesses]:
+        """What the choice of the length depends on."""
+        return [Guesses(draft.probabilities, draft.n_most) for draft in self.each.values()]
+
+    @property
+    def n_verified(self) -> int:
+        """Tokens of all drafts that are verified."""
+        return sum(draft.n_verified for draft in self.each.values())
+
+    def verify(self, n: int) -> None:
+        """Let up to `n` tokens of each draft be verified."""
+        for draft in self.each.values():
+            draft.n_verified = min(n, draft.n_most, len(draft.tokens))
+
+
+class Drafting:
+    """Builds the candidate drafts for the generations of a step, and chooses those of one drafter."""
+
     def __init__(self, ensemble: Ensemble, pick_alone: PickAlone) -> None:
-        self.lengths: dict[tuple[str, ...], DraftLength] = {}
+        self._lengths: dict[tuple[tuple[str, ...], int], DraftLength] = {}
+        self._experience: dict[tuple[str, ...], Experience] = {}
         self._ensemble = ensemble
         self._pick_alone = pick_alone
-        self._kept: Logits = np.empty((0, 0), np.float32)
+        self._kept: Logits = np.empty((ensemble.n_rows, ensemble.n_vocab), np.float32)
+        self._n_kept = 0
 
-    def draft(self, generation: Generation) -> Draft:
-        """Return the draft that promises the most tokens per second.
+    def draft(
+        self, generations: Sequence[Generation], n_room: int, on_decode: Callable[[], None] | None = None
+    ) -> Drafts:
+        """Return the drafts that promise the most tokens per second, all of them by one drafter.
 
-        Where a length was asked for, a draft by the text goes before one by a member, which costs more.
+        generations: those that lack one token of their text. Nothing is drafted for several of them unless the same
+            members decode all, and can take back what was wrong at no cost.
+        n_room: tokens that may be drafted in all, with which the batch and the caches are full.
+        on_decode: called just before a member computes.
+
+        Where a length was asked for, drafts by the text go before those by a member, which cost more. A generation that
+        asks for another length than the first one is decoded plainly meanwhile.
         """
-        fixed, length = generation.request.n_draft, self._length(generation)
-        if fixed is None and not length.drafts:
-            return Draft()
-        n_most = min(self._room(generation, generation.members), MAX_DRAFT if fixed is None else fixed)
-        drafts, best, best_rate = [], Draft(), 0.0
-        for name, drafter in TEXT_DRAFTERS.items():
-            draft = Draft(name, *self._pickable(*drafter(generation.tokens, n_most, generation.request.is_end)))
-            drafts.append(draft)
-            rate, n = 0.0, len(draft.tokens)
-            if fixed is None:
-                rate, n = length.best(name, n, draft.probabilities)
-            if n and (not best.drafter or rate > best_rate):
-                best, best_rate, best.n_verified = draft, rate, n
-        member = self._drafting_member(generation) if n_most and (fixed is None or not best.drafter) else None
-        if member is not None:
-            rate, n = length.best(member, n_most) if fixed is None else (0.0, n_most)
-            # A member of the fusion evaluates the text anyway, so its first guess costs nothing.
-            if (n or member in generation.members) and (not best.drafter or rate > best_rate):
-                best = self._draft_by_member(generation, member, n_most, rate)
-        best.rivals = [draft for draft in drafts if draft is not best]
+        asking = [generation for generation in generations if generation.request.n_draft != 0]
+        if not asking or (len(generations) > 1 and not self._are_alike(generations)):
+            return Drafts()
+        fixed, length = asking[0].request.n_draft, self._length(asking[0].members, len(generations))
+        asking = [generation for generation in asking if generation.request.n_draft == fixed]
+        best, best_rate, rivals = Drafts(), 0.0, []
+        if n_room >= len(generations) and (fixed is not None or length.drafts):
+            n_most = MAX_DRAFT if fixed is None else fixed
+            for name in TEXT_DRAFTERS:
+                drafts = self._drafts_by_text(asking, name, n_most, n_room)
+                rate, n = length.best(name, drafts.guesses) if fixed is None else (0.0, n_most)
+                drafts.verify(n)
+                if drafts.n_verified and (not best.drafter or rate > best_rate):
+                    best, best_rate = drafts, rate
+                rivals.append(drafts)
+            if fixed is None or not best.drafter:
+                drafts = self._drafts_by_member(asking, n_most, n_room)
+                rate, n = length.best(drafts.drafter, drafts.guesses) if fixed is None else (0.0, n_most)
+                # A member of the fusion evaluates the text anyway, so its first guess costs nothing.
+                is_worth = n or drafts.drafter in asking[0].members
+                if drafts.each and is_worth and (not best.drafter or rate > best_rate):
+                    self._guess(drafts, length if fixed is None else None, rate, on_decode)
+                    best = drafts
+        best.length = length if fixed is None else None
+        best.rivals = [drafts for drafts in rivals if drafts is not best]
         return best
+
+    def _are_alike(self, generations: Sequence[Generation]) -> bool:
+        """Whether drafts for all of them go into the same batches, and members can take back any part of these."""
+        members = generations[0].members
+        return all(generation.members == members for generation in generations) and all(
+            member.can_trim for member in self._ensemble.members.values()
+        )
 
     def _pickable(self, tokens: list[int], probabilities: list[float]) -> tuple[list[int], list[float]]:
         """Return a draft up to the first token that only prompts may hold."""
         n = next((n for n, token in enumerate(tokens) if token >= self._ensemble.n_vocab), len(tokens))
         return tokens[:n], probabilities[:n]
 
-    def learn(self, generation: Generation, draft: Draft, picks: Sequence[Pick], seconds: float) -> None:
-        """Note which guesses were right, and what a step with this draft took."""
-        length = self._length(generation)
-        for each in (draft, *draft.rivals):
-            for guess, probability, pick in zip(each.tokens, each.probabilities, picks, strict=False):
-                length.judged(each.drafter, probability, guess == pick.token)
-                if guess != pick.token:
-                    break
-        if generation.request.n_draft is None:
-            length.stepped(draft.drafter, draft.n_verified, len(picks), seconds - draft.reading_s, draft.reading_s)
+    def learn(self, drafts: Drafts, results: Iterable[StepResult], seconds: float | None) -> None:
+        """Note which guesses were right, and what the step took; `seconds` is None where it did other work too."""
+        results = [result for result in results if result.picks]
+        if not results or not (drafts.each or drafts.rivals or drafts.length):
+            return
+        experience = self._experience[results[0].generation.members]
+        for each in (drafts, *drafts.rivals):
+            for result in results:
+                if draft := each.each.get(result.generation):
+                    for guess, probability, pick in zip(draft.tokens, draft.probabilities, result.picks, strict=False):
+                        experience.judged(each.drafter, probability, guess == pick.token)
+                        if guess != pick.token:
+                            break
+        if drafts.length and seconds is not None:
+            n_tokens = sum(len(result.picks) for result in results)
+            took = seconds - drafts.reading_s
+            drafts.length.stepped(drafts.drafter, drafts.n_verified, n_tokens, took, drafts.reading_s)
 
-    def evaluate_last(self, generation: Generation, draft: Draft) -> None:
-        """Let the drafting member evaluate its last guess too, and add the row to the draft's."""
-        assert draft.rows is not None
-        n = len(draft.rows)
-        self._keep(n, self._evaluate(draft.drafter, generation.seq, draft.tokens[n - 1 : n]))
-        draft.rows = self._kept[: n + 1]
+    def evaluate_last(self, drafts: Drafts, generations: Sequence[Generation]) -> None:
+        """Let the drafting member evaluate its last guess for these generations too, and add the rows to the drafts."""
+        last = {each: drafts.each[each].tokens[len(drafts.each[each].rows or ()) - 1 :][:1] for each in generations}
+        self._evaluate(drafts, last)
 
-    def _length(self, generation: Generation) -> DraftLength:
-        """Return what chooses the length of drafts for the members of this generation."""
-        if generation.members not in self.lengths:
+    def _length(self, members: tuple[str, ...], n_rows: int) -> DraftLength:
+        """Return what chooses the length of drafts for so many generations of these members."""
+        if (members, n_rows) not in self._lengths:
             n_bytes = {name: member.n_bytes for name, member in self._ensemble.members.items()}
-            total = max(1, sum(n_bytes[name] for name in generation.members))
-            self.lengths[generation.members] = DraftLength({name: n / total for name, n in n_bytes.items()})
-        return self.lengths[generation.members]
+            total = max(1, sum(n_bytes[name] for name in members))
+            costs = {name: n / total for name, n in n_bytes.items()}
+            experience = self._experience.setdefault(members, Experience())
+            self._lengths[members, n_rows] = DraftLength(costs, n_rows, experience)
+        return self._lengths[members, n_rows]
 
-    def _drafting_member(self, generation: Generation) -> str | None:
+    def _drafts_by_text(self, generations: Sequence[Generation], name: str, n_most: int, n_room: int) -> Drafts:
+        """Return what the text alone tells of generations that have something to draft."""
+        drafts = Drafts(name)
+        for generation in generations:
+            n = min(n_most, self._room(generation, generation.members))
+            guesses = TEXT_DRAFTERS[name](generation.tokens, n, generation.request.is_end)
+            tokens, probabilities = self._pickable(*guesses)
+            if tokens:
+                drafts.each[generation] = Draft(len(tokens), tokens, probabilities)
+        for draft in drafts.each.values():
+            draft.n_most = min(draft.n_most, n_room // len(drafts.each))
+        return drafts
+
+    def _drafts_by_member(self, generations: Sequence[Generation], n_most: int, n_room: int) -> Drafts:
+        """Return drafts without a guess yet, for those generations that the same member would draft for, of which
+        there are most."""
+        n_free = self._ensemble.n_free() // len(generations)
+        drafters = {generation: self._drafting_member(generation, n_free) for generation in generations}
+        counts = Counter(name for name in drafters.values() if name)
+        if not counts:
+            return Drafts()
+        drafts = Drafts(max(counts, key=counts.__getitem__))
+        n_most = min(n_most, n_room // counts[drafts.drafter])
+        for generation, name in drafters.items():
+            n = min(n_most, self._room(generation, generation.members))
+            if n > 0 and name == drafts.drafter:
+                drafts.each[generation] = Draft(n)
+        return drafts
+
+    def _drafting_member(self, generation: Generation, n_free: int) -> str | None:
         """Return the member that would draft: the expert of the largest α of late, unless it is negative, or the base
         for the large model alone; None where there is none, or no room for it, or an expert answers alone. A corrector
-        does not draft: alone it foretells nothing."""
+        does not draft: alone it foretells nothing. n_free: positions of the caches that it may fill."""
         members, strength = generation.members, generation.strength
         experts = [name for name in generation.request.roles.experts if name not in self._ensemble.correctors]
         if experts:
@@ -137,62 +221,79 @@ class Drafting:
             return None
         n_behind = generation.n_text("base") - self._ensemble.n_common("base", generation.seq, generation.text("base"))
         has_room = self._room(generation, ["base"]) == self._room(generation, members)
-        return "base" if has_room and n_behind + MAX_DRAFT <= self._ensemble.n_free() else None
+        return "base" if has_room and n_behind + MAX_DRAFT <= n_free else None
 
-    def _draft_by_member(self, generation: Generation, name: str, n_most: int, rate: float) -> Draft:
-        """Let a member decode ahead on its own, under the noise, filters and penalties of each position.
+    def _guess(
+        self, drafts: Drafts, length: DraftLength | None, rate: float, on_decode: Callable[[], None] | None
+    ) -> None:
+        """Let a member decode ahead on its own, a token of every draft at a time, under the noise, filters and
+        penalties of each position.
 
-        rate: tokens per second that the draft has to beat; of no account where the length was asked for.
+        length: what chooses the length; None where it was asked for.
+        rate: tokens per second that drafts have to beat.
         """
-        draft, is_fused = Draft(name), name in generation.members
-        if not is_fused:
-            self._ensemble.begin(name, generation.seq, generation.text(name))
-        due: Sequence[int] = generation.text(name, self._ensemble.n_held(name, generation.seq))
-        if not is_fused:
-            due = self._read(draft, generation.seq, due)
-        while True:
-            row = self._evaluate(name, generation.seq, due)
-            if is_fused:
-                row = self._keep(len(draft.tokens), row)
-                draft.rows = self._kept[: len(draft.tokens) + 1]
-            pick = self._pick_alone(generation, name, row[0], draft.tokens)
-            if pick.error:
-                return draft  # the error is met again where that row is fused
-            draft.tokens.append(pick.token)
-            draft.probabilities.append(min(1.0, math.exp(pick.logprob)))
-            if generation.request.is_end(pick.token):
-                return draft  # verifying the guesses before it tells whether the answer ends there
-            n_wanted = n_most
-            if generation.request.n_draft is None:
-                n_wanted = self._length(generation).wanted(name, n_most, draft.probabilities, rate)
-            draft.n_verified = min(n_wanted, len(draft.tokens))
-            if n_wanted <= len(draft.tokens):
-                return draft
-            if len(draft.tokens) == 1:
-                self._ensemble.members[name].checkpoint(generation.seq, lasting=False)
-            due = draft.tokens[-1:]
+        n_wanted, self._n_kept = MAX_DRAFT, 0
+        due: Mapping[Generation, Sequence[int]] = self._begun(drafts)
+        while due:
+            rows = self._evaluate(drafts, due, on_decode)
+            picks = self._pick_alone(drafts.drafter, [(each, drafts.each[each].tokens) for each in due], rows)
+            for generation, pick in zip(due, picks, strict=True):
+                draft = drafts.each[generation]
+                if pick.error:  # it is met again where that row is fused
+                    draft.n_most = len(draft.tokens)
+                    continue
+                if generation.request.is_end(pick.token):  # verifying the guesses before it tells whether it ends there
+                    draft.n_most = len(draft.tokens)
+                draft.tokens.append(pick.token)
+                draft.probabilities.append(min(1.0, math.exp(pick.logprob)))
+            if length:
+                n_wanted = length.wanted(drafts.drafter, drafts.guesses, rate)
+            due = {
+                each: draft.tokens[-1:]
+                for each, draft in drafts.each.items()
+                if len(draft.tokens) < min(n_wanted, draft.n_most)
+            }
+            for each in due:
+                if len(drafts.each[each].tokens) == 1:
+                    self._ensemble.members[drafts.drafter].checkpoint(each.seq, lasting=False)
+        drafts.verify(n_wanted)
 
-    def _read(self, draft: Draft, seq: int, tokens: Sequence[int]) -> Sequence[int]:
-        """Let a drafter outside the fusion evaluate all but the last of many tokens. Returns those that are left."""
-        started = self._ensemble.clock()
-        while len(tokens) > MAX_DRAFT + 1:
-            ahead = tokens[: min(len(tokens) - 1, self._ensemble.n_batch)]
-            self._ensemble.decode({draft.drafter: [Run(seq, ahead, 0)]})
-            tokens = tokens[len(ahead) :]
-        draft.reading_s = self._ensemble.clock() - started
-        return tokens
+    def _begun(self, drafts: Drafts) -> dict[Generation, list[int]]:
+        """Return the tokens after which the drafter makes its first guesses. One outside the fusion reads the rest of
+        each text first."""
+        started, name = self._ensemble.clock(), drafts.drafter
+        due = {}
+        for generation, draft in drafts.each.items():
+            if name in generation.members:
+                draft.rows = []
+                due[generation] = generation.text(name, self._ensemble.n_held(name, generation.seq))
+                continue
+            tokens = generation.text(name, self._ensemble.begin(name, generation.seq, generation.text(name)))
+            while len(tokens) > min(MAX_DRAFT + 1, self._ensemble.n_batch // len(drafts.each)):
+                ahead = tokens[: min(len(tokens) - 1, self._ensemble.n_batch)]
+                self._ensemble.decode({name: [Run(generation.seq, ahead, 0)]})
+                tokens = tokens[len(ahead) :]
+            due[generation] = tokens
+        drafts.reading_s = self._ensemble.clock() - started
+        return due
 
-    def _evaluate(self, name: str, seq: int, tokens: Sequence[int]) -> Logits:
-        """Return the row after the last of `tokens`, (1, width), of one member."""
-        return self._ensemble.decode({name: [Run(seq, tokens, 1)]})[name]
-
-    def _keep(self, n: int, row: Logits) -> Logits:
-        """Keep the drafting member's row `n`: a backend's own is gone with its next call."""
-        if self._kept.shape[1] != row.shape[1]:
-            self._kept = np.empty((MAX_DRAFT + 1, row.shape[1]), np.float32)
-        kept: Logits = self._kept[n : n + 1]
-        kept[:] = row
-        return kept
+    def _evaluate(
+        self,
+        drafts: Drafts,
+        due: Mapping[Generation, Sequence[int]],
+        on_decode: Callable[[], None] | None = None,
+    ) -> Logits:
+        """Let the drafter read these tokens. Returns its row after the last of each, and adds it to the draft if the
+        drafter is fused too: a backend's own rows are gone with its next call."""
+        runs = [Run(generation.seq, tokens, 1) for generation, tokens in due.items()]
+        rows = self._ensemble.decode({drafts.drafter: runs}, on_decode)[drafts.drafter]
+        for generation, row in zip(due, rows, strict=True):
+            if (own := drafts.each[generation].rows) is not None:
+                kept: Logits = self._kept[self._n_kept]
+                kept[:] = row[: self._ensemble.n_vocab]
+                self._n_kept += 1
+                own.append(kept)
+        return rows
 
     def _room(self, generation: Generation, members: Iterable[str]) -> int:
         """Count the tokens that may be drafted before the answer's limit or a member's context is reached."""

@@ -13,7 +13,7 @@ from operator import ne
 
 from ..errors import InvalidParameterError
 from ..params import METHODS, FusionParams, Overlap, check_names
-from .backend import Backend, Logits, Run
+from .backend import N_ROWS, Backend, Logits, Run
 from .threads import GroupThreads
 from .token_map import TokenMap
 
@@ -160,6 +160,7 @@ class Ensemble:
     maps: ids of those members whose own ids differ from the family's.
     n_ctx: positions that every member has for one sequence.
     n_batch: tokens that every member can evaluate in one batch.
+    n_rows: rows of logits that every member can give for one batch.
     groups: names of members that share a device, a tuple for each device. Members of one group run one after the
         other; groups overlap as `overlap` says. Groups whose calls return early, as a GPU's do, come first.
     """
@@ -188,6 +189,7 @@ class Ensemble:
         self.n_ctx = min(member.n_ctx for member in members.values())
         self.n_batch = min(member.n_batch for member in members.values())
         self.n_seq_max = min(member.n_seq_max for member in members.values())
+        self.n_rows = max(N_ROWS, self.n_seq_max)
         self.has_streams = all(member.has_streams for member in members.values())
         self._threads = GroupThreads()
         self._caches = {name: _CacheIndex() for name in members}
