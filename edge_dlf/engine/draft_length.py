@@ -12,7 +12,7 @@ from ..params import MAX_DRAFT
 
 _MEMORY = 5
 """Steps with as many drafted tokens that are remembered. The shortest of them tells what such a step takes."""
-_N_PLAIN = 3
+_N_PLAIN = 2
 """Plain steps that have to be timed before any is drafted: at first, and anew after each 1 / _SHARE steps, since other
 programs come and go."""
 _SLOPE = 0.1
