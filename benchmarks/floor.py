@@ -49,7 +49,7 @@ def measure(llm: FusedLlama, prompt: list[int], n_steps: int) -> tuple[list[Time
 
     def fused(_: list[int]) -> Times:
         with Timer() as timer:
-            if not ensemble.n_held("large", 0):
+            if not ensemble.n_held(names[0], 0):
                 decoder.begin(generation)
             decoder.step([generation])
         return {"fused": timer.ms}
