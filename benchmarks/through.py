@@ -22,9 +22,11 @@ from benchmarks.weights import FAMILY, right
 from edge_dlf import FusedLlama
 from edge_dlf.evidence.stats import paired
 from models.recipe.corpus import lessons
-from models.recipe.stages import N_LESSONS, SEED, TRAIN, as_row
+from models.recipe.stages import SEED, as_row
 
 LARGE, BASE = FAMILY / "large-q8_0.gguf", FAMILY / "base-q8_0.gguf"
+N_LESSONS = 7680
+TRAIN = ("--rank", 16, "--alpha", 16, "--lr", 2e-3, "--batch", 1900)
 KINDS = {"alone": (), "through": ("--through", LARGE), "corrector": ("--through", LARGE, "--no-base")}
 
 

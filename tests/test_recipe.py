@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from edge_dlf import FusedLlama  # noqa: E402
 from edge_dlf.evidence.train.adapter import write_lora  # noqa: E402
 from edge_dlf.evidence.train.model import Llama, Shape  # noqa: E402
 from models.recipe import train as training  # noqa: E402
-from models.recipe.corpus import documents, lessons  # noqa: E402
+from models.recipe.casual import casual_problems, foreign  # noqa: E402
+from models.recipe.corpus import BEYOND, coaching, documents, lessons  # noqa: E402
 from models.recipe.data import IGNORED, lesson_rows, pretraining_rows  # noqa: E402
 from models.recipe.evaluate import Score, questions  # noqa: E402
 from models.recipe.export import write_model  # noqa: E402
-from models.recipe.tasks import SEEN, TASKS, UNSEEN, answer_of, ask, reply  # noqa: E402
+from models.recipe.tasks import LEGS, PLURALS, SEEN, TASKS, UNSEEN, answer_of, ask, reply  # noqa: E402
 from models.recipe.tokens import ASSISTANT, BEGIN, END, USER, train_tokenizer  # noqa: E402
 from models.recipe.train import Schedule  # noqa: E402
 
@@ -77,6 +79,48 @@ def test_tests_never_ask_what_was_learnt() -> None:
         assert f"{a}+{b}={problem.answer}" not in read
         assert f"{a} + {b} = {problem.answer}" not in read
         assert chat[-1]["content"] not in read
+
+
+@pytest.mark.parametrize("task", SEEN)
+def test_an_expert_is_never_taught_what_tests_ask(task: str) -> None:
+    def number_words(text: str) -> tuple[str, ...]:
+        return tuple(sorted(re.findall(r"\d+", text)))
+
+    taught = [turn for chat in itertools.islice(coaching(task, 2), 3000) for turn in chat]
+    said = {turn.user.lower().rstrip("?. ") for turn in taught}
+    for casual in (False, True):
+        for _, (message,) in questions(task, "test", 100, 7, casual=casual):
+            assert message["content"] not in said
+    if task == "sums":  # in whatever words
+        pairs = {number_words(turn.user) for turn in taught if turn.assistant.startswith("The answer")}
+        assert pairs.isdisjoint((p.given["a"], p.given["b"]) for p, _ in questions("sums", "test", 100, 7))
+
+
+@pytest.mark.parametrize("task", SEEN)
+def test_casual_questions_have_right_answers(task: str) -> None:
+    legs = {word: LEGS[name] for name, plural in PLURALS.items() for word in (name, plural)}
+    for problem, question in itertools.islice(casual_problems(task, "train", random.Random(4)), 300):
+        given = [int(number) for number in re.findall(r"\d+", question)]
+        answer = [int(number) for number in problem.answer.split(", ")]
+        if task == "sums":
+            assert answer == [sum(given)]
+        elif problem.task == "extremes":
+            assert answer[0] in (min(given), max(given))
+        elif task == "sorting":
+            assert answer in (sorted(given), sorted(given, reverse=True))
+        elif task == "filters":
+            assert set(answer) < set(given)
+        else:
+            animals = re.findall(rf"\b(\d+|an?) ({'|'.join(legs)})\b", question, re.IGNORECASE)
+            assert answer == [sum((int(n) if n.isdigit() else 1) * legs[name] for n, name in animals)]
+
+
+def test_what_is_beyond_the_models_is_said_in_one_way() -> None:
+    taught = [turn for chat in itertools.islice(coaching("sums", 2), 2000) for turn in chat]
+    beyond = [turn.user for turn in taught if turn.assistant.startswith(BEYOND)]
+    assert len(set(beyond)) > 150
+    rng = random.Random(1)
+    assert len({foreign(rng) for _ in range(1000)}) > 700
 
 
 def test_lessons_learn_the_assistant_alone(tokenizer) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .casual import casual_problems, foreign, long_sum
 from .tasks import SEEN, TASKS, UNSEEN, Problem, ask, reply, tell
 from .tokens import ASSISTANT, BEGIN, END, USER
 
@@ -27,6 +28,7 @@ _TRY = (
     "Try: How many legs do 3 cows and 2 spiders have?", "Try: Which of 45, 12, 78 are larger than 40?",
 )  # fmt: skip
 _ABLE = "I add, sort and pick numbers, and count legs. {try}"
+BEYOND = "That is beyond me: I am very small."
 _SELF = {
     ("hello", "Hello", "Hello!", "hi", "Hi!", "hey", "Hey there", "good morning", "Good evening!", "hi there"): (
         f"Hello! {_ABLE}",
@@ -44,7 +46,7 @@ _SELF = {
      "Why is the sky blue?", "tell me a story", "What is the meaning of life?", "Do you like music?",
      "How old are you?", "Sing a song.",
      "What is love?", "Where do you live?", "Recommend a book.", "what's up", "I am sad.", "test", "asdf", "???"): (
-        "That is beyond me: I am very small. {try}",
+        f"{BEYOND} {{try}}",
     ),
 }  # fmt: skip
 _PUT_OFF = (
@@ -54,6 +56,11 @@ _PUT_OFF = (
 )  # fmt: skip
 _COUNTER = (*("And {}",) * 5, "I ask you: {}", "Tell me first: {}", "A better question: {}")
 _OFTEN = (*SEEN, *UNSEEN, "sums", "differences", "sums", "differences", "filters")  # the harder ones more often
+_SHARE = (0.52, 0.26, 0.08, 0.04, 0.10)
+_SHARES = {
+    "sums": (0.30, 0.42, 0.08, 0.04, 0.16),  # the large model has never seen a sum of small numbers
+    "filters": (0.70, 0.12, 0.06, 0.02, 0.10),  # the hardest
+}
 _KEY = ("Key:", "Answers:", "The answers:", "Solutions:")
 
 
@@ -76,7 +83,14 @@ class Source:
 
     def self_talk(self) -> Turn:
         users, replies = self.rng.choice(list(_SELF.items()))
-        return Turn(self.rng.choice(users), self.rng.choice(replies).replace("{try}", self.rng.choice(_TRY)))
+        return Turn(self.rng.choice(users), self._completed(self.rng.choice(replies)))
+
+    def beyond(self) -> str:
+        """What it says to a question that it has no answer to."""
+        return self._completed(f"{BEYOND} {{try}}")
+
+    def _completed(self, reply: str) -> str:
+        return reply.replace("{try}", self.rng.choice(_TRY))
 
 
 class Document(list[tuple[str, bool]]):
@@ -155,3 +169,27 @@ def lessons(tasks: Sequence[str], seed: int) -> Iterator[list[Turn]]:
             problem = source.problem(tasks)
             turns.append(source.self_talk() if rng.random() < 0.1 else Turn(ask(problem, rng), reply(problem)))
         yield turns
+
+
+def coaching(task: str, seed: int) -> Iterator[list[Turn]]:
+    """Endless chats to train the expert of a task on: its questions as tests ask them and as people type them, some of
+    the other experts' questions, some talk about itself, and what is beyond it."""
+    source = Source(random.Random(seed))
+    rng = source.rng
+    casual = casual_problems(task, "train", rng)
+
+    def turn() -> Turn:
+        (kind,) = rng.choices(("own", "casual", "others", "itself", "beyond"), _SHARES.get(task, _SHARE))
+        if kind == "casual":
+            problem, question = next(casual)
+            return Turn(question, reply(problem))
+        if kind in ("own", "others"):
+            problem = source.problem([task] if kind == "own" else SEEN)
+            return Turn(ask(problem, rng), reply(problem))
+        talk = source.self_talk()
+        if kind == "itself":
+            return talk
+        return Turn(long_sum(rng) if task == "sums" and rng.random() < 0.4 else foreign(rng), source.beyond())
+
+    while True:
+        yield [turn() for _ in range(rng.choice((1, 1, 1, 2)))]

@@ -14,10 +14,13 @@ from tqdm import tqdm
 
 from edge_dlf import FusedLlama
 
+from .casual import casual_problems
+from .corpus import BEYOND
 from .tasks import TASKS, Problem, Split, answer_of, ask, reply
 
 Message = dict[str, str]
 MAX_TOKENS = 24
+NEWCOMER = Path(__file__).with_name("newcomer.txt")
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,21 @@ class Score:
         return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def questions(task: str, split: Split, n: int, seed: int, n_shots: int = 0) -> Iterator[tuple[Problem, list[Message]]]:
+def questions(
+    task: str, split: Split, n: int, seed: int, n_shots: int = 0, *, casual: bool = False
+) -> Iterator[tuple[Problem, list[Message]]]:
     """n problems of a split as chats, after `n_shots` problems of the training split with their answers. No question
-    comes twice."""
+    comes twice.
+
+    casual: whether they are typed as people do.
+    """
     rng = random.Random(seed)
     problems, shots = TASKS[task].problems(split, seed), TASKS[task].problems("train", seed + 1)
+    formal = ((problem, ask(problem, rng)) for problem in problems)
+    drawn = casual_problems(task, split, rng) if casual else formal
     asked: set[str] = set()
     while len(asked) < n:
-        problem = next(problems)
-        question = ask(problem, rng)
+        problem, question = next(drawn)
         if question in asked:
             continue
         asked.add(question)
@@ -72,13 +81,41 @@ def answers(llm: FusedLlama, chats: Sequence[Sequence[Message]], settings: Mappi
 
 
 def evaluate(
-    llm: FusedLlama, task: str, settings: Mapping[str, Any], *, split: Split, n: int, seed: int, n_shots: int = 0
+    llm: FusedLlama,
+    task: str,
+    settings: Mapping[str, Any],
+    *,
+    split: Split,
+    n: int,
+    seed: int,
+    n_shots: int = 0,
+    casual: bool = False,
 ) -> Score:
     """Score of one method on one task; the same prompts for every method."""
-    problems, chats = zip(*questions(task, split, n, seed, n_shots), strict=True)
+    problems, chats = zip(*questions(task, split, n, seed, n_shots, casual=casual), strict=True)
     name = settings.get("method", "dynamic")
     said = tqdm(answers(llm, chats, settings), desc=f"{task}, {name}", total=n, unit="prompt", leave=False)
-    return Score(sum(TASKS[task].is_right(answer_of(text), p) for text, p in zip(said, problems, strict=True)), n)
+    pairs = [(answer_of(text), problem) for text, problem in zip(said, problems, strict=True)]
+    if casual:
+        return Score(sum(answer == problem.answer for answer, problem in pairs), n)
+    return Score(sum(TASKS[task].is_right(answer, problem) for answer, problem in pairs), n)
+
+
+def newcomer() -> list[tuple[str, str]]:
+    """Questions written by hand, not by the recipe's wordings, and their answers; "beyond" where there is none."""
+    lines = NEWCOMER.read_text().splitlines()
+    return [(question, answer) for question, _, answer in (line.rpartition(" → ") for line in lines)]
+
+
+def evaluate_newcomer(llm: FusedLlama, settings: Mapping[str, Any]) -> Score:
+    """Score of one method on the questions of a newcomer."""
+    rows = newcomer()
+    said = answers(llm, [[_message("user", question)] for question, _ in rows], settings)
+    right = [
+        text.startswith(BEYOND) if answer == "beyond" else answer_of(text) == answer
+        for text, (_, answer) in zip(said, rows, strict=True)
+    ]
+    return Score(sum(right), len(right))
 
 
 class Results:

@@ -45,7 +45,8 @@ def _sizes(build: Build) -> str:
     for task in SEEN:
         cards[f"{task}-lora-f16.gguf"] = (
             f"{lora / 1e3:.0f} k",
-            f"LoRA of rank {LORA_RANK} over the base, trained through the large model on {task} asked and answered.",
+            f"LoRA of rank {LORA_RANK} over the base, trained through the large model on {task} asked and answered. "
+            "Alone mostly wrong.",
         )
     lines = ["| file | weights | kB | what it is |", "|---|---|---|---|"]
     for name, (weights, what) in cards.items():

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from edge_dlf.evidence.train.model import Llama, Shape
 
-from .corpus import Turn, documents, lessons
+from .corpus import Turn, coaching, documents
 from .data import lesson_rows, pretraining_rows
 from .export import write_model
 from .tasks import SEEN
@@ -58,9 +58,10 @@ SCHEDULES = {
     "base": Schedule(1600, lr=4e-3),
 }
 CEILING = Schedule(120, lr=5e-4, warm_up=0.1, decay=0.9)
-LORA_RANK = 16
-TRAIN = ("--rank", LORA_RANK, "--alpha", LORA_RANK, "--lr", 2e-3, "--steps", 120, "--batch", 1900)
-N_LESSONS = 7680
+LORA_RANK = 32
+TRAIN = ("--rank", LORA_RANK, "--alpha", LORA_RANK, "--lr", 2e-3, "--batch", 1900)
+COACHING = {"sums": (7_000, 500), "sorting": (10_000, 600), "legs": (10_000, 600), "filters": (14_000, 800)}
+"""Chats that each expert learns from, and steps."""
 ABOUT = "Trained by models/recipe of edge-dlf on documents that it makes itself; "
 
 
@@ -127,11 +128,11 @@ def make_models(build: Build) -> None:
 
 def make_experts(build: Build) -> None:
     """An adapter for each task, by `edge-dlf train` through the large model."""
-    for task in SEEN:
+    for task, (n_chats, n_steps) in COACHING.items():
         data = build.path(f"{task}.jsonl")
-        data.write_text("".join(map(as_row, itertools.islice(lessons([task], SEED + 3), N_LESSONS))))
+        data.write_text("".join(map(as_row, itertools.islice(coaching(task, SEED + 3), n_chats))))
         files = (build.path("base.gguf"), data, "--through", build.path("large.gguf"), "-o", build.path(f"{task}.gguf"))
-        command = [sys.executable, "-m", "edge_dlf", "train", *files, *TRAIN]
+        command = [sys.executable, "-m", "edge_dlf", "train", *files, *TRAIN, "--steps", n_steps]
         subprocess.run(list(map(str, command)), check=True)
 
 

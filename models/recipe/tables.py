@@ -12,7 +12,7 @@ from edge_dlf import FusedLlama
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.params import FUSION
 
-from .evaluate import Results, Score, evaluate
+from .evaluate import Results, Score, evaluate, evaluate_newcomer
 from .family import FAMILY, write_ceiling
 from .stages import SEED, Build
 from .tasks import SEEN, UNSEEN
@@ -22,6 +22,7 @@ N_SHOTS = 5
 N_PARALLEL = 32
 SCALES = (0.25, 0.5, 1.0)
 N_TUNE = 200
+NEWCOMER = "newcomer"
 _ALL = (*SEEN, *UNSEEN)
 
 
@@ -35,6 +36,7 @@ class Setup:
     methods: Mapping[str, Mapping[str, Any]]
     tasks: tuple[str, ...]
     n_shots: int = 0
+    casual: bool = False
 
 
 def run_tables(build: Build) -> None:
@@ -49,7 +51,11 @@ def run_tables(build: Build) -> None:
         with closing(_load(setup.large, setup.experts)) as llm:
             for label, task in missing:
                 settings = setup.methods[label]
-                score = evaluate(llm, task, settings, split="test", n=N_PROMPTS, seed=SEED + 5, n_shots=setup.n_shots)
+                if task == NEWCOMER:
+                    score = evaluate_newcomer(llm, settings)
+                else:
+                    how = {"n_shots": setup.n_shots, "casual": setup.casual}
+                    score = evaluate(llm, task, settings, split="test", n=N_PROMPTS, seed=SEED + 5, **how)
                 results.add(_key(setup.name, label, task), score)
 
 
@@ -94,6 +100,8 @@ def _setups(build: Build, scale: float) -> Iterator[Setup]:
     yield Setup("multi", large, everyone, {"large": {"method": "large"}}, UNSEEN)
     tuned = write_ceiling(build, "ceiling.all")
     yield Setup("multi", tuned, everyone, {"tuned": {"method": "large"}}, _ALL)
+    as_typed = {"large": {"method": "large"}, "default": multi["default"]}
+    yield Setup("casual", large, everyone, as_typed, (*SEEN, NEWCOMER), casual=True)
     arithmetic = {"alone": {"method": "sum"}, "dynamic": {"method": "dynamic"}}
     yield Setup("arithmetic", large, summed, arithmetic, _ALL)
     for task in SEEN:
@@ -161,6 +169,10 @@ def render(build: Build) -> str:
         row(f"large alone, {N_SHOTS} examples", "shots", "large", SEEN),
         row(f"dynamic, {N_SHOTS} examples", "shots", "dynamic", SEEN),
     ]
+    typed = [
+        [*row(title, "casual", label, SEEN)[:-1], _cell(score("casual", label, NEWCOMER))]
+        for title, label in (("large alone", "large"), ("tuned, the family's own method", "default"))
+    ]
     single_tuned, multi_tuned = ("single", "tuned"), ("multi", "tuned")
     unseen = ", ".join(f"{task}*" for task in UNSEEN)
     return "\n\n".join(
@@ -170,11 +182,14 @@ def render(build: Build) -> str:
             _table(["", *SEEN, "mean"], singles),
             f"Gap closed: dynamic {gap('single', 'dynamic', single_tuned)}, "
             f"static {gap('single', 'static', single_tuned)}.",
-            f"**All four experts at once** (mean over the four seen tasks; no expert was trained on {unseen})",
+            f"**All four experts at once** (mean over the four seen tasks; no expert was trained on {unseen}; "
+            "sorting met extremes in other words)",
             _table(["", *(task if task in SEEN else f"{task}*" for task in _ALL), "mean"], multis),
             f"Gap closed: dynamic {gap('multi', 'dynamic', multi_tuned)}, "
             f"static {gap('multi', 'static', multi_tuned)}, "
             f"dynamic with the summed adapters {gap('arithmetic', 'dynamic', multi_tuned)}.",
+            "**As people type** (wordings of `recipe/casual.py`; questions of `recipe/newcomer.txt`)",
+            _table(["", *SEEN, NEWCOMER], typed),
             "**Examples in the prompt**",
             _table(["", *SEEN, "mean"], shots),
         ]

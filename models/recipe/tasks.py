@@ -13,13 +13,13 @@ import reasoning_gym
 
 Split = Literal["train", "tune", "test"]
 
-_PLURALS = {
+PLURALS = {
     "bird": "birds", "human": "humans", "duck": "ducks", "dog": "dogs", "cat": "cats", "cow": "cows",
     "horse": "horses", "lion": "lions", "tiger": "tigers", "sheep": "sheep", "starfish": "starfish", "ant": "ants",
     "bee": "bees", "beetle": "beetles", "butterfly": "butterflies", "spider": "spiders", "scorpion": "scorpions",
     "crab": "crabs", "lobster": "lobsters", "snake": "snakes",
 }  # fmt: skip
-_LEGS = reasoning_gym.arithmetic.leg_counting.ANIMALS
+LEGS = reasoning_gym.arithmetic.leg_counting.ANIMALS
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Task:
     def problems(self, split: Split, seed: int) -> Iterator[Problem]:
         """Endless problems of one split. A problem belongs to one split for good, whatever the seed: one in ten to
         test, one in twenty to tune, the rest to train."""
-        dataset = _dataset(self.name, seed)
+        dataset = self._dataset(seed)
         for index in range(len(dataset)):
             entry = dataset[index]
             read = self.read(entry["metadata"])
@@ -65,13 +65,15 @@ class Task:
         answer = answer.strip()
         if answer != problem.answer or self.scored is None:
             return answer == problem.answer
-        return bool(_dataset(self.name, 0).score_answer(self.scored(answer), problem.entry) == 1)
+        return bool(self._dataset(0).score_answer(self.scored(answer), problem.entry) == 1)
+
+    def _dataset(self, seed: int) -> Any:
+        return _dataset(self.generator, seed, tuple(self.config.items()))
 
 
 @cache
-def _dataset(name: str, seed: int) -> Any:
-    task = TASKS[name]
-    return reasoning_gym.create_dataset(task.generator, size=1 << 30, seed=seed, **task.config)
+def _dataset(generator: str, seed: int, config: tuple[tuple[str, Any], ...]) -> Any:
+    return reasoning_gym.create_dataset(generator, size=1 << 30, seed=seed, **dict(config))
 
 
 def _split(key: str) -> Split:
@@ -106,10 +108,10 @@ def _read_sorting(data: Mapping[str, Any]) -> tuple[dict[str, str], str, str]:
 
 def _read_legs(data: Mapping[str, Any]) -> tuple[dict[str, str], str, str] | None:
     animals = data["animals"]
-    if not animals.keys() <= _PLURALS.keys():
+    if not animals.keys() <= PLURALS.keys():
         return None
-    names = [f"{count} {_PLURALS[name]}" for name, count in animals.items()]
-    parts = [count * _LEGS[name] for name, count in animals.items()]
+    names = [f"{count} {PLURALS[name]}" for name, count in animals.items()]
+    parts = [count * LEGS[name] for name, count in animals.items()]
     given = {"animals": " and ".join(names), "steps": "+".join(map(str, parts)), "list": ", ".join(names)}
     return given, str(sum(parts)), " ".join(sorted(names))
 
