@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ class ScriptedDecoder:
     def clock(self) -> float:
         return 0.0
 
-    def begin(self, generation: Generation) -> None:
+    def begin(self, generation: Generation, waiting: Iterable[Generation] = ()) -> None:
         pass
 
     def n_due(self, generation: Generation) -> int:

@@ -83,13 +83,13 @@ class Run:
         stdin: str = "",
     ) -> None:
         def prepare() -> None:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
             for fd in full:
                 os.dup2(os.open("/dev/full", os.O_WRONLY), fd)
             for fd in wrong:
                 os.dup2(os.open("/dev/null", os.O_RDONLY if fd else os.O_WRONLY), fd)
             for fd in closed:
                 os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # last: the parent may hold more
 
         done = subprocess.run(
             command(*arguments), cwd=folder, env=ENVIRONMENT, preexec_fn=prepare, capture_output=True, input=stdin,
