@@ -64,8 +64,7 @@ RECORDED = ("edge-dlf", "python", "pip", "pipx", "uv", "torchrun", "cat", ".ci/r
 INSTALLERS = ("pip", "pipx", "uv")
 """Programs that no test may run: they are not there where commands are run."""
 RECORDER = """#!/bin/bash
-printf '%s\\0' "${0##*/}" "$@" >> "$RECORD"
-echo >> "$RECORD"
+printf '%s\\0' "${0##*/}" "$@" $'\\n' >> "$RECORD"  # at once: others may run beside it
 echo large.gguf  # for a command around this one
 """
 
@@ -173,7 +172,7 @@ def in_shell(desk: Path, lines: list[str]) -> list[str]:
     mark = "----------------"
     script = "".join(f"{line.rstrip()}\necho; echo {mark}\n" for line in lines)
     done = subprocess.run(
-        ["bash", "-e", "-o", "pipefail", "-c", script],
+        ["bash", "-e", "-o", "pipefail", "-c", f"{script}wait\n"],
         cwd=desk,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -219,7 +218,7 @@ def test_commands_that_are_not_run_would_be_understood(block: Block, desk: Path,
     monkeypatch.chdir(desk)
     monkeypatch.setenv("EDGE_DLF_MODELS", str(desk / "home"))
     record = desk / "record"
-    called = record.read_bytes().decode().split("\0\n")[:-1] if record.exists() else []
+    called = record.read_bytes().decode().split("\0\n\0")[:-1] if record.exists() else []
     assert len(called) >= len(lines)
     for program, *arguments in (call.split("\0") for call in called):
         understand(program, arguments)
