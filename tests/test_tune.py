@@ -266,6 +266,7 @@ def test_the_command_prints_a_table_and_writes_the_recommendation(demo: Path, su
     defaults = FamilySpec.load(demo).defaults
     assert defaults["method"] == "weighted"
     assert set(defaults["weights"]) == {"large", "sums"}
+    assert "To use it: edge-dlf generate --raw -f " in run(sums, "-f", demo, "--raw").stdout
     again = run(sums, "-f", demo)
     assert again.stdout.splitlines()[3:-1] == result.stdout.splitlines()[3:-2]  # all members are compared anew
 

@@ -96,7 +96,7 @@ def tune(
             _show(screen, result)
             how = f"--profile {profiles[task]}" if profiles[task] else _flags(result.settings)
             if result.is_known:
-                screen.show(f"To use it: edge-dlf chat {_named(options)} {how}")
+                screen.show(f"To use it: edge-dlf {'generate --raw' if raw else 'chat'} {_named(options)} {how}")
     if file:
         known = {profiles[task]: result.settings for task, result in results.items() if result.is_known}
         write_settings(file, known)
