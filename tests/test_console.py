@@ -60,11 +60,11 @@ NOT_RUN = {
     r"\.ci/run": "it runs this test",
 }
 RECORDED = ("edge-dlf", "python", "pip", "pipx", "uv", "torchrun", "cat", ".ci/run", "pytest")
-"""Programs that only note their arguments where a command is not run."""
+"""Programs that only note their arguments, each call in a file of its own, where a command is not run."""
 INSTALLERS = ("pip", "pipx", "uv")
 """Programs that no test may run: they are not there where commands are run."""
 RECORDER = """#!/bin/bash
-printf '%s\\0' "${0##*/}" "$@" $'\\n' >> "$RECORD"  # at once: others may run beside it
+printf '%s\\0' "${0##*/}" "$@" > "$(mktemp "$RECORD/XXXXXX")"
 echo large.gguf  # for a command around this one
 """
 
@@ -213,14 +213,15 @@ def test_commands_run_as_they_stand(block: Block, desk: Path) -> None:
 @pytest.mark.parametrize("block", SESSIONS)
 def test_commands_that_are_not_run_would_be_understood(block: Block, desk: Path, monkeypatch: Any) -> None:
     lines = [command for command, _ in block.shown if block.kept_back or reason(command)]
+    record = desk / "record"
+    record.mkdir()
     replaced(desk, RECORDED, RECORDER)
     in_shell(desk, lines)
     monkeypatch.chdir(desk)
     monkeypatch.setenv("EDGE_DLF_MODELS", str(desk / "home"))
-    record = desk / "record"
-    called = record.read_bytes().decode().split("\0\n\0")[:-1] if record.exists() else []
+    called = [call.read_text().split("\0")[:-1] for call in record.iterdir()]
     assert len(called) >= len(lines)
-    for program, *arguments in (call.split("\0") for call in called):
+    for program, *arguments in called:
         understand(program, arguments)
 
 
