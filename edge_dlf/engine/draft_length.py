@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ..params import MAX_DRAFT
 
 _MEMORY = 5
-"""Steps with as many drafted tokens that are remembered. The shortest of them tells what such a step takes."""
+"""Steps with as many drafted tokens that are remembered. Their median tells what such a step takes."""
 _N_PLAIN = 2
 """Plain steps that have to be timed before any is drafted: at first, and anew after each 1 / _SHARE steps, since other
 programs come and go."""
@@ -19,8 +19,10 @@ _SLOPE = 0.1
 """Estimated cost of one more token in a batch beside its guess, in plain steps of one row, until it is measured."""
 _USUAL = 0.7
 """Estimated chance of a guess, for a drafter that has made none yet."""
-_DECAY = 0.95
-"""Weight of each earlier guess in what is known of its drafter."""
+_DECAY = 0.97
+"""Weight of earlier guesses in what is known of a drafter, after each new one."""
+_PRIOR = 2.0
+"""Guesses that the drafter's own probability counts for."""
 _SHARE = 0.01
 """Share of the time that drafting may lose against plain steps. After 1 / _SHARE steps, what was timed before is
 doubted."""
@@ -45,8 +47,8 @@ class Experience:
         self.pays = False
         self._credit = 1.0  # in plain steps
         self.usual: dict[str, float] = defaultdict(lambda: _USUAL)
-        self._n_wrong: dict[str, float] = defaultdict(float)
-        self._n_wrong_expected: dict[str, float] = defaultdict(float)
+        self._n_accepted: dict[tuple[str, int], float] = defaultdict(float)
+        self._n_judged: dict[tuple[str, int], float] = defaultdict(float)
 
     def gained(self, n_steps: float) -> None:
         """Note what drafting gained against plain steps, in plain steps; negative where it lost."""
@@ -55,16 +57,21 @@ class Experience:
 
     def judged(self, drafter: str, probability: float, accepted: bool) -> None:
         """Note whether a guess is the token that was picked. probability: by the drafter itself."""
-        usual = self.usual[drafter]
+        usual, key = self.usual[drafter], (drafter, _doubt(probability))
         self.usual[drafter] = usual + (1 - _DECAY) * (self.chance(drafter, probability) - usual)
-        self._n_wrong[drafter] = _DECAY * self._n_wrong[drafter] + (not accepted)
-        self._n_wrong_expected[drafter] = _DECAY * self._n_wrong_expected[drafter] + 1 - probability
+        self._n_accepted[key] = _DECAY * self._n_accepted[key] + accepted
+        self._n_judged[key] = _DECAY * self._n_judged[key] + 1
 
     def chance(self, drafter: str, probability: float) -> float:
-        """Return the chance that a guess is accepted: 1 − k (1 − probability), where k is how many times more often
-        than the drafter expected its guesses were wrong."""
-        ratio = (self._n_wrong[drafter] + 1) / (self._n_wrong_expected[drafter] + 1)
-        return max(0.0, 1 - ratio * (1 - probability))
+        """Return the chance that a guess is accepted: how often those of the same drafter were that it was as sure
+        of. While there are few, its own probability counts too."""
+        key = drafter, _doubt(probability)
+        return (self._n_accepted[key] + _PRIOR * probability) / (self._n_judged[key] + _PRIOR)
+
+
+def _doubt(probability: float) -> int:
+    """Return the class of guesses that are counted together: each has half the doubt of the one before."""
+    return min(7, int(-math.log2(max(1 - probability, 1e-9))))
 
 
 class DraftLength:
@@ -111,7 +118,7 @@ class DraftLength:
         gained = _SHARE * n_each
         if drafter:  # a step that takes far longer than others was disturbed by another program
             took = (seconds + reading_s) / max(median(self._seconds["", 0]), 1e-9)
-            gained += max(-1.0, n_each - took)
+            gained += max(-2.0, n_each - took)
         self.experience.gained(gained)
         self._n_steps += 1
         if self._n_steps % round(1 / _SHARE) == 0:
@@ -130,7 +137,7 @@ class DraftLength:
 
         rate: tokens per second to beat, as `best` gave them. The time of the guesses made so far is spent in any case.
         """
-        guess = self._costs.get(drafter, 0.0) * min(self._seconds["", 0])
+        guess = self._costs.get(drafter, 0.0) * median(self._seconds["", 0])
         n_guessed = max(len(row.probabilities) for row in rows)
         gains = [
             tokens - rate * (seconds + guess * max(0, n_guessed - max(n, 1)))
@@ -159,8 +166,8 @@ class DraftLength:
 
     def _estimated(self, drafter: str) -> list[float]:
         """Return the seconds of steps with 0, 1, … drafted tokens, up to twice the most timed and one more a row."""
-        plain = min(self._seconds["", 0])
-        known = {n: min(timed) for (name, n), timed in self._seconds.items() if name == drafter}
+        plain = median(self._seconds["", 0])
+        known = {n: median(timed) for (name, n), timed in self._seconds.items() if name == drafter}
         known.setdefault(0, plain)
         # A batch of one token for each row computes more, so that one more token is a smaller part of it.
         per_token = _SLOPE / (1 + _SLOPE * (self._n_rows - 1)) + self._costs.get(drafter, 0.0) / self._n_rows
