@@ -116,9 +116,9 @@ class DraftLength:
             return
         n_each = n_tokens / self._n_rows
         gained = _SHARE * n_each
-        if drafter:  # a step that takes far longer than others was disturbed by another program
-            took = (seconds + reading_s) / max(median(self._seconds["", 0]), 1e-9)
-            gained += max(-2.0, n_each - took)
+        if drafter:  # what takes far longer than usual was disturbed by another program
+            plain = max(median(self._seconds["", 0]), 1e-9)
+            gained += max(-2.0, n_each - seconds / plain) - min(1.0, reading_s / plain)
         self.experience.gained(gained)
         self._n_steps += 1
         if self._n_steps % round(1 / _SHARE) == 0:
