@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dlf import InvalidParameterError
+from edge_dlf.answers.sandbox import TemplateProcess
 from edge_dlf.answers.template import ChatTemplate, Message
 
 CONTROL = {"<|im_start|>": 1, "<|im_end|>": 2, "<s>": 3}
@@ -183,25 +184,31 @@ def test_only_some_messages_set_a_template_off() -> None:
 
 def test_a_template_process_that_is_killed_is_started_again() -> None:
     assert tokens(user("one"), "{{ messages[0].content }}") == ["one"]
-    process = TEMPLATES["{{ messages[0].content }}"][0]._template._process
+    process = TEMPLATES["{{ messages[0].content }}"][0]._template._workers._process
     assert process is not None
-    os.kill(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     with pytest.raises(InvalidParameterError, match="its process ended"):
         tokens(user("two"), "{{ messages[0].content }}")
     assert tokens(user("three"), "{{ messages[0].content }}") == ["three"]
 
 
+def test_a_template_process_that_grows_beyond_what_the_system_holds_it_to_is_ended() -> None:
+    template = TemplateProcess("{{ messages[0].content }}")
+    template._workers.end_larger(1)
+    with pytest.raises(InvalidParameterError, match="its process ended"):
+        template.render(user("one"), {}, {})
+    assert template.render(user("two"), {}, {}) == "two"
+    template.close()
+
+
 @pytest.mark.parametrize("question", [b"{", b"[" * 100_000, b'{"variables": 1, "literals": {}}'])
 def test_a_template_process_survives_a_question_that_it_cannot_read(question: bytes) -> None:
     assert tokens(user("one"), "{{ messages[0].content }}") == ["one"]
-    process = TEMPLATES["{{ messages[0].content }}"][0]._template._process
-    assert process is not None
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(question + b"\n")
-    process.stdin.flush()
-    assert "error" in json.loads(process.stdout.readline())
+    worker = TEMPLATES["{{ messages[0].content }}"][0]._template._worker
+    assert worker is not None
+    worker.send(question)
+    assert "error" in json.loads(worker.receive())
     assert tokens(user("two"), "{{ messages[0].content }}") == ["two"]
 
 

@@ -1,7 +1,7 @@
 """Chat templates, which are code from a file, run in a process of their own with limits of memory and time.
 
 jinja2's sandbox keeps a template from files and from Python's internals, not from looping or from asking for ten
-gigabytes. `serve` runs in that process; `TemplateProcess` is the other end.
+gigabytes. `prepare` runs in that process; `TemplateProcess` is the other end.
 """
 
 from __future__ import annotations
@@ -10,19 +10,13 @@ import datetime
 import functools
 import json
 import os
-import select
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
-import psutil
-
-from ..errors import EdgeDLFError, InvalidParameterError
-from ..system.child import python_command
+from ..errors import InvalidParameterError
+from ..system.locks import ForkSafeLock
+from ..system.workers import Connection, WorkerEndedError, Workers, at_most, limit_memory
 from .origin import ROLES, Literal, Marker, written
 
 _START_S = 20.0  # a busy machine may take long to start a process
@@ -30,7 +24,6 @@ _RENDER_S = 5.0
 _POLL_S = 0.05
 _MEMORY_BYTES = 512 << 20
 _MIN_LIMIT = 4 << 20  # characters; more than any context holds
-_SERVE = f"from {__name__} import serve; serve()"
 
 
 class NoTemplateError(InvalidParameterError):
@@ -45,12 +38,15 @@ class TemplateProcess:
     """
 
     def __init__(self, source: str, names: Sequence[str] = ()) -> None:
-        self._source, self._names = source, list(names)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.RLock()
-        self._pid = os.getpid()
-        self._is_closed = False
-        self._start()
+        self._workers = Workers(f"{__name__}:{prepare.__name__}", json.dumps([source, list(names)]).encode())
+        self._worker: Connection | None = None
+        self._lock, self._pid = ForkSafeLock(), os.getpid()
+        answer = self._ask({}, _START_S)
+        if "error" in answer:
+            self.close()
+            raise NoTemplateError(
+                f"the model's chat template is not valid: {answer['error']}; raw prompts (--raw) need none"
+            )
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], literals: Mapping[str, str]
@@ -60,113 +56,64 @@ class TemplateProcess:
         literals: variables that are as if the template wrote them.
         Raises InvalidParameterError if the template refuses them, fails, or exceeds its limit of time, memory or text.
         """
-        self._forget_parents()
-        with self._lock:
-            if self._is_closed:
-                raise EdgeDLFError("this chat template has been closed")
-            self._start()
-            question = {"variables": {**variables, "messages": messages}, "literals": literals}
-            answer = self._ask(question, _RENDER_S)
+        question = {"variables": {**variables, "messages": messages}, "literals": literals}
+        answer = self._ask(question, _RENDER_S)
         if "error" in answer:
             raise InvalidParameterError(f"the model's chat template refuses these messages: {answer['error']}")
         return str(answer["text"])
 
     def close(self) -> None:
         """End the process, and render nothing more. Calling it twice is no error."""
-        self._forget_parents()
+        self._workers.close()
+
+    def _ask(self, question: Mapping[str, Any], patience_s: float) -> dict[str, Any]:
+        """The answer of the process, in which "error" says why there is none."""
         with self._lock:
-            self._is_closed = True
-            self._end()
-
-    def _end(self) -> None:
-        if self._process is not None:
-            process, self._process = self._process, None
-            process.kill()
-            process.communicate()
-
-    def _forget_parents(self) -> None:
-        """In a forked child: the process and its pipes belong to the parent."""
-        if os.getpid() != self._pid:
-            self._pid, self._lock = os.getpid(), threading.RLock()
-            self._parents, self._process = self._process, None
-
-    def _start(self) -> None:
-        """Start the process, unless it runs."""
-        if self._process is not None:
-            return
-        # Its own session: Ctrl-C in the terminal is meant for this process.
-        self._process = subprocess.Popen(
-            python_command(_SERVE), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        answer = self._ask({"source": self._source, "names": self._names}, _START_S)
-        if "error" in answer:
-            self._end()
-            raise NoTemplateError(
-                f"the model's chat template is not valid: {answer['error']}; raw prompts (--raw) need none"
-            )
-
-    def _ask(self, question: dict[str, Any], patience_s: float) -> dict[str, Any]:
-        """The answer of the process. Where there is none, the process is ended, and "error" says why."""
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        line, reason = b"", None
-        try:
-            process.stdin.write(json.dumps(question, default=str).encode() + b"\n")
-            process.stdin.flush()
-            reason = _excess(process.pid, process.stdout, time.monotonic() + patience_s)
-            line = b"" if reason else process.stdout.readline()
-        except BrokenPipeError:  # the process has ended
-            pass
-        except BaseException:  # an interrupt would leave an answer unread
-            self._end()
-            raise
-        if not line.endswith(b"\n"):
-            self._end()
-            return {"error": reason or "its process ended"}
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+            if os.getpid() != self._pid:  # the worker is the parent's
+                self._worker, self._pid = None, os.getpid()
+            # Without an answer that is read to its end, a worker is asked nothing more.
+            worker, self._worker = self._worker or self._workers.worker(), None
+            deadline_s = time.monotonic() + patience_s
+            try:
+                worker.send(json.dumps(question, default=str).encode())
+                while not worker.has_come(_POLL_S):
+                    if time.monotonic() > deadline_s:
+                        return {"error": f"it takes more than {_RENDER_S:g} s"}
+                    self._workers.end_larger(_MEMORY_BYTES)  # where the system does not hold them to their limit
+                answer: dict[str, Any] = json.loads(worker.receive())
+            except WorkerEndedError:
+                return {"error": "its process ended"}
+            self._worker = worker
+            return answer
 
 
-def _excess(pid: int, answers: IO[bytes], deadline_s: float) -> str | None:
-    """Wait for the process to answer. Returns None, or the limit that it exceeds."""
-    while not select.select([answers], [], [], _POLL_S)[0]:
-        if time.monotonic() > deadline_s:
-            return f"it takes more than {_RENDER_S:g} s"
-        if _memory_bytes(pid) > _MEMORY_BYTES:  # where the system does not hold it to its limit
-            return f"it takes more than {_MEMORY_BYTES >> 20} MiB of memory"
-    return None
-
-
-def _memory_bytes(pid: int) -> int:
+def prepare(material: bytes) -> Callable[[Connection], None]:
+    """Compile a template. Returns what answers questions about it."""
+    limit_memory(_MEMORY_BYTES)
     try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:  # it has ended
-        return 0
+        template, refusal = _compile(*json.loads(material)), {}
+    except Exception as error:
+        template, refusal = None, _refusal(error)
+    return functools.partial(_serve, template, refusal)
 
 
-def serve() -> None:
-    """Compile the template in the first line of stdin; then render it with the variables in each further line."""
-    with suppress(ImportError, OSError, ValueError):
-        import resource
+def _serve(template: Any, refusal: dict[str, str], connection: Connection) -> None:
+    """Render the template with the variables in each question. A question without any is whether it was compiled."""
+    while True:
+        line, answer = connection.receive(), refusal
+        if template and line != b"{}":
+            with at_most(2 * _RENDER_S):  # nobody waits so long
+                try:
+                    answer = {"text": _rendered(template, json.loads(line), max(_MIN_LIMIT, 4 * len(line)))}
+                except Exception as error:  # whatever a template raises is about these messages
+                    answer = _refusal(error)
+        connection.send(json.dumps(answer).encode())
 
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    template = None
-    while line := sys.stdin.buffer.readline():
-        try:
-            question = json.loads(line)
-            if template is None:
-                template = _compile(question["source"], question["names"])
-                answer = json.dumps({"ready": True})
-            else:
-                answer = json.dumps({"text": _rendered(template, question, max(_MIN_LIMIT, 4 * len(line)))})
-        except MemoryError:
-            answer = json.dumps({"error": f"it takes more than {_MEMORY_BYTES >> 20} MiB of memory"})
-        except Exception as error:  # whatever a template raises is about these messages
-            answer = json.dumps({"error": str(error) or type(error).__name__})
-        sys.stdout.buffer.write(answer.encode() + b"\n")
-        sys.stdout.buffer.flush()
+
+def _refusal(error: Exception) -> dict[str, str]:
+    if isinstance(error, MemoryError):
+        return {"error": f"it takes more than {_MEMORY_BYTES >> 20} MiB of memory"}
+    return {"error": str(error) or type(error).__name__}
 
 
 def _compile(source: str, names: Sequence[str]) -> Any:

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from ..errors import EdgeDLFError, RequestInterruptedError
 from .child import python_command
 from .locks import ForkSafeLock
@@ -137,6 +139,13 @@ class Workers:
             if self._process is not None and os.getpid() == self._pid:
                 os.killpg(self._process.pid, signal.SIGKILL)  # workers are in the group of the process they come from
             self._end()
+
+    def end_larger(self, n_bytes: int) -> None:
+        """End the workers that hold more memory than that."""
+        with suppress(psutil.Error):
+            for worker in psutil.Process(self._process.pid).children() if self._process else ():
+                if worker.memory_info().rss > n_bytes:
+                    worker.kill()
 
     def _end(self) -> None:
         if self._control is not None and os.getpid() == self._pid:
