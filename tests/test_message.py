@@ -117,8 +117,8 @@ def apart(dialect: Dialect, pieces: list[str], *, tools: bool = True, is_thinkin
     """Thinking, content and calls of an answer that comes in these pieces."""
     parser = MessageParser(dialect, TOOLS if tools else None, is_thinking=is_thinking)
     parts = [part for piece in pieces for part in parser.push(piece)] + parser.finish()
-    calls = [(part.call.name, json.loads(part.call.arguments)) for part in parts if part.call]
-    return "".join(part.reasoning for part in parts), "".join(part.content for part in parts), calls
+    calls = [(call.name, json.loads(call.arguments)) for part in parts for call in part.tool_calls]
+    return "".join(part.reasoning for part in parts), "".join(part.text for part in parts), calls
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -146,7 +146,7 @@ def test_without_tools_calls_stay_text() -> None:
 def test_schemas_that_are_none_leave_a_call_as_it_is(properties: Any) -> None:
     parser = MessageParser(dialect_of(TEMPLATES["qwen3-coder"]), {"time": {"properties": properties}})
     text = "<tool_call>\n<function=time>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>"
-    (call,) = (part.call for part in [*parser.push(text), *parser.finish()] if part.call)
+    (call,) = (call for part in [*parser.push(text), *parser.finish()] for call in part.tool_calls)
     assert json.loads(call.arguments) == {"city": "Oslo"}
 
 

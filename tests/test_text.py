@@ -1,4 +1,4 @@
-"""TextStream: characters and stop strings that span tokens."""
+"""MessageStream without a parser: characters and stop strings that span tokens."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_dlf.answers.text import TextStream
+from edge_dlf.answers.message import MessageStream
 
 
 def shown(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[str, bool]:
-    stream = TextStream(stop)
+    stream = MessageStream(stop)
     text = ""
     for piece in pieces:
-        text += stream.push(piece)
+        text += stream.push(piece).text
         if stream.stopped:
             break
-    return text + stream.finish(), stream.stopped
+    return text + stream.finish().text, stream.stopped
 
 
 def test_a_character_appears_once_its_last_byte_has_come() -> None:
-    stream = TextStream()
-    parts = [stream.push(bytes([byte])) for byte in "é😀!".encode()]
+    stream = MessageStream()
+    parts = [stream.push(bytes([byte])).text for byte in "é😀!".encode()]
     assert parts == ["", "é", "", "", "", "😀", "!"]
 
 
@@ -50,8 +50,8 @@ def test_stop_strings(pieces: list[bytes], stop: tuple[str, ...], expected: tupl
 
 
 def test_a_possible_stop_string_is_held_back_and_then_released() -> None:
-    stream = TextStream(("END",))
-    assert [stream.push(piece) for piece in (b"x E", b"N", b"X")] == ["x ", "", "ENX"]
+    stream = MessageStream(("END",))
+    assert [stream.push(piece).text for piece in (b"x E", b"N", b"X")] == ["x ", "", "ENX"]
     assert not stream.holding
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from .dialects import Dialect, ToolSchemas, as_object, value_end
-from .text import TextStream, overlap
+from .text import StopStrings, overlap
 from .tools import ToolCall
 
 _State: TypeAlias = Literal["content", "reasoning", "call", "after call", "bare", "header", "arguments"]
@@ -24,13 +23,12 @@ _HEADER_WORDS = re.compile(r"<\|\w*\|?>?|\bto=\S*|\b(assistant|analysis|commenta
 _MAX_HEADER = 300
 
 
-@dataclass(frozen=True)
-class Part:
-    """A piece of content or of thinking, or one tool call."""
+class Delta(NamedTuple):
+    """What a piece of text adds to an answer: content, thinking, and calls that are complete with it."""
 
-    content: str = ""
+    text: str = ""
     reasoning: str = ""
-    call: ToolCall | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class MessageParser:
@@ -53,17 +51,17 @@ class MessageParser:
         self._name = ""
         self._opened = ""
         self._is_in_block = False
-        self._parts: list[Part] = []
+        self._parts: list[Delta] = []
         is_bare = bool(self._calls and self._calls.is_bare)
         self._begins: _State = "header" if dialect.is_harmony else "bare" if is_bare else "content"
         self._state: _State = "reasoning" if is_thinking else self._begins
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[Delta]:
         """Add text. Returns what is certain now."""
         self._text += text
         return self._take(is_last=False)
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[Delta]:
         """End the text. Returns what was held back."""
         return self._take(is_last=True)
 
@@ -77,7 +75,7 @@ class MessageParser:
         """Whether the next text is thinking, as far as that is known."""
         return self._state == "reasoning"
 
-    def _take(self, *, is_last: bool) -> list[Part]:
+    def _take(self, *, is_last: bool) -> list[Delta]:
         while self._advance(is_last):
             pass
         parts, self._parts = self._parts, []
@@ -135,11 +133,11 @@ class MessageParser:
         if text:
             self._trims = False
             self._has_answer = self._has_answer or (self._state != "reasoning" and not text.isspace())
-            self._parts.append(Part(reasoning=text) if self._state == "reasoning" else Part(content=text))
+            self._parts.append(Delta(reasoning=text) if self._state == "reasoning" else Delta(text))
 
     def _give_calls(self, calls: Sequence[tuple[str, str]]) -> None:
         self._has_answer = True
-        self._parts += [Part(call=ToolCall.new(name, arguments)) for name, arguments in calls]
+        self._parts += [Delta(tool_calls=(ToolCall.new(name, arguments),)) for name, arguments in calls]
 
     def _read_call(self, is_last: bool) -> bool:
         """Read calls after their mark, or the arguments of the one that a header names."""
@@ -238,14 +236,6 @@ class MessageParser:
         return True
 
 
-class Delta(NamedTuple):
-    """What one token adds to an answer."""
-
-    text: str = ""
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
-
-
 class MessageStream:
     """Decoder of the bytes of successive tokens into what can be shown.
 
@@ -258,7 +248,7 @@ class MessageStream:
         self, stop: Sequence[str] = (), parser: MessageParser | None = None, *, one_call: bool = False
     ) -> None:
         self.n_calls = 0
-        self._content = TextStream(stop)
+        self._content = StopStrings(stop)
         self._parser = parser
         self._one_call = one_call
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -272,7 +262,7 @@ class MessageStream:
     def holding(self) -> bool:
         """Whether text is held back."""
         is_parsing = self._parser is not None and self._parser.is_holding
-        return is_parsing or self._content.holding or bool(self._decoder.getstate()[0])
+        return is_parsing or bool(self._content.held or self._decoder.getstate()[0])
 
     @property
     def is_reasoning(self) -> bool:
@@ -281,25 +271,23 @@ class MessageStream:
 
     def push(self, piece: bytes) -> Delta:
         """Add the bytes of a token. Returns what can be shown now."""
-        if self._parser is None:
-            return Delta(self._content.push(piece))
-        return self._read(self._parser.push(self._decoder.decode(piece)))
+        return self._read(self._decoder.decode(piece))
 
     def finish(self) -> Delta:
         """End the text. Returns what was held back."""
-        if self._parser is None:
-            return Delta(self._content.finish())
-        parts = [*self._parser.push(self._decoder.decode(b"", final=True)), *self._parser.finish()]
-        rest = self._read(parts)
+        rest = self._read(self._decoder.decode(b"", final=True), is_last=True)
         return rest._replace(text=rest.text + self._content.finish())
 
-    def _read(self, parts: Sequence[Part]) -> Delta:
+    def _read(self, decoded: str, *, is_last: bool = False) -> Delta:
+        parser = self._parser
+        if parser is None:
+            return Delta(self._content.push(decoded))
         text, reasoning, calls = "", "", []
-        for part in parts:
+        for part in [*parser.push(decoded), *(parser.finish() if is_last else ())]:
             if self.stopped:
                 break
-            text += self._content.add(part.content)
+            text += self._content.push(part.text)
             reasoning += part.reasoning
-            calls += [part.call] if part.call else []
-            self.n_calls += part.call is not None
+            calls += part.tool_calls
+            self.n_calls += len(part.tool_calls)
         return Delta(text, reasoning, tuple(calls))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 
 
@@ -19,47 +18,34 @@ def overlap(text: str, mark: str) -> int:
     return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)
 
 
-class TextStream:
-    """Decoder of the bytes of successive tokens into text that can be shown.
+class StopStrings:
+    """Texts that end an answer, looked for in pieces of it. They and all that follows are never shown.
 
-    Text is held back while it ends inside a UTF-8 character, or while it may be the beginning of a stop string.
-
-    stop: texts that end the answer; they and all that follows are never shown.
-    stopped: whether a stop string has appeared.
+    stopped: whether one of them has appeared.
+    held: the end of the text, which is not shown while it may be the beginning of one of them.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self.stopped = False
+        self.held = ""
         self._stop = tuple(stop)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
 
-    def push(self, piece: bytes) -> str:
-        """Add the bytes of a token. Returns the text that can be shown now."""
-        return self.add(self._decoder.decode(piece))
+    def push(self, text: str) -> str:
+        """Add text. Returns what can be shown now."""
+        if self.stopped:
+            return ""
+        self.held += text
+        starts = [start for stop in self._stop if (start := self.held.find(stop)) >= 0]
+        if starts:
+            shown, self.held = self.held[: min(starts)], ""
+            self.stopped = True
+            return shown
+        n_held = max((overlap(self.held, stop) for stop in self._stop), default=0)
+        cut = len(self.held) - n_held
+        shown, self.held = self.held[:cut], self.held[cut:]
+        return shown
 
     def finish(self) -> str:
         """End the text. Returns what was held back."""
-        shown = self.add(self._decoder.decode(b"", final=True)) + self._held
-        self._held = ""
-        return shown
-
-    @property
-    def holding(self) -> bool:
-        """Whether text is held back."""
-        return bool(self._held or self._decoder.getstate()[0])
-
-    def add(self, text: str) -> str:
-        """Add decoded text. Returns the text that can be shown now."""
-        if self.stopped:
-            return ""
-        self._held += text
-        starts = [start for stop in self._stop if (start := self._held.find(stop)) >= 0]
-        if starts:
-            shown, self._held = self._held[: min(starts)], ""
-            self.stopped = True
-            return shown
-        n_held = max((overlap(self._held, stop) for stop in self._stop), default=0)
-        cut = len(self._held) - n_held
-        shown, self._held = self._held[:cut], self._held[cut:]
+        shown, self.held = self.held, ""
         return shown
