@@ -140,7 +140,7 @@ def scripted_server() -> Iterator[Callable[[bool, bytes], int]]:
     from edge_dlf.engine.decoder import Decoder
     from edge_dlf.engine.ensemble import Ensemble
     from edge_dlf.fusion.fuser import Fuser
-    from edge_dlf.server.calls import Call, chunks, closing, encode, opening, total, whole
+    from edge_dlf.server.calls import Call, chunk, encode, total, whole
     from edge_dlf.server.refusals import HTTPError
 
     from .fake_backend import FakeBackend
@@ -179,7 +179,7 @@ def scripted_server() -> Iterator[Callable[[bool, bytes], int]]:
                     raise answer.error
             if call.stream:
                 for choice, own in zip(choices, tokens, strict=True):
-                    encode([*opening(call, choice), *chunks(call, choice, own), closing(call, choice)])
+                    encode([*choice.opening(), *(chunk(call, choice, token) for token in own), choice.closing()])
                 encode(total(call, choices))
             else:
                 encode(whole(call, choices, tokens))

@@ -41,9 +41,9 @@ class Completion:
         self._offset = n_prompt_chars
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def join(self, other: Completion, index: int) -> None:
-        """Become the choice number `index` of the result that `other` belongs to."""
-        self._head, self._index = other._head, index
+    def join(self, other: Completion, index: int, fields: Dict) -> None:
+        """Become the choice number `index` of the result that `other` belongs to. fields: of all its dictionaries."""
+        self._head, self._index = {**other._head, **fields}, index
 
     def result(self, tokens: Sequence[Token]) -> Dict:
         """Return the dictionary of a whole answer."""
@@ -59,7 +59,7 @@ class Completion:
         yield from self.opening()
         yield from map(self.chunk, tokens)
         report = self.answer.report
-        yield {**self.closing(), "usage": report.usage(), "edge_dlf": report.summary()}
+        yield {**self.closing(), "usage": report.usage()}
 
     def opening(self) -> Iterator[Dict]:
         """Yield the chunks before the first token."""
@@ -70,8 +70,9 @@ class Completion:
         return self._envelope(self.chunk_object, self._delta(_joined([token]), self._logprobs_of([token]), None))
 
     def closing(self) -> Dict:
-        """Return the chunk that tells why the answer ended."""
-        return self._envelope(self.chunk_object, self._end(self.answer.report.finish_reason))
+        """Return the chunk that tells why the answer ended, and how it came about."""
+        report = self.answer.report
+        return {**self._envelope(self.chunk_object, self._end(report.finish_reason)), "edge_dlf": report.summary()}
 
     def traced(self, token: Token) -> Dict:
         """Return how a traced token came about.

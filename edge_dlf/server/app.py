@@ -26,7 +26,7 @@ from ..answers.token import Token
 from ..errors import InvalidParameterError
 from ..params import DEFAULTS, profile_of
 from . import openapi
-from .calls import Call, chunks, closing, encode, opening, total, whole
+from .calls import Call, chunk, encode, total, whole
 from .decoding import DecodingThread, Ticket
 from .metrics import Metrics
 from .page import page
@@ -246,13 +246,13 @@ async def _stream(call: Call, choices: list[Completion], ticket: Ticket) -> Asyn
     """Yield the server-sent events of a call. An error is one of them, once the answer has begun."""
     try:
         for choice in choices:
-            yield _events(opening(call, choice))
+            yield _events([*choice.opening()])
         async for events in ticket:
             made = []
             for event in events:
-                made += chunks(call, choices[event.index], event.tokens)
-                if event.is_last:
-                    made.append(closing(call, choices[event.index]))
+                choice = choices[event.index]
+                made += [chunk(call, choice, token) for token in event.tokens]
+                made += [choice.closing()] if event.is_last else []
             yield _events(made)
         if call.include_usage:
             yield _events([total(call, choices)])

@@ -75,16 +75,16 @@ class Call:
     def prepare(self, llm: FusedLlama, settings: Mapping[str, Any]) -> list[Completion]:
         """Return the choices, checked, of which nothing has been evaluated yet. Raises EdgeDLFError."""
         choices = [llm.prepare(request, trace=self.trace, **settings) for request in self.requests]
+        fields = {"model": self.model, **({"usage": None} if self.include_usage else {})}
         for index, choice in enumerate(choices):
-            choice.join(choices[0], index)
+            choice.join(choices[0], index, fields)
         return choices
 
 
 def whole(call: Call, choices: Sequence[Completion], tokens: Sequence[Sequence[Token]]) -> Dict:
     """Return the result of a call that is not streamed. tokens: of each choice."""
     results = [choice.result(own) for choice, own in zip(choices, tokens, strict=True)]
-    first = {**results[0], "model": call.model, "choices": [result["choices"][0] for result in results]}
-    first["usage"] = usage(call, choices)
+    first = {**results[0], "choices": [result["choices"][0] for result in results], "usage": usage(call, choices)}
     if call.trace:
         first["edge_dlf"] = {
             **first["edge_dlf"],
@@ -111,37 +111,20 @@ def usage(call: Call, choices: Sequence[Completion]) -> Dict:
     }
 
 
-def opening(call: Call, choice: Completion) -> list[Dict]:
-    """Return the chunks before the first token of a choice."""
-    return [{**chunk, **_common(call)} for chunk in choice.opening()]
-
-
-def chunks(call: Call, choice: Completion, tokens: Sequence[Token]) -> list[Dict]:
-    """Return the chunks of tokens that have come."""
-    made = []
-    for token in tokens:
-        chunk = {**choice.chunk(token), **_common(call)}
-        made.append({**chunk, "edge_dlf": choice.traced(token)} if call.trace else chunk)
-    return made
-
-
-def closing(call: Call, choice: Completion) -> Dict:
-    """Return the chunk that ends a choice."""
-    return {**choice.closing(), **_common(call), "edge_dlf": choice.answer.report.summary()}
+def chunk(call: Call, choice: Completion, token: Token) -> Dict:
+    """Return the chunk of a token that has come."""
+    told = {"edge_dlf": choice.traced(token)} if call.trace else {}
+    return {**choice.chunk(token), **told}
 
 
 def total(call: Call, choices: Sequence[Completion]) -> Dict:
     """Return the chunk after all others, which holds their usage."""
-    return {**choices[0].no_choice(), **_common(call), "usage": usage(call, choices)}
+    return {**choices[0].no_choice(), "usage": usage(call, choices)}
 
 
 def encode(value: Any) -> bytes:
     """JSON, in UTF-8; half a surrogate pair becomes a question mark."""
     return _JSON.encode(value).encode("utf-8", "replace")
-
-
-def _common(call: Call) -> Dict:
-    return {"model": call.model, **({"usage": None} if call.include_usage else {})}
 
 
 def _typed(fields: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
