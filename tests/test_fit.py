@@ -96,10 +96,6 @@ def test_members_and_rows_can_be_left_out():
     some = rows.take(mask)
     assert len(some) == 100
     assert fit.fit_weights(some).weights.tolist() == fit.fit_weights(rows.take(np.flatnonzero(mask))).weights.tolist()
-    joined = fit.join([some, rows.take(~mask)])
-    assert fit.fit_weights(joined).weights == pytest.approx(fit.fit_weights(rows).weights, abs=1e-9)
-    with pytest.raises(ValueError, match="same members"):
-        fit.join([rows, rows.take(members=[0])])
 
 
 def test_the_prior_decides_where_rows_are_few():
@@ -121,8 +117,8 @@ def test_equal_members_share_their_weight():
 
 def test_rows_of_one_group_count_as_one_for_the_standard_errors():
     rows = answers(4, 200, 100)
-    fourfold = fit.join([rows] * 4)
     groups = np.tile(np.arange(200), 4)
+    fourfold = rows.take(groups)
     single, apart = fit.fit_weights(rows, l2=1e-6), fit.fit_weights(fourfold, l2=1e-6)
     together = fit.fit_weights(fourfold, l2=1e-6, groups=groups)
     assert together.standard_errors == pytest.approx(single.standard_errors, rel=1e-3)
@@ -150,7 +146,7 @@ def test_kept_rows_estimate_the_sums_without_bias(weights):
     """The mean over 400 samples of exp(loss), which is Σ exp(z), lies within four standard errors of the truth."""
     rows = answers(7, 1, 2000)
     truth = np.exp(fit.losses(rows, weights).values[0])
-    many = fit.join([rows] * 400)
+    many = rows.take([0] * 400)
     estimates = np.exp(fit.losses(fit.keep(many, 64, 0), weights).values)
     assert abs(estimates.mean() - truth) < 4 * estimates.std() / 20 + 1e-5 * truth
     assert estimates.std() < 0.3 * truth

@@ -128,22 +128,20 @@ def n_kept_tokens(n_vocab: int, n_columns: int, examples: Sequence[Example], mos
     return min(n_vocab, max(_FEWEST, min(most, n_fitting)))
 
 
+@dataclass(frozen=True)
 class _Reduction:
     """Reduces the rows of all members, and scores them by each method."""
 
-    def __init__(
-        self, fuser: Fuser, methods: Sequence[Method], search: Mapping[str, Any], n_kept: int, n_threads: int
-    ) -> None:
-        self._fuser = fuser
-        self._methods = methods
-        self._search = search
-        self._n_kept = n_kept
-        self._n_threads = n_threads
+    fuser: Fuser
+    methods: Sequence[Method]
+    search: Mapping[str, Any]
+    n_kept: int
+    n_threads: int
 
     def __call__(self, members: Sequence[Rows], names: Sequence[str], draws: Sequence[Draw]) -> Arrays:
         golds = known_tokens(draws)
-        whole = fit.whole(self._fuser.weighed(members, names), names, golds, self._fuser.n_vocab)
-        (kept,) = fit.keep(whole, self._n_kept, sample_seed(draws), n_threads=self._n_threads).arrays
+        whole = fit.whole(self.fuser.weighed(members, names), names, golds, self.fuser.n_vocab)
+        (kept,) = fit.keep(whole, self.n_kept, sample_seed(draws), n_threads=self.n_threads).arrays
         return kept, *self._score(members, names, golds, draws)
 
     def _score(
@@ -151,21 +149,21 @@ class _Reduction:
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """Losses of the tokens by each method, and whether they are its choice, (K, C)."""
         given = [replace(draw, n_top=1) for draw in draws]
-        losses = np.empty((len(draws), len(self._methods)), np.float32)
+        losses = np.empty((len(draws), len(self.methods)), np.float32)
         right = np.empty(losses.shape, np.bool_)
         found: list[Pick] = []
-        for c, (_, settings, roles) in enumerate(self._methods):
-            params = FusionParams(**{**self._search, **settings})
+        for c, (_, settings, roles) in enumerate(self.methods):
+            params = FusionParams(**{**self.search, **settings})
             if params.plausibility:  # a filter on what `dynamic`, the method before, has found: losses are the same
                 filtered = [replace(draw, scored=None, plausibility=params.plausibility) for draw in draws]
                 alphas = [pick.weights for pick in found]
-                picks = self._fuser.pick(members, names, FusionParams(method="static"), alphas, filtered)
+                picks = self.fuser.pick(members, names, FusionParams(method="static"), alphas, filtered)
                 right[:, c] = [_checked(pick).token == gold for pick, gold in zip(picks, golds, strict=True)]
                 losses[:, c] = losses[:, c - 1]
                 continue
             taken = [rows for rows, name in zip(members, names, strict=True) if name in roles.members]
             weights = [roles.weights or ()] * len(draws)
-            found = [_checked(pick) for pick in self._fuser.pick(taken, roles.members, params, weights, given)]
+            found = [_checked(pick) for pick in self.fuser.pick(taken, roles.members, params, weights, given)]
             losses[:, c] = [-pick.logprob for pick in found]
             right[:, c] = [pick.top_logprobs[0][0] == gold for pick, gold in zip(found, golds, strict=True)]
         return losses, right

@@ -4,6 +4,7 @@ the share of the memory's bandwidth that reading the weights takes."""
 from __future__ import annotations
 
 import time
+import timeit
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -141,7 +142,7 @@ def memory_bytes_s(n_threads: int) -> float:
     parts = np.array_split(values, n_threads)
     read(values[:1])  # compiles it
     with ThreadPoolExecutor(n_threads) as pool:
-        return values.nbytes / min(_timed(lambda: list(pool.map(read, parts)), 5))
+        return values.nbytes / min(timeit.repeat(lambda: list(pool.map(read, parts)), repeat=5, number=1))
 
 
 def member_speed(
@@ -232,16 +233,9 @@ def search_s(llm: FusedLlama) -> float:
     request = GenerationRequest(roles, dict.fromkeys(roles.members, prompt), fusion, SamplingParams(temperature=0.0))
     rows = decoder.ensemble.decode({name: [Run(0, prompt, 1)] for name in roles.members})
     logits, draw = [rows[name] for name in roles.members], Generation(request).draw()
-    times = _timed(lambda: decoder.fuser.pick(logits, roles.members, fusion, [roles.weights or ()], [draw]), 9)
+    weights = [roles.weights or ()]
+    seconds = timeit.repeat(
+        lambda: decoder.fuser.pick(logits, roles.members, fusion, weights, [draw]), repeat=9, number=1
+    )
     decoder.ensemble.forget()
-    return median(times)
-
-
-def _timed(work: Callable[[], object], n: int) -> list[float]:
-    """Seconds of each of `n` runs of `work`."""
-    seconds = []
-    for _ in range(n):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return seconds
+    return median(seconds)

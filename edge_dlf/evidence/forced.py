@@ -12,23 +12,23 @@ import math
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 import platformdirs
 
+from ..answers.scoring import run_scores
+from ..answers.stream import Answer, Driver
 from ..api import FusedLlama
 from ..engine.decoder import Decoder
 from ..engine.ensemble import Roles
 from ..engine.generation import Generation, GenerationRequest
-from ..engine.scheduler import Scheduler
 from ..families.manifest import Manifest
 from ..fusion.dispatch import Rows
 from ..fusion.fuser import Fuser
@@ -53,10 +53,8 @@ class Column(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Reduce(Protocol):
-    """Reduces K rows of each member to one array (K, …) for each column of the pass."""
-
-    def __call__(self, members: Sequence[Rows], names: Sequence[str], draws: Sequence[Draw], /) -> Arrays: ...
+Reduce: TypeAlias = Callable[[Sequence[Rows], Sequence[str], Sequence[Draw]], Arrays]
+"""Reduces K rows of each member, given with names and draws, to one array (K, …) for each column of the pass."""
 
 
 def known_tokens(draws: Sequence[Draw]) -> list[int]:
@@ -93,13 +91,10 @@ def read_answers(
         while len(done) < len(examples):  # once, but where another process has cut the same file
             left = [number for number in range(len(examples)) if number not in done]
             with Appender(path, n_bytes) as file:
-                _run(llm, members, examples, left, _Recorder(reduce, file), partial(_tell_sum, tell, len(done)))
+                for n_done in _run(llm, members, examples, left, _Recorder(reduce, file)):
+                    tell(len(done) + n_done)
             done, _ = _read(path, columns, examples)
         return [done[number] for number in range(len(examples))]
-
-
-def _tell_sum(tell: Callable[[int], None], n_before: int, n_done: int) -> None:
-    tell(n_before + n_done)
 
 
 def _run(
@@ -108,38 +103,23 @@ def _run(
     examples: Sequence[Example],
     numbers: Sequence[int],
     recorder: _Recorder,
-    tell: Callable[[int], None],
-) -> None:
-    """Run the pass over the examples of these numbers, those that begin alike one after the other."""
+) -> Iterator[int]:
+    """Run the pass over the examples of these numbers, those that begin alike one after the other. Yields how many are
+    done."""
     llm.score(())  # ends what runs, and forgets an interrupt that came while nothing ran
-    scheduler = Scheduler(Decoder(llm.driver.decoder.ensemble, cast("Fuser", recorder)))
-    roles = Roles(tuple(members))
-    waiting = sorted(numbers, key=lambda number: examples[number].prompt, reverse=True)
-    running: dict[Generation, int] = {}
-    n_done = 0
-    while waiting or running:
-        while waiting and scheduler.n_waiting < 2:
-            number = waiting.pop()
-            prompt, answer = examples[number].prompt, examples[number].answer
-            request = GenerationRequest(
-                roles,
-                {**dict.fromkeys(roles.members, prompt), **dict(examples[number].own)},
-                FusionParams(),
-                replace(_GREEDY, seed=number),
-                max_tokens=len(answer),
-                forced=answer,
-            )
-            generation = Generation(request)
-            running[generation] = number
-            scheduler.add(generation)
-        for result in scheduler.step():
-            if result.error:
-                raise result.error
-            if not result.generation.n_left:
-                scheduler.remove(result.generation)
-                recorder.finish(running.pop(result.generation))
-                n_done += 1
-                tell(n_done)
+    roles, order = Roles(tuple(members)), sorted(numbers, key=lambda number: examples[number].prompt)
+
+    def answer(number: int) -> Answer:
+        example = examples[number]
+        prompts = {**dict.fromkeys(roles.members, example.prompt), **dict(example.own)}
+        sampling, n = replace(_GREEDY, seed=number), len(example.answer)
+        request = GenerationRequest(roles, prompts, FusionParams(), sampling, max_tokens=n, forced=example.answer)
+        return Answer(Generation(request), piece=lambda token: b"")
+
+    driver = Driver(Decoder(llm.driver.decoder.ensemble, cast("Fuser", recorder)))
+    for n_done, (k, _) in enumerate(run_scores(driver, map(answer, order)), 1):
+        recorder.finish(order[k])
+        yield n_done
 
 
 class _Recorder:
@@ -162,7 +142,7 @@ class _Recorder:
         arrays = self._reduce(members, names, draws)
         for k, draw in enumerate(draws):
             self._parts.setdefault(draw.seed, []).append(tuple(array[k] for array in arrays))
-        return [Pick(gold, 0.0, (), (), None) for gold in known_tokens(draws)]
+        return [Pick(gold, 0.0, ((gold, 0.0),), (), None) for gold in known_tokens(draws)]
 
     def finish(self, number: int) -> None:
         """Write the record of an example whose rows have all come."""

@@ -96,19 +96,6 @@ def whole(members: Sequence[Rows], names: Sequence[str], golds: npt.ArrayLike, n
     return AnswerRows(tuple(names), n_vocab, addresses, tokens, np.zeros(len(tokens), np.int64), tuple(members))
 
 
-def join(parts: Sequence[AnswerRows]) -> AnswerRows:
-    """All rows of `parts`, which have the same members and the same number of tokens. Nothing is copied."""
-    if len({(part.names, part.n_tokens) for part in parts}) != 1:
-        raise ValueError("rows can be joined only if they have the same members and the same number of tokens")
-    return replace(
-        parts[0],
-        addresses=np.concatenate([part.addresses for part in parts]),
-        golds=np.concatenate([part.golds for part in parts]),
-        log_weights=np.concatenate([part.log_weights for part in parts]),
-        arrays=tuple(array for part in parts for array in part.arrays),
-    )
-
-
 def keep(
     rows: AnswerRows, n_kept: int, seed: int, mixtures: npt.ArrayLike | None = None, n_threads: int = 1
 ) -> AnswerRows:
