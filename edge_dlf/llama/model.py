@@ -75,7 +75,6 @@ class Model:
         self._vocab = vocab = lib.llama_model_get_vocab(self._handle)
         self.n_vocab: int = lib.llama_vocab_n_tokens(vocab)
         self.n_bytes: int = lib.llama_model_size(self._handle)
-        self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._handle)
         self.can_trim = not (lib.llama_model_is_recurrent(self._handle) or lib.llama_model_is_hybrid(self._handle))
         self.has_window = bool(lib.llama_model_n_swa(self._handle))
         self.bos, self.eos, self.eot = (
@@ -94,12 +93,6 @@ class Model:
         """llama.cpp's model. Raises EdgeDLFError where it has been closed."""
         with self._open():
             return self._handle
-
-    @property
-    def vocab(self) -> Any:
-        """llama.cpp's vocabulary. Raises EdgeDLFError where it has been closed."""
-        with self._open() as vocab:
-            return vocab
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
