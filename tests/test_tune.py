@@ -24,7 +24,7 @@ from edge_dlf.evidence.answer_rows import AnswerLosses, evaluate
 from edge_dlf.evidence.examples import Example
 from edge_dlf.evidence.held_out import Outcome
 from edge_dlf.families.defaults import with_settings
-from edge_dlf.families.spec import FamilySpec
+from edge_dlf.families.spec import FamilySpec, tomllib
 from edge_dlf.system.paths import shipped_dir
 
 from .tiny import tiny_model
@@ -452,37 +452,50 @@ WEIGHTS = {"large": 0.5, "odd.name": -0.25}
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("a = 1\n", 'a = 1\n[defaults]\nmethod = "weighted"\nweights = { large = 0.5, "odd.name" = -0.25 }\n'),
+        ("a = 1\n", 'a = 1\n\n[defaults]\nmethod = "weighted"\nweights = {large = 0.5, "odd.name" = -0.25}\n'),
         (
             '[defaults] # x\nweights = { large = 1.0 } # "#"\ntop_k = 1\n\n# end\n[b]\n',
-            '[defaults] # x\nweights = { large = 0.5, "odd.name" = -0.25 } # "#"\ntop_k = 1\n\n# end\n'
+            '[defaults] # x\nweights = {large = 0.5, "odd.name" = -0.25} # "#"\ntop_k = 1\n\n# end\n'
             'method = "weighted"\n[b]\n',
         ),
         (
             "[defaults]\r\nmethod = 'static'\r\n",
-            '[defaults]\r\nmethod = "weighted"\r\nweights = { large = 0.5, "odd.name" = -0.25 }\r\n',
+            '[defaults]\r\nmethod = "weighted"\r\nweights = {large = 0.5, "odd.name" = -0.25}\r\n',
         ),
-        ("defaults = { top_k = 1 }\n", None),
-        ('[defaults]\nmethod = """static\n"""\n', None),
-        ("[defaults]\n[defaults.weights]\nlarge = 1.0\n", None),
+        (
+            "defaults = { top_k = 1 }\n",
+            'defaults = { top_k = 1, method = "weighted",weights = {large = 0.5, "odd.name" = -0.25}}\n',
+        ),
+        (
+            '[defaults]\nmethod = """static\n"""\n',
+            '[defaults]\nmethod = "weighted"\nweights = {large = 0.5, "odd.name" = -0.25}\n',
+        ),
+        (
+            "[defaults]\n[defaults.weights]\nlarge = 1.0\n[b]\n",
+            '[defaults]\nmethod = "weighted"\nweights = {large = 0.5, "odd.name" = -0.25}\n[b]\n',
+        ),
     ],
 )
-def test_the_rest_of_a_file_stays_as_it_is(before: str, after: str | None) -> None:
+def test_the_rest_of_a_file_stays_as_it_is(before: str, after: str) -> None:
     assert with_settings(before, {"method": "weighted", "weights": WEIGHTS}) == after
+    assert tomllib.loads(after)["defaults"] == tomllib.loads(before).get("defaults", {}) | {
+        "method": "weighted",
+        "weights": WEIGHTS,
+    }
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("a = 1\n[b]\n", 'a = 1\n[b]\n[profiles."odd.name"]\ntop_k = 2\n'),
+        ("a = 1\n[b]\n", 'a = 1\n[b]\n\n[profiles."odd.name"]\ntop_k = 2\n'),
         (
             "[profiles.a]\ntop_k = 1\n[profiles . 'odd.name'] # x\ntop_k = 1\n[defaults]\ntop_k = 1\n",
             "[profiles.a]\ntop_k = 1\n[profiles . 'odd.name'] # x\ntop_k = 2\n[defaults]\ntop_k = 1\n",
         ),
-        ('profiles = { "odd.name" = { top_k = 1 } }\n', None),
+        ('profiles = { "odd.name" = { top_k = 1 } }\n', 'profiles = { "odd.name" = { top_k = 2 } }\n'),
     ],
 )
-def test_a_profile_is_written_by_its_name(before: str, after: str | None) -> None:
+def test_a_profile_is_written_by_its_name(before: str, after: str) -> None:
     assert with_settings(before, {"top_k": 2}, "odd.name") == after
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tomli_w
+import tomlkit
 
 from ..errors import DownloadError, EdgeDLFError, FamilyError, InvalidParameterError
 from ..gguf.shards import shard_names
@@ -146,7 +146,7 @@ def write_family(spec: FamilySpec) -> Path:
     if spec.profiles:
         table["profiles"] = {name: _plain(settings) for name, settings in spec.profiles.items()}
     with replacing(folder / FILE_NAME) as file:
-        tomli_w.dump(table, file)
+        file.write(tomlkit.dumps(table).encode())
     return folder / FILE_NAME
 
 
