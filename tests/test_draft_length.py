@@ -10,7 +10,7 @@ import pytest
 from edge_dlf import FusionParams, SamplingParams
 from edge_dlf.engine.backend import Logits, Run
 from edge_dlf.engine.decoder import Decoder
-from edge_dlf.engine.draft_length import DraftLength, Guesses
+from edge_dlf.engine.draft_length import Draft, DraftLength
 from edge_dlf.engine.ensemble import Ensemble
 from edge_dlf.engine.generation import Generation, GenerationRequest
 from edge_dlf.fusion.fuser import Fuser
@@ -20,7 +20,13 @@ from .fake_backend import FakeBackend
 
 Seconds = Callable[[int], float]
 N_VOCAB = 50
-ANY = [Guesses([], MAX_DRAFT)]
+
+
+def guessed(probabilities: Sequence[float], n_most: int) -> Draft:
+    return Draft(n_most, probabilities=[*probabilities])
+
+
+ANY = [guessed([], MAX_DRAFT)]
 """One row of which nothing was guessed yet."""
 # Milliseconds of batches of 1 to 9 tokens, as measured on two CPU cores: Qwen2.5-Coder 1.5B and 0.5B.
 LARGE = (58, 89, 110, 105, 134, 150, 168, 186, 200)
@@ -107,12 +113,12 @@ def test_guesses_of_all_rows_are_weighed_by_what_their_batch_takes() -> None:
     for n in range(1, 13):
         for _ in range(2):
             lengths.stepped("text", n, n + 4, 1.0 + (0.05 if n <= 4 else 0.2) * n)
-    sure, unsure = Guesses([0.999] * 3, 3), Guesses([0.05] * 3, 3)
+    sure, unsure = guessed([0.999] * 3, 3), guessed([0.05] * 3, 3)
     assert lengths.best("text", [sure])[1] == 3
     assert lengths.best("text", [sure] * 4)[1] == 1
     assert lengths.best("text", [sure, unsure, unsure, unsure])[1] == 1
     assert lengths.best("text", [unsure] * 4)[1] == 0
-    assert lengths.best("text", [Guesses([], 0)] * 4)[1] == 0
+    assert lengths.best("text", [guessed([], 0)] * 4)[1] == 0
 
 
 def test_lengths_grow_step_by_step_where_guesses_are_cheap_and_right() -> None:
@@ -173,10 +179,10 @@ def test_a_doubtful_guess_ends_a_draft_and_sure_ones_lengthen_it() -> None:
         lengths.experience.judged("expert", 0.9, True)
         lengths.experience.judged("expert", 0.1, False)
     rate, _ = lengths.best("expert", ANY)
-    assert lengths.wanted("expert", [Guesses([0.99], MAX_DRAFT)], rate) > 1
-    assert lengths.wanted("expert", [Guesses([0.99, 0.99, 0.05], MAX_DRAFT)], rate) == 2
-    assert lengths.wanted("expert", [Guesses([0.05], MAX_DRAFT)], rate) == 0
-    assert lengths.wanted("expert", [Guesses([0.99] * 3, 3)], rate) == 3
+    assert lengths.wanted("expert", [guessed([0.99], MAX_DRAFT)], rate) > 1
+    assert lengths.wanted("expert", [guessed([0.99, 0.99, 0.05], MAX_DRAFT)], rate) == 2
+    assert lengths.wanted("expert", [guessed([0.05], MAX_DRAFT)], rate) == 0
+    assert lengths.wanted("expert", [guessed([0.99] * 3, 3)], rate) == 3
 
 
 def test_a_guess_is_worth_what_its_drafter_was_right_by_when_so_sure() -> None:
@@ -186,7 +192,7 @@ def test_a_guess_is_worth_what_its_drafter_was_right_by_when_so_sure() -> None:
         lengths = plain_steps(DraftLength({}))
         for _ in range(50):
             lengths.experience.judged("text", 0.8, accepted)
-        promises.append(lengths.best("text", [Guesses([0.8], 1)])[0])
+        promises.append(lengths.best("text", [guessed([0.8], 1)])[0])
     assert promises[0] > 1.5 > 1.3 > promises[1]
 
 
@@ -194,9 +200,9 @@ def test_a_clock_that_stands_still_divides_by_nothing() -> None:
     lengths = plain_steps(DraftLength({"expert": 0.5}), 0.0)
     for n in range(MAX_DRAFT):
         lengths.best("expert", ANY)
-        lengths.wanted("expert", [Guesses([0.5] * n, MAX_DRAFT)], 0.0)
+        lengths.wanted("expert", [guessed([0.5] * n, MAX_DRAFT)], 0.0)
         lengths.stepped("expert", n, 1, 0.0)
-    assert lengths.best("expert", [Guesses([], 0)])[1] == 0
+    assert lengths.best("expert", [guessed([], 0)])[1] == 0
 
 
 class Clock:

@@ -21,7 +21,8 @@ from ..errors import EdgeDLFError
 from ..fusion.records import N_CANDIDATES, Draw, Pick, Trace
 from .backend import Logits, Run
 from .constraint import StillComputingError, Tokens
-from .drafting import Draft, Drafting, Drafts
+from .draft_length import Draft
+from .drafting import Drafting, Drafts
 from .ensemble import Ensemble, Roles, common_prefix
 from .generation import Generation, StepResult
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from statistics import median
-from typing import NamedTuple
 
 from ..params import MAX_DRAFT
+from .backend import Logits
 
 _MEMORY = 5
 """Steps with as many drafted tokens that are remembered. Their median tells what such a step takes."""
@@ -28,12 +29,27 @@ _SHARE = 0.01
 doubted."""
 
 
-class Guesses(NamedTuple):
-    """What one row may have drafted. probabilities: of the guesses made so far, by the drafter itself. n_most: tokens
-    that its draft may have."""
+@dataclass
+class Draft:
+    """Tokens guessed to follow the text of one generation.
 
-    probabilities: Sequence[float]
+    n_most: tokens that it may have.
+    probabilities: of each token, by the drafter.
+    n_verified: how many of the tokens the members verify in this step.
+    rows: rows of a drafting member that is fused too: after the text, and after each guess that it has evaluated. None
+        where the drafter is no member of the fusion.
+    """
+
     n_most: int
+    tokens: list[int] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    n_verified: int = 0
+    rows: list[Logits] | None = None
+
+    @property
+    def ahead(self) -> list[int]:
+        """The tokens that are verified."""
+        return self.tokens[: self.n_verified]
 
 
 class Experience:
@@ -126,38 +142,38 @@ class DraftLength:
                 del self._seconds[key]
             self._renewed.clear()
 
-    def best(self, drafter: str, rows: Sequence[Guesses]) -> tuple[float, int]:
+    def best(self, drafter: str, drafts: Collection[Draft]) -> tuple[float, int]:
         """Return the most tokens per second that drafts promise, and the length that each of them has at most."""
-        rates = [tokens / seconds for tokens, seconds in self._lengths(drafter, rows)]
+        rates = [tokens / seconds for tokens, seconds in self._lengths(drafter, drafts)]
         n = max(range(len(rates)), key=rates.__getitem__)
         return rates[n], n
 
-    def wanted(self, drafter: str, rows: Sequence[Guesses], rate: float) -> int:
+    def wanted(self, drafter: str, drafts: Collection[Draft], rate: float) -> int:
         """Return the best length of drafts that begin with these guesses; more than there are if more guesses pay.
 
         rate: tokens per second to beat, as `best` gave them. The time of the guesses made so far is spent in any case.
         """
         guess = self._costs.get(drafter, 0.0) * median(self._seconds["", 0])
-        n_guessed = max(len(row.probabilities) for row in rows)
+        n_guessed = max(len(draft.probabilities) for draft in drafts)
         gains = [
             tokens - rate * (seconds + guess * max(0, n_guessed - max(n, 1)))
-            for n, (tokens, seconds) in enumerate(self._lengths(drafter, rows))
+            for n, (tokens, seconds) in enumerate(self._lengths(drafter, drafts))
         ]
         return max(range(len(gains)), key=gains.__getitem__)
 
-    def _lengths(self, drafter: str, rows: Sequence[Guesses]) -> Iterator[tuple[float, float]]:
+    def _lengths(self, drafter: str, drafts: Collection[Draft]) -> Iterator[tuple[float, float]]:
         """Yield expected tokens and seconds of steps in which each row's draft has up to 0, 1, … tokens."""
         if drafter not in self._estimates:
             self._estimates[drafter] = self._estimated(drafter)
         seconds, usual = self._estimates[drafter], self.experience.usual[drafter]
         tokens, n_drafted = float(self._n_rows), 0
-        all_accepted = [1.0] * len(rows)
+        all_accepted = [1.0] * len(drafts)
         yield tokens, max(seconds[0], 1e-9)
-        for n in range(1, max([row.n_most for row in rows], default=0) + 1):
-            for i, row in enumerate(rows):
-                if n <= row.n_most:
-                    known = n <= len(row.probabilities)
-                    all_accepted[i] *= self.experience.chance(drafter, row.probabilities[n - 1]) if known else usual
+        for n in range(1, max([draft.n_most for draft in drafts], default=0) + 1):
+            for i, draft in enumerate(drafts):
+                if n <= draft.n_most:
+                    known = n <= len(draft.probabilities)
+                    all_accepted[i] *= self.experience.chance(drafter, draft.probabilities[n - 1]) if known else usual
                     tokens += all_accepted[i]
                     n_drafted += 1
             if n_drafted >= len(seconds):

@@ -12,7 +12,7 @@ import numpy as np
 from ..fusion.records import Pick
 from ..params import MAX_DRAFT
 from .backend import Logits, Run
-from .draft_length import DraftLength, Experience, Guesses
+from .draft_length import Draft, DraftLength, Experience
 from .ensemble import Ensemble
 from .generation import Generation, StepResult
 from .prompt_lookup import lookup
@@ -26,29 +26,6 @@ TEXT_DRAFTERS: Mapping[str, TextDrafter] = {"prompt lookup": lookup}
 
 PickAlone = Callable[[str, Sequence[tuple[Generation, Sequence[int]]], Logits], list[Pick]]
 """What one member alone picks: its name, generations with the guesses that follow their texts, its rows after them."""
-
-
-@dataclass
-class Draft:
-    """Tokens guessed to follow the text of one generation.
-
-    n_most: tokens that it may have.
-    probabilities: of each token, by the drafter.
-    n_verified: how many of the tokens the members verify in this step.
-    rows: rows of a drafting member that is fused too: after the text, and after each guess that it has evaluated. None
-        where the drafter is no member of the fusion.
-    """
-
-    n_most: int
-    tokens: list[int] = field(default_factory=list)
-    probabilities: list[float] = field(default_factory=list)
-    n_verified: int = 0
-    rows: list[Logits] | None = None
-
-    @property
-    def ahead(self) -> list[int]:
-        """The tokens that are verified."""
-        return self.tokens[: self.n_verified]
 
 
 @dataclass
@@ -66,11 +43,6 @@ class Drafts:
     rivals: Sequence[Drafts] = ()
     length: DraftLength | None = None
     reading_s: float = 0.0
-
-    @property
-    def guesses(self) -> list[Guesses]:
-        """What the choice of the length depends on."""
-        return [Guesses(draft.probabilities, draft.n_most) for draft in self.each.values()]
 
     @property
     def n_verified(self) -> int:
@@ -117,14 +89,14 @@ class Drafting:
             n_most = MAX_DRAFT if fixed is None else fixed
             for name in TEXT_DRAFTERS:
                 drafts = self._drafts_by_text(asking, name, n_most, n_room)
-                rate, n = length.best(name, drafts.guesses) if fixed is None else (0.0, n_most)
+                rate, n = length.best(name, drafts.each.values()) if fixed is None else (0.0, n_most)
                 drafts.verify(n)
                 if drafts.n_verified and (not best.drafter or rate > best_rate):
                     best, best_rate = drafts, rate
                 rivals.append(drafts)
             if fixed is None or not best.drafter:
                 drafts = self._drafts_by_member(asking, n_most, n_room)
-                rate, n = length.best(drafts.drafter, drafts.guesses) if fixed is None else (0.0, n_most)
+                rate, n = length.best(drafts.drafter, drafts.each.values()) if fixed is None else (0.0, n_most)
                 # A member of the fusion evaluates the text anyway, so its first guess costs nothing.
                 is_worth = n or drafts.drafter in asking[0].members
                 if drafts.each and is_worth and (not best.drafter or rate > best_rate):
@@ -247,7 +219,7 @@ class Drafting:
                 draft.tokens.append(pick.token)
                 draft.probabilities.append(min(1.0, math.exp(pick.logprob)))
             if length:
-                n_wanted = length.wanted(drafts.drafter, drafts.guesses, rate)
+                n_wanted = length.wanted(drafts.drafter, drafts.each.values(), rate)
             due = {
                 each: draft.tokens[-1:]
                 for each, draft in drafts.each.items()
