@@ -19,7 +19,7 @@ from .answers.stream import Driver, TokenStream
 from .answers.template import ChatPrompt, Message
 from .answers.tokenizer import Prompt, Tokenizer
 from .engine.decoder import Decoder
-from .errors import EdgeDLFError, InvalidParameterError
+from .errors import EdgeDLFError, require
 from .families.files import FamilyFiles, check_files
 from .families.members import Members, plan_memory
 from .families.spec import FamilySpec
@@ -118,8 +118,7 @@ class FusedLlama:
         overlap: Overlap | Literal["auto"] = "auto",
         **asked: Any,
     ) -> None:
-        if overlap not in ("auto", *OVERLAPS):
-            raise InvalidParameterError(f"overlap must be auto, {', '.join(OVERLAPS)}, not {overlap!r}")
+        require(overlap in ("auto", *OVERLAPS), f"overlap must be auto, {', '.join(OVERLAPS)}, not {overlap!r}")
         n_ctx = None if n_ctx is None else count("n_ctx", n_ctx)
         n_threads = None if n_threads is None else _THREADS.read("n_threads", n_threads) or None
         n_ctx = n_ctx or min(_MAX_OWN_CTX, files.models["large"].n_ctx_train or _MAX_OWN_CTX)
@@ -323,8 +322,7 @@ class FusedLlama:
         own: Any = prompts
         if isinstance(prompts, Mapping):
             own = {name: self.apply_chat_template(each, **of_template) for name, each in prompts.items()}
-        if not flag("logprobs", logprobs or False) and top_logprobs:
-            raise InvalidParameterError("top_logprobs needs logprobs=True")
+        require(flag("logprobs", logprobs or False) or not top_logprobs, "top_logprobs needs logprobs=True")
         prompt, n_top = self._preparer.chat(messages, arguments), top_logprobs or 0
         answer = self._preparer.answer("create_chat_completion", prompt, top_logprobs=n_top, prompts=own, **arguments)
         return self._complete(ChatCompletion(answer, self.name, logprobs, self._preparer.tokenizer.name_bytes), stream)

@@ -33,6 +33,12 @@ class InvalidParameterError(EdgeDLFError, ValueError):
     exit_code = 2
 
 
+def require(condition: object, message: str) -> None:
+    """Raise InvalidParameterError with this message, which should cost little to write, unless the condition holds."""
+    if not condition:
+        raise InvalidParameterError(message)
+
+
 class LoadError(EdgeDLFError):
     """A model cannot be loaded."""
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
-from .errors import InvalidParameterError
+from .errors import InvalidParameterError, require
 
 METHODS = ("dynamic", "static", "blend", "weighted", "large", "base")
 MAX_DRAFT = 8
@@ -29,11 +29,6 @@ OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 
 _T = TypeVar("_T")
 _FINITE = 1e38  # as float32
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InvalidParameterError(message)
 
 
 class Kind:
@@ -61,9 +56,9 @@ class Text(Kind):
     choices: tuple[str, ...] = ()
 
     def read(self, setting: str, value: Any) -> str:
-        _require(isinstance(value, str), f"{setting} must be text, not {value!r:.60}")
+        require(isinstance(value, str), f"{setting} must be text, not {value!r:.60}")
         is_known = not self.choices or value in self.choices
-        _require(is_known, f"{setting} must be one of {', '.join(self.choices)}, not {value!r:.60}")
+        require(is_known, f"{setting} must be one of {', '.join(self.choices)}, not {value!r:.60}")
         return str(value)
 
     def schema(self) -> dict[str, Any]:
@@ -76,10 +71,10 @@ class Texts(Kind):
     def read(self, setting: str, value: Any) -> tuple[str, ...]:
         texts = (value,) if isinstance(value, str) else value
         are_texts = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
-        _require(are_texts, f"{setting} must be text or a list of texts, not {value!r:.60}")
-        _require("" not in texts, f"a {setting} string must not be empty")
-        _require(len(texts) <= 128, f"there are {len(texts)} {setting} strings, more than 128")
-        _require(all(len(text) <= 4096 for text in texts), f"a {setting} string may have 4096 characters")
+        require(are_texts, f"{setting} must be text or a list of texts, not {value!r:.60}")
+        require("" not in texts, f"a {setting} string must not be empty")
+        require(len(texts) <= 128, f"there are {len(texts)} {setting} strings, more than 128")
+        require(all(len(text) <= 4096 for text in texts), f"a {setting} string may have 4096 characters")
         return tuple(texts)
 
     def schema(self) -> dict[str, Any]:
@@ -139,7 +134,7 @@ class Number(Kind):
         is_right = is_number and not isinstance(value, bool) and -_FINITE < value < _FINITE
         if is_right and self.low <= value <= self.high and not (self.is_open and value == self.low):
             return int(value) if self.is_whole else float(value)
-        _require(is_right or bool(self.words), f"{setting} must be {self.type}, not {value!r:.60}")
+        require(is_right or bool(self.words), f"{setting} must be {self.type}, not {value!r:.60}")
         raise InvalidParameterError(f"{setting} must be {self.range}, not {value!r:.60}")
 
     def schema(self) -> dict[str, Any]:
@@ -174,7 +169,7 @@ class ByName(Kind):
             return {str(name): self.number.read(f"{setting} of {name}", number) for name, number in value.items()}
         wanted = f"{self.number.type} or NAME=NUMBER,…" if self.has_common else "NAME=NUMBER,…"
         is_common = self.has_common and not isinstance(value, str)
-        _require(is_common, f"{setting} must be {wanted}, not {value!r:.60}")
+        require(is_common, f"{setting} must be {wanted}, not {value!r:.60}")
         return self.number.read(setting, value)
 
     def schema(self) -> dict[str, Any]:
@@ -190,7 +185,7 @@ class Biases(Kind):
 
     def read(self, setting: str, value: Any) -> dict[int, float]:
         is_map = isinstance(value, Mapping) and all(re.fullmatch(self._ID, str(token)) for token in value)
-        _require(is_map, f"{setting} must map token ids to numbers, not {value!r:.60}")
+        require(is_map, f"{setting} must map token ids to numbers, not {value!r:.60}")
         biases = {int(token): bias for token, bias in value.items()}
         return {
             token: bias if bias == -math.inf else Number().read(f"{setting} of {token}", bias)
@@ -284,11 +279,11 @@ class FusionParams:
     def __post_init__(self) -> None:
         _check(self)
         is_weighted = self.method != "weighted" or bool(self.weights)
-        _require(is_weighted, "method weighted needs weights of members, such as large=0.5,math=0.8")
-        _require(self.weights is None or any(self.weights.values()), "weights must give a member a number other than 0")
-        _require(self.alpha_step <= self.alpha_max, f"alpha_step must be in (0, alpha_max], not {self.alpha_step!r}")
+        require(is_weighted, "method weighted needs weights of members, such as large=0.5,math=0.8")
+        require(self.weights is None or any(self.weights.values()), "weights must give a member a number other than 0")
+        require(self.alpha_step <= self.alpha_max, f"alpha_step must be in (0, alpha_max], not {self.alpha_step!r}")
         ratio = self.alpha_max / self.alpha_step
-        _require(ratio < 1001 - 1e-9, f"alpha_max / alpha_step must not exceed 1000, not {ratio:.0f}")
+        require(ratio < 1001 - 1e-9, f"alpha_max / alpha_step must not exceed 1000, not {ratio:.0f}")
 
 
 @dataclass(frozen=True)
@@ -377,7 +372,7 @@ def params_of(settings: Mapping[str, Any]) -> tuple[SamplingParams, FusionParams
 def profile_of(profiles: Mapping[str, Mapping[str, Any]], name: str | None) -> Mapping[str, Any]:
     """Return the settings of the profile `name`; of None, no settings. Raises InvalidParameterError."""
     known = f"there are {', '.join(profiles)}" if profiles else "the family has none"
-    _require(name is None or (isinstance(name, str) and name in profiles), f"there is no profile {name!r:.60}; {known}")
+    require(name is None or (isinstance(name, str) and name in profiles), f"there is no profile {name!r:.60}; {known}")
     return {} if name is None else profiles[name]
 
 
@@ -385,7 +380,7 @@ def check_settings(settings: Mapping[str, Any], experts: Sequence[str]) -> None:
     """Raise InvalidParameterError where a family with these experts cannot use settings that are right one by one."""
     _, fusion = params_of(settings)
     methods = (*METHODS, *experts)
-    _require(fusion.method in methods, f"method must be one of {', '.join(methods)}, not {fusion.method!r}")
+    require(fusion.method in methods, f"method must be one of {', '.join(methods)}, not {fusion.method!r}")
     check_names(fusion, experts)
 
 
@@ -393,7 +388,7 @@ def check_names(fusion: FusionParams, experts: Sequence[str]) -> None:
     """Raise InvalidParameterError where `alpha` or `weights` name what a family with these experts has not."""
     alpha = fusion.alpha if isinstance(fusion.alpha, Mapping) else ()
     unknown = [name for name in alpha if name not in experts]
-    _require(not unknown, f"alpha names {', '.join(map(repr, unknown))}; the experts are {', '.join(experts)}")
+    require(not unknown, f"alpha names {', '.join(map(repr, unknown))}; the experts are {', '.join(experts)}")
     members = ("large", "base", *experts)
     unknown = [name for name in fusion.weights or () if name not in members]
-    _require(not unknown, f"weights names {', '.join(map(repr, unknown))}; the members are {', '.join(members)}")
+    require(not unknown, f"weights names {', '.join(map(repr, unknown))}; the members are {', '.join(members)}")

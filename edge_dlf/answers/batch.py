@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError, NonFiniteLogitsError
+from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError, NonFiniteLogitsError, require
 from .completion import Completion, Dict
 from .requests import Request, parse_line, request_id
 from .sandbox import NoTemplateError
@@ -55,8 +55,7 @@ def run_batch(
     unreported: deque[_Row] = deque()
     is_exhausted = False
     if exact:
-        if driver.n_parallel > 1:
-            raise InvalidParameterError("exact needs n_parallel=1: one request at a time")
+        require(driver.n_parallel == 1, "exact needs n_parallel=1: one request at a time")
         driver.forget()
     try:
         while True:

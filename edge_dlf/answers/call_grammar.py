@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import InvalidParameterError
+from ..errors import require
 from .dialects import QWEN_XML, CallSyntax, Dialect
 from .forms import json_grammar
 from .gbnf import OPTIONS
@@ -30,8 +30,7 @@ def call_grammar(
     """
     calls = dialect.calls
     assert calls
-    if calls is QWEN_XML:
-        raise InvalidParameterError("this model writes arguments as tags: they cannot be kept to a JSON schema")
+    require(calls is not QWEN_XML, "this model writes arguments as tags: they cannot be kept to a JSON schema")
 
     def literal(text: str) -> str:
         marks = "|".join(map(re.escape, control)) or "(?!)"

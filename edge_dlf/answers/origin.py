@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from ..errors import InvalidParameterError
+from ..errors import require
 
 ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function", "observation", "ipython", "model"))
 """Roles that may be part of a control token's name."""
@@ -130,8 +130,7 @@ class Marker:
             return {}
         used = set(map(ord, text))
         free = list(islice((code for code in _UNASSIGNED if code not in used), len(held)))
-        if len(free) < len(held):
-            raise InvalidParameterError("the messages hold nearly all characters that Unicode has not assigned")
+        require(len(free) == len(held), "the messages hold nearly all characters that Unicode has not assigned")
         return dict(zip(sorted(held), free, strict=True))
 
     def _found(self, text: str) -> Iterator[tuple[int, str]]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ..engine.ensemble import Ensemble
 from ..engine.generation import Generation, GenerationRequest
-from ..errors import ContextOverflowError, InvalidParameterError
+from ..errors import ContextOverflowError, InvalidParameterError, require
 from ..params import (
     DEFAULTS,
     FUSION,
@@ -171,8 +171,7 @@ class Preparer:
                 raise InvalidParameterError(f"a pair must be a prompt and the tokens of its answer, not {pair!r:.60}")
             prompt, answer = pair
             forced, prompts = tuple(self.tokenizer.known(answer)), self._tokens(prompt, {}, roles.members)
-            if not forced:
-                raise InvalidParameterError("the answer to be scored has no tokens")
+            require(forced, "the answer to be scored has no tokens")
             longest = max(map(len, prompts.values()))
             if longest + len(forced) - 1 > n_ctx:
                 raise ContextOverflowError(

@@ -9,7 +9,7 @@ from functools import cache
 from numbers import Integral
 from typing import Any
 
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, require
 from ..params import Number, Text, settable
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -94,21 +94,16 @@ def parse_line(line: Any) -> Request:
     columns = tuple(str(name) for name in columns_of(line) if name not in _SKIPPED)
     if not is_openai(line):
         own = line.get("custom_id", line.get("id"))
-        if own is not None and not is_id(own):
-            raise InvalidParameterError(f"id must be text or an integer, not {own!r:.60}")
+        require(own is None or is_id(own), f"id must be text or an integer, not {own!r:.60}")
         for name in columns:
             if meant := get_close_matches(name, _used() - _ELSEWHERE, 1, 0.8):
                 raise InvalidParameterError(f"unknown field {name!r:.60}; is {meant[0]} meant?")
         request = parse_body({name: value for name, value in line.items() if name in _used().difference(_OF_ROW)})
         return replace(request, columns=columns)
-    if not is_id(line.get("custom_id")):
-        raise InvalidParameterError("custom_id must be text")
-    if line.get("method", "POST") != "POST":
-        raise InvalidParameterError(f"method must be POST, not {line['method']!r:.60}")
-    if line.get("url") not in (CHAT, COMPLETIONS):
-        raise InvalidParameterError(f"url must be {CHAT} or {COMPLETIONS}, not {line.get('url')!r:.60}")
-    if not isinstance(line.get("body"), Mapping):
-        raise InvalidParameterError("body must be an object")
+    require(is_id(line.get("custom_id")), "custom_id must be text")
+    require(line.get("method", "POST") == "POST", f"method must be POST, not {line.get('method')!r:.60}")
+    require(line.get("url") in (CHAT, COMPLETIONS), f"url must be {CHAT} or {COMPLETIONS}, not {line.get('url')!r:.60}")
+    require(isinstance(line.get("body"), Mapping), "body must be an object")
     return replace(parse_body(line["body"], is_chat=line["url"] == CHAT), columns=columns)
 
 
@@ -124,8 +119,7 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
             given[name] = given.pop(other)
     is_raw = is_chat is False
     if is_chat is None:
-        if ("messages" in given) == ("prompt" in given):
-            raise InvalidParameterError("a request has either a prompt or messages")
+        require(("messages" in given) != ("prompt" in given), "a request has either a prompt or messages")
         is_chat = "messages" in given
     content = _messages(given) if is_chat else _prompt(given)
     settings = _fusion(given.pop("edge_dlf", {}))
@@ -145,12 +139,9 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
             settings["logprobs"] = flag("logprobs", logprobs) if is_chat else count("logprobs", logprobs)
     if is_chat and "top_logprobs" in given:
         settings["top_logprobs"] = count("top_logprobs", given.pop("top_logprobs"))
-        if settings["top_logprobs"] and not settings.get("logprobs"):
-            raise InvalidParameterError("top_logprobs needs logprobs: true")
-    if not _same(given.pop("n", 1), 1):
-        raise InvalidParameterError("n must be 1: write the request several times, with a seed each")
-    if given.pop("stream", False) is not False:
-        raise InvalidParameterError("stream must be false")
+        require(settings.get("logprobs") or not settings["top_logprobs"], "top_logprobs needs logprobs: true")
+    require(_same(given.pop("n", 1), 1), "n must be 1: write the request several times, with a seed each")
+    require(given.pop("stream", False) is False, "stream must be false")
     if misplaced := sorted(settable("edge_dlf").keys() & given.keys()):
         raise InvalidParameterError(f'{misplaced[0]} belongs under "edge_dlf"')
     if given:
@@ -195,8 +186,7 @@ def _prompt(given: dict[str, Any]) -> Any:
     prompt = given.pop("prompt", None)
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     is_ids = isinstance(prompt, Sequence) and all(type(token) is int for token in prompt)
-    if not isinstance(prompt, str) and not is_ids:
-        raise InvalidParameterError("prompt must be one text, or a list of token ids")
+    require(isinstance(prompt, str) or is_ids, "prompt must be one text, or a list of token ids")
     return prompt
 
 
@@ -215,8 +205,7 @@ def _object(name: str, value: Any) -> Mapping[str, Any]:
 
 def flag(name: str, value: Any) -> bool:
     """Return `value` if it is true or false. Raises InvalidParameterError."""
-    if not isinstance(value, bool):
-        raise InvalidParameterError(f"{name} must be true or false, not {value!r:.60}")
+    require(isinstance(value, bool), f"{name} must be true or false, not {value!r:.60}")
     return value
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, require
 from .dialects import Dialect, dialect_of
 from .message import MessageParser
 from .origin import Marker
@@ -118,8 +118,7 @@ class ChatTemplate:
         """Return the variables by which templates switch thinking on or off."""
         if think == "auto" or (think == "off" and not self.dialect.can_think):
             return {}
-        if not self.dialect.can_think:
-            raise InvalidParameterError("the model's chat template knows no thinking")
+        require(self.dialect.can_think, "the model's chat template knows no thinking")
         if think == "off" and self.dialect.is_harmony:
             raise InvalidParameterError("this model always thinks; reasoning_effort low makes it think less")
         return {"enable_thinking": think == "on", "thinking": think == "on"}
@@ -160,8 +159,7 @@ class ChatTemplate:
         is_known = role in _ROLES or (is_word and re.search(rf"\b{re.escape(role)}\b", self._source))
         if role == "developer" and not is_known:
             return {**message, "role": "system"}
-        if not is_known:
-            raise InvalidParameterError(f"the model's chat template knows no role {role!r:.60}")
+        require(is_known, f"the model's chat template knows no role {role!r:.60}")
         return message
 
     def _with_known_calls(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -257,5 +255,4 @@ def _text_of(part: Any) -> str:
 def _require_no_media(fields: Mapping[str, Any]) -> None:
     """Raise InvalidParameterError where something other than text stands beside the text."""
     for name in _MEDIA:
-        if fields.get(name):
-            raise InvalidParameterError(f"messages hold text alone: {name} cannot be used")
+        require(not fields.get(name), f"messages hold text alone: {name} cannot be used")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ..engine.constraint import Constraint
-from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError
+from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError, require
 from ..gguf.own_template import OwnTemplate
 from ..params import Text
 from ..system.locks import ForkSafeLock
@@ -147,8 +147,7 @@ class Tokenizer:
         grammar, the schema, or those of the tools. Raises InvalidParameterError."""
         tools, dialect = prompt.tools, prompt.dialect
         calls = tools is not None and (tools.is_constrained or schema is not None)
-        if tools and grammar is not None:
-            raise InvalidParameterError("an answer that may call tools keeps to no grammar")
+        require(not tools or grammar is None, "an answer that may call tools keeps to no grammar")
         if budget is not None and not dialect.can_think:
             raise InvalidParameterError("the model's chat template knows no thinking, which think_budget would limit")
         if calls and tools and budget is not None and dialect.is_harmony:
@@ -201,8 +200,7 @@ class Tokenizer:
         with self._lock:
             if self._forms is None:
                 last = list(filter(ends, range(self.n_vocab)))
-                if not last:
-                    raise InvalidParameterError("this model has no token that ends an answer, which a form needs")
+                require(last, "this model has no token that ends an answer, which a form needs")
                 self._forms = Forms(list(map(self.piece, range(self.n_vocab))), last)
             return self._forms
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, require
 
 _ID_LETTERS = string.ascii_letters + string.digits
 _CHOICES = ("none", "auto", "required")
@@ -64,15 +64,13 @@ def read_tools(tools: Any, tool_choice: Any = None, parallel_tool_calls: Any = N
     if not isinstance(parallel_tool_calls, bool | None):
         raise InvalidParameterError(f"parallel_tool_calls must be true or false, not {parallel_tool_calls!r:.60}")
     if tools is None or tools == []:
-        if tool_choice not in (None, "none", "auto"):
-            raise InvalidParameterError("tool_choice needs tools")
+        require(tool_choice in (None, "none", "auto"), "tool_choice needs tools")
         return None
     if not isinstance(tools, Sequence) or isinstance(tools, str):
         raise InvalidParameterError(f"tools must be a list, not {tools!r:.60}")
     functions = [_function(tool) for tool in tools]
     schemas = {function["name"]: _schema(function) for function in functions}
-    if len(schemas) < len(functions):
-        raise InvalidParameterError("two tools have the same name")
+    require(len(schemas) == len(functions), "two tools have the same name")
     strict = frozenset(function["name"] for function in functions if function.get("strict"))
     choice = "auto" if tool_choice is None else tool_choice
     one_call = parallel_tool_calls is False
@@ -80,8 +78,7 @@ def read_tools(tools: Any, tool_choice: Any = None, parallel_tool_calls: Any = N
     if choice in _CHOICES:
         return None if choice == "none" else Tools(definitions, schemas, strict, choice == "required", one_call)
     name = _chosen(choice)
-    if name not in schemas:
-        raise InvalidParameterError(f"tool_choice names {name!r:.60}, which is none of the tools")
+    require(name in schemas, f"tool_choice names {name!r:.60}, which is none of the tools")
     return Tools(definitions, {name: schemas[name]}, strict, is_required=True, one_call=True)
 
 

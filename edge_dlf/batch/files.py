@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from ..errors import EdgeDLFError, InvalidParameterError
+from ..errors import EdgeDLFError, InvalidParameterError, require
 from ..families.manifest import Manifest
 from ..system.durable import new_name
 from ..system.jsonl import read_lines
@@ -54,12 +54,10 @@ class Targets:
     @classmethod
     def of(cls, output: str, errors: str | None, input: IO[bytes], trace: Path | None = None) -> Targets:
         """Raises InvalidParameterError where two of them, the trace, the input or the files beside them are one."""
-        if errors in _STDOUT:
-            raise InvalidParameterError("--errors must be a file")
+        require(errors not in _STDOUT, "--errors must be a file")
         targets = cls(None if output in _STDOUT else _real(output), _real(errors) if errors else None)
         for path in filter(None, (targets.output, targets.errors)):
-            if path.is_dir():
-                raise InvalidParameterError(f"{path}: is a folder")
+            require(not path.is_dir(), f"{path}: is a folder")
         writing = [
             _Place("the output", targets.output, status_of(targets.output or sys.stdout)),
             *(_Place.of("the file of errors", path) for path in [targets.errors] if path),
@@ -67,11 +65,9 @@ class Targets:
         ]
         reading, beside = _Place("the input", None, status_of(input)), list(targets.beside())
         for number, place in enumerate(writing):
-            if place.is_same(reading):
-                raise InvalidParameterError(f"{place.path or 'stdout'}: is the input; write the answers elsewhere")
+            require(not place.is_same(reading), f"{place.path or 'stdout'}: is the input; write the answers elsewhere")
             for other in [*writing[:number], *beside]:
-                if place.is_same(other):
-                    raise InvalidParameterError(f"{place.path or 'stdout'}: is both {other.role} and {place.role}")
+                require(not place.is_same(other), f"{place.path or 'stdout'}: is both {other.role} and {place.role}")
         for place in beside:
             if place.is_same(reading):
                 raise InvalidParameterError(f"{place.path}: is both the input and {place.role}; choose another output")

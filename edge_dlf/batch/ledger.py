@@ -9,7 +9,7 @@ from typing import IO, Any, TypeAlias
 
 from filelock import FileLock, Timeout
 
-from ..errors import EdgeDLFError, InvalidParameterError
+from ..errors import EdgeDLFError, require
 from ..system.durable import Appender, file_error, new_name, replacing
 from ..system.jsonl import Line, dump_line, parse_object, read_lines
 from .ids import Ids
@@ -54,8 +54,8 @@ def locked(paths: Sequence[Path]) -> Iterator[None]:
     """Keep other runs away from these files. Raises EdgeDLFError, at once, where one of them is in use."""
     with ExitStack() as stack:
         for path in paths:
-            if not path.parent.is_dir():  # the lock would make it
-                raise InvalidParameterError(f"{path}: there is no folder {path.parent}")
+            # The lock would make the folder.
+            require(path.parent.is_dir(), f"{path}: there is no folder {path.parent}")
             try:
                 stack.enter_context(FileLock(lock_name(path), timeout=0, thread_local=False))
             except Timeout:

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, require
 from .interrupts import interruptible
 from .opening import family_command, open_family
 from .options import PARALLEL, Options, form_options, method_option, shared_options
@@ -113,8 +113,7 @@ def batch(
 
 def _settings(options: Options, *, raw: bool, ordered: bool, exact: bool) -> dict[str, Any]:
     """Return the arguments of `FusedLlama.batch`."""
-    if raw and options.system:
-        raise InvalidParameterError("a system prompt needs the chat template: leave out --raw or --system")
+    require(not (raw and options.system), "a system prompt needs the chat template: leave out --raw or --system")
     seed = options.spec.settings().get("seed", 0)
     settings = {"seed": seed, **options.settings, "system": options.system, "raw": raw, "ordered": ordered}
     if not exact:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import EdgeDLFError, InvalidParameterError
+from ..errors import EdgeDLFError, InvalidParameterError, require
 from ..params import settable
 from . import conversation
 from .screen import one_line, show
@@ -109,15 +109,13 @@ def _choose(session: Session, name: str, text: str) -> None:
 
 
 def _save(session: Session, file: str) -> None:
-    if not file:
-        raise InvalidParameterError("usage: /save FILE")
+    require(file, "usage: /save FILE")
     session.conversation.save(Path(file), session.llm.name, session.settings)
     session.screen.say(f"saved {_count(len(session.conversation.messages), 'message')} and the settings in {file}")
 
 
 def _load(session: Session, file: str) -> None:
-    if not file:
-        raise InvalidParameterError("usage: /load FILE")
+    require(file, "usage: /load FILE")
     session.take(*conversation.load(Path(file)))
     if session.kept:
         session.kept.begin()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, require
 from ..params import DEFAULTS, FUSION, settable
 from ..system.paths import expanded
 from .interrupts import interruptible
@@ -69,8 +69,7 @@ def evaluate(
     """
     parallel = shared.pop("parallel") or "auto"
     options, screen = Options.of(ctx, {**shared, "parallel": parallel}), Screen()
-    if options.system and not chat:
-        raise InvalidParameterError("a system prompt needs the chat template: add --chat")
+    require(chat or not options.system, "a system prompt needs the chat template: add --chat")
     try:
         from ..evidence.evaluate import Plan, run
     except ImportError as error:
@@ -121,8 +120,7 @@ def _data(given: Sequence[str]) -> dict[str, list[Path]]:
     for text in given:
         task, _, files = text.partition("=")
         paths = [Path(file) for file in files.split(",") if file]
-        if not 1 <= len(paths) <= 2:
-            raise InvalidParameterError(f"expected TASK=FILE or TASK=FILE,FILE, not {text!r}")
+        require(1 <= len(paths) <= 2, f"expected TASK=FILE or TASK=FILE,FILE, not {text!r}")
         data[task] = paths
     return data
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, require
 from .options import files_options, spec_of_files
 from .screen import Screen
 
@@ -30,8 +30,7 @@ def new(name: str, **files: Any) -> None:
     from ..families.library import as_hub_source, change_sources, write_family
     from ..families.spec import NAME_RULE, is_name
 
-    if not is_name(name):
-        raise InvalidParameterError(f"a family's name must have {NAME_RULE}, not {name!r}")
+    require(is_name(name), f"a family's name must have {NAME_RULE}, not {name!r}")
     if not all(files[role] for role in ("large", "base", "expert")):
         raise InvalidParameterError("give the files: --large FILE --base FILE --expert NAME=FILE")
     spec, screen = replace(spec_of_files(files), name=name), Screen()

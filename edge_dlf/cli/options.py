@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import click
 from click.core import ParameterSource
 
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, require
 from ..params import OVERLAPS, SETTINGS, ByName, Kind, Number, Setting, Text, Texts, check_settings, settable
 from ..system.jsonl import parse_object
 from ..system.paths import shipped_dir
@@ -126,8 +126,7 @@ def spec_of_files(values: Mapping[str, Any]) -> FamilySpec:
     from ..families.spec import FamilySpec
 
     experts = dict(values["expert"])
-    if len(experts) < len(values["expert"]):
-        raise InvalidParameterError("two experts have the same name")
+    require(len(experts) == len(values["expert"]), "two experts have the same name")
     return FamilySpec.from_files(values["large"], values["base"], experts, values["as_corrector"])
 
 
@@ -140,8 +139,7 @@ def _shipped() -> str:
     """The name of the family that ships. Raises InvalidParameterError where none does."""
     from ..families.spec import FILE_NAME
 
-    if not (shipped_dir() / _SHIPPED / FILE_NAME).is_file():
-        raise InvalidParameterError(f"no family is named; {_HOW_TO_NAME}")
+    require((shipped_dir() / _SHIPPED / FILE_NAME).is_file(), f"no family is named; {_HOW_TO_NAME}")
     return _SHIPPED
 
 
@@ -313,6 +311,5 @@ def _form(values: Mapping[str, Any]) -> dict[str, Any]:
             form["json_schema"] = parse_object(read_all(file, file.name))
         except ValueError as error:
             raise InvalidParameterError(f"{file.name}: {error}") from None
-    if len(form) == 2:
-        raise InvalidParameterError("answers keep to a grammar or to a JSON schema, not to both")
+    require(len(form) < 2, "answers keep to a grammar or to a JSON schema, not to both")
     return form

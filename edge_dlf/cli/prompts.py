@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InvalidParameterError
+from ..errors import require
 from ..params import DEFAULTS
 from .streams import read_all
 
@@ -28,8 +28,7 @@ class Prompt:
     system: str | None
 
     def __post_init__(self) -> None:
-        if self.raw and self.system:
-            raise InvalidParameterError("a system prompt needs the chat template: leave out --raw or --system")
+        require(not (self.raw and self.system), "a system prompt needs the chat template: leave out --raw or --system")
 
     def tokens(self, llm: FusedLlama, settings: Mapping[str, Any]) -> str | Sequence[int]:
         """The prompt as `FusedLlama.stream` takes it with these settings."""
@@ -57,6 +56,5 @@ def read_prompt(argument: str | None, *, raw: bool, system: str | None) -> Promp
     if argument == "-" or (argument is None and not sys.stdin.isatty()):
         given = read_all(sys.stdin.buffer, "stdin").decode("utf-8", "surrogateescape")
         text = given.removesuffix("\n").removesuffix("\r")
-    if argument is None and not text:
-        raise InvalidParameterError("no prompt is given: add it to the command, or pipe it in")
+    require(argument is not None or text, "no prompt is given: add it to the command, or pipe it in")
     return Prompt(text, raw, system)

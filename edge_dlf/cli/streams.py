@@ -9,7 +9,7 @@ import select
 import sys
 from typing import IO, TYPE_CHECKING
 
-from ..errors import InvalidParameterError
+from ..errors import require
 from ..system.jsonl import MAX_LINE_BYTES
 
 if TYPE_CHECKING:
@@ -81,6 +81,5 @@ class _Output(io.FileIO):
 def read_all(file: IO[bytes], name: str) -> bytes:
     """Read a file or stdin to its end. Raises InvalidParameterError where it is larger than any prompt or form is."""
     content = file.read(MAX_LINE_BYTES + 1)
-    if len(content) > MAX_LINE_BYTES:
-        raise InvalidParameterError(f"{name}: has more than {MAX_LINE_BYTES >> 20} MiB")
+    require(len(content) <= MAX_LINE_BYTES, f"{name}: has more than {MAX_LINE_BYTES >> 20} MiB")
     return content

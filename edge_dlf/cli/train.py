@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, require
 from .interrupts import interruptible
 from .opening import open_family, size
 from .options import Options
@@ -121,8 +121,7 @@ def _job(
     others = [Path(part) for part in experts.split(",") if part] if experts else []
     if large is None and (no_base or others):
         raise InvalidParameterError(f"{'--no-base' if no_base else '--experts'} needs --through, the large model")
-    if no_base and others:
-        raise InvalidParameterError("--experts are fused with their base, and --no-base is without one")
+    require(not (no_base and others), "--experts are fused with their base, and --no-base is without one")
     return Job(
         base=family.base.local_path() if family else Path(base),
         data=data,

@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from ..api import FusedLlama
-from ..errors import EdgeDLFError, InvalidParameterError
+from ..errors import EdgeDLFError, InvalidParameterError, require
 from ..families.manifest import Manifest
 from ..system.durable import file_error, replacing, require_own
 from .harness import HarnessModel
@@ -223,8 +223,7 @@ def _is_file(task: str) -> bool:
 def _spec(manager: TaskManager, task: str, data: Sequence[Path]) -> str | dict[str, Any]:
     """What the harness loads a task by: its name or file, or its definition with other data or with local files."""
     is_file = _is_file(task)
-    if is_file and not Path(task).is_file():
-        raise InvalidParameterError(f"{task}: no such file")
+    require(not is_file or Path(task).is_file(), f"{task}: no such file")
     if not is_file and task not in manager.task_index:
         raise InvalidParameterError(f"there is no task {task!r}; `lm_eval ls tasks` lists those of the harness")
     if not data:
@@ -233,8 +232,7 @@ def _spec(manager: TaskManager, task: str, data: Sequence[Path]) -> str | dict[s
     if path is None:
         raise InvalidParameterError(f"the task {task!r} is not defined by a file, so that it takes no other data")
     for file in data:
-        if not file.is_file():
-            raise InvalidParameterError(f"{file}: no such file")
+        require(file.is_file(), f"{file}: no such file")
     splits = dict(zip(("test", "train"), map(str, data), strict=False))
     few = "train" if "train" in splits else None
     return {

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..answers.template import MemberPrompts
 from ..api import FusedLlama
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, require
 from ..system.jsonl import parse_object, read_lines
 
 
@@ -55,11 +55,9 @@ def by_task(
     tasks: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for where, row in rows:
         task = row.get(field)
-        if not isinstance(task, str) or not task:
-            raise InvalidParameterError(f"{where}: the field {field!r} must name the task, in text")
+        require(isinstance(task, str) and task, f"{where}: the field {field!r} must name the task, in text")
         tasks.setdefault(task, []).append((where, row))
-    if not tasks:
-        raise InvalidParameterError("there are no examples")
+    require(tasks, "there are no examples")
     return tasks
 
 
@@ -90,8 +88,7 @@ def tokenized(
             tokens = MemberPrompts(llm.tokenize(prompt) or [llm.first_token])
         answered = llm.tokenize_answer(answer, is_chat=is_chat)
         n_tokens = tokens.n_longest + len(answered) - 1
-        if n_tokens > llm.n_ctx:
-            raise InvalidParameterError(f"{where}: has {n_tokens} tokens, more than the context of {llm.n_ctx}")
+        require(n_tokens <= llm.n_ctx, f"{where}: has {n_tokens} tokens, more than the context of {llm.n_ctx}")
         own = tuple((name, tuple(prompt)) for name, prompt in tokens.own.items())
         examples.append(Example(tuple(tokens), tuple(answered), answer, _weight(row, where), own))
     return examples
@@ -100,12 +97,10 @@ def tokenized(
 def _parts(row: Mapping[str, Any], where: str) -> tuple[Any, str]:
     """The prompt, text or messages, and the answer of one row."""
     prompt, messages, answer = row.get("prompt"), row.get("messages"), row.get("answer")
-    if (prompt is None) == (messages is None):
-        raise InvalidParameterError(f"{where}: needs either a prompt or messages")
+    require((prompt is None) != (messages is None), f"{where}: needs either a prompt or messages")
     if messages is not None:
         is_list = isinstance(messages, list) and all(isinstance(message, Mapping) for message in messages)
-        if not is_list or not messages:
-            raise InvalidParameterError(f"{where}: messages must be a list of objects with role and content")
+        require(is_list and messages, f"{where}: messages must be a list of objects with role and content")
         if answer is None:
             *messages, last = messages
             if last.get("role") != "assistant" or not messages:
@@ -113,10 +108,8 @@ def _parts(row: Mapping[str, Any], where: str) -> tuple[Any, str]:
             answer = last.get("content")
     elif not isinstance(prompt, str):
         raise InvalidParameterError(f"{where}: prompt must be text")
-    if not isinstance(answer, str):
-        raise InvalidParameterError(f"{where}: the answer must be text")
-    if not answer.strip():
-        raise InvalidParameterError(f"{where}: the answer is empty")
+    require(isinstance(answer, str), f"{where}: the answer must be text")
+    require(answer.strip(), f"{where}: the answer is empty")
     return (prompt if messages is None else messages), answer
 
 

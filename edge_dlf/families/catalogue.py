@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import FamilyError, InvalidParameterError
+from ..errors import FamilyError, InvalidParameterError, require
 from ..system.paths import CATALOGUE, shipped_dir
 from .spec import FamilySpec, ModelSource, read_toml
 
@@ -54,8 +54,7 @@ def read_catalogue(path: Path | None = None) -> dict[str, Entry]:
 def _entry(table: dict[str, Any], folder: Path) -> Entry:
     """Parse one entry: the table of a family.toml, with more facts, and with `n_bytes` for each file."""
     about = {key: table.pop(key) for key in ("good_at", "license", "sure", "memory_gb")}
-    if about["sure"] not in SURENESS:
-        raise InvalidParameterError(f"sure must be one of {', '.join(SURENESS)}, not {about['sure']!r}")
+    require(about["sure"] in SURENESS, f"sure must be one of {', '.join(SURENESS)}, not {about['sure']!r}")
     sizes = [source.pop("n_bytes", None) for source in (table["large"], table["base"], *table["experts"])]
     spec = FamilySpec.from_table(table, folder)
     n_bytes = {source: size for source, size in zip(spec.sources, sizes, strict=True) if size}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.ensemble import Roles
-from ..errors import FamilyError, InvalidParameterError
+from ..errors import FamilyError, InvalidParameterError, require
 from ..gguf.header import header_hash
 from ..gguf.info import GGUFInfo, check_lora_fits, read_info
 from ..params import METHODS, ByName, Number, params_of
@@ -81,19 +81,16 @@ class FamilyFiles:
         shares: tuple[float, ...] = ()
         with suppress(TypeError, InvalidParameterError):  # what is no number is told below
             shares = tuple(Number(0).read("a share", share) for share in tensor_split or ())
-        if min(numbers, default=0) < 0:
-            raise InvalidParameterError(f"main_gpu counts GPUs from 0 on, it cannot be {main_gpu!r}")
+        require(min(numbers, default=0) >= 0, f"main_gpu counts GPUs from 0 on, it cannot be {main_gpu!r}")
         if tensor_split is not None:
             if not sum(shares):
                 raise InvalidParameterError(
                     f"tensor_split must be shares of each GPU, such as 3,1; not {tensor_split!r}"
                 )
-            if len(numbers) == len(own):
-                raise InvalidParameterError("tensor_split and main_gpu for every member exclude each other")
+            require(len(numbers) < len(own), "tensor_split and main_gpu for every member exclude each other")
         if n_gpus and max(numbers, default=0) >= n_gpus:
             raise InvalidParameterError(f"main_gpu is {max(numbers)}, but the GPUs are 0 to {n_gpus - 1}")
-        if n_gpus and any(shares[n_gpus:]):
-            raise InvalidParameterError(f"tensor_split has {len(shares)} shares for {n_gpus} GPUs")
+        require(not (n_gpus and any(shares[n_gpus:])), f"tensor_split has {len(shares)} shares for {n_gpus} GPUs")
         spread = (*shares, *[0.0] * n_gpus)[:n_gpus]
         split = {
             name: spread if n is None else tuple(float(gpu == n) for gpu in range(n_gpus)) for name, n in own.items()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..errors import FamilyError, InvalidParameterError
+from ..errors import FamilyError, InvalidParameterError, require
 from ..gguf.shards import shard_names
 from ..params import METHODS, Number, check_settings, profile_of, settable
 from ..system.paths import CATALOGUE, expanded, models_dir, shipped_dir
@@ -163,13 +163,13 @@ class FamilySpec:
         """Make a family of the contents of a `family.toml` in `folder`. Raises InvalidParameterError."""
         _known(table, {"name", "large", "base", "experts", "defaults", "profiles", "examples"}, "the file")
         name = table.get("name")
-        _require(is_name(name), f"name must have {NAME_RULE}, not {name!r}")
+        require(is_name(name), f"name must have {NAME_RULE}, not {name!r}")
         sources = {}
         for role in ("large", "base"):
-            _require(isinstance(table.get(role), dict), f"needs a table [{role}]")
+            require(isinstance(table.get(role), dict), f"needs a table [{role}]")
             sources[role] = _source(table[role], folder, f"[{role}]")
         experts = table.get("experts", [])
-        _require(
+        require(
             isinstance(experts, list) and all(isinstance(expert, dict) for expert in experts),
             "experts must be tables, [[experts]]",
         )
@@ -178,7 +178,7 @@ class FamilySpec:
         defaults = _settings(table.get("defaults", {}), "defaults")
         check_settings(defaults, names)
         examples = table.get("examples", [])
-        _require(isinstance(examples, list), "examples must be a list of prompts")
+        require(isinstance(examples, list), "examples must be a list of prompts")
         return cls(
             name=str(name),
             large=sources["large"],
@@ -205,7 +205,7 @@ class FamilySpec:
         """
         folder = Path()
         specs = []
-        _require(isinstance(experts, Mapping), f"experts must map names to files, not {experts!r:.60}")
+        require(isinstance(experts, Mapping), f"experts must map names to files, not {experts!r:.60}")
         of_large, of_base = _local(large, folder, "large"), _local(base, folder, "base")
         for name, files in experts.items():
             pairs = [(files, None)] if isinstance(files, str | os.PathLike) else _pairs(name, files)
@@ -214,7 +214,7 @@ class FamilySpec:
             specs.append(ExpertSpec(name, sources, name in as_correctors))
         _check_names([spec.name for spec in specs])
         for name in as_correctors:
-            _require(name in experts, f"as_corrector names {name!r}; the experts are {', '.join(experts)}")
+            require(name in experts, f"as_corrector names {name!r}; the experts are {', '.join(experts)}")
         return cls(Path(large).stem, of_large, of_base, tuple(specs))
 
 
@@ -225,13 +225,8 @@ def is_name(text: Any) -> bool:
 
 def check_profile_name(name: str) -> None:
     """Raise InvalidParameterError for a name that no profile may have: a server's model is FAMILY:PROFILE."""
-    _require(is_name(name), f"a profile's name must have {NAME_RULE}, not {name!r:.60}")
-    _require(name not in METHODS, f"a profile cannot be named {name!r}: that is a role or a method")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InvalidParameterError(message)
+    require(is_name(name), f"a profile's name must have {NAME_RULE}, not {name!r:.60}")
+    require(name not in METHODS, f"a profile cannot be named {name!r}: that is a role or a method")
 
 
 def find_family(family: str | Path) -> Path:
@@ -264,7 +259,7 @@ def read_toml(path: Path) -> Table:
     """The file's table. Raises OSError, and InvalidParameterError where it is no TOML."""
     with path.open("rb") as file:
         content = file.read(_MAX_FILE_BYTES + 1)
-    _require(len(content) <= _MAX_FILE_BYTES, "is larger than 1 MiB, so it is no family.toml")
+    require(len(content) <= _MAX_FILE_BYTES, "is larger than 1 MiB, so it is no family.toml")
     try:
         table: Table = tomllib.loads(content.decode("utf-8-sig"))
         return table
@@ -273,21 +268,21 @@ def read_toml(path: Path) -> Table:
 
 
 def _check_names(names: Sequence[Any]) -> None:
-    _require(bool(names), "has no expert; it needs at least one")
+    require(bool(names), "has no expert; it needs at least one")
     for name in names:
-        _require(is_name(name), f"an expert's name must have {NAME_RULE}, not {name!r}")
-        _require(name not in METHODS, f"an expert cannot be named {name!r}: that is a role or a method")
-        _require(names.count(name) == 1, f"two experts are named {name!r}")
+        require(is_name(name), f"an expert's name must have {NAME_RULE}, not {name!r}")
+        require(name not in METHODS, f"an expert cannot be named {name!r}: that is a role or a method")
+        require(names.count(name) == 1, f"two experts are named {name!r}")
 
 
 def _known(table: Table, keys: set[str], where: str) -> None:
     unknown = sorted(table.keys() - keys)
-    _require(not unknown, f"{where} has the unknown key {', '.join(map(repr, unknown))}")
+    require(not unknown, f"{where} has the unknown key {', '.join(map(repr, unknown))}")
 
 
 def _text(value: Any, where: str) -> str:
-    _require(isinstance(value, str) and bool(value), f"{where} must be a non-empty string, not {value!r}")
-    _require(not _CONTROL.search(value), f"{where} must not have control characters: {value!r:.80}")
+    require(isinstance(value, str) and bool(value), f"{where} must be a non-empty string, not {value!r}")
+    require(not _CONTROL.search(value), f"{where} must not have control characters: {value!r:.80}")
     return str(value)
 
 
@@ -301,14 +296,14 @@ def _source(table: Table, folder: Path, where: str, also: frozenset[str] = froze
     if "path" in table:
         _known(table, {"path", "sha256", *also}, f"{where}, which has a path,")
         return dataclasses.replace(_local(table["path"], folder, where), sha256=_sha256(table, where))
-    _require("repo" in table and "file" in table, f"{where} needs a path, or a repo and a file")
+    require("repo" in table and "file" in table, f"{where} needs a path, or a repo and a file")
     _known(table, {"repo", "file", "revision", "sha256", *also}, where)
     texts = {key: _text(table[key], f"{key} of {where}") for key in ("repo", "file", "revision") if key in table}
     repo, file, revision = texts["repo"], texts["file"], texts.get("revision")
     check_names(repo, file, revision)
     hashes = _sha256(table, where)
     is_complete = len(hashes) in (0, len(shard_names(file)))
-    _require(is_complete, f"{where} has {len(hashes)} in sha256 and {len(shard_names(file))} files")
+    require(is_complete, f"{where} has {len(hashes)} in sha256 and {len(shard_names(file))} files")
     return ModelSource(None, repo, file, revision, hashes)
 
 
@@ -316,7 +311,7 @@ def _sha256(table: Table, where: str) -> tuple[str, ...]:
     given = table.get("sha256", [])
     hashes = tuple(given if isinstance(given, list) else [given])
     are_hashes = all(isinstance(sha256, str) and re.fullmatch("[0-9a-fA-F]{64}", sha256) for sha256 in hashes)
-    _require(are_hashes, f"sha256 of {where} must be 64 hexadecimal digits")
+    require(are_hashes, f"sha256 of {where} must be 64 hexadecimal digits")
     return tuple(sha256.lower() for sha256 in hashes)
 
 
@@ -324,7 +319,7 @@ def _expert(table: Table, folder: Path) -> ExpertSpec:
     name = str(table["name"])
     where = f"expert {name!r}"
     as_corrector = table.get("as_corrector", False)
-    _require(isinstance(as_corrector, bool), f"as_corrector of {where} must be true or false, not {as_corrector!r}")
+    require(isinstance(as_corrector, bool), f"as_corrector of {where} must be true or false, not {as_corrector!r}")
     if "lora" not in table:
         source = _source(table, folder, where, frozenset({"name", "as_corrector"}))
         return ExpertSpec(name, ((source, None),), as_corrector)
@@ -332,7 +327,7 @@ def _expert(table: Table, folder: Path) -> ExpertSpec:
     loras = table["lora"] if isinstance(table["lora"], list) else [table["lora"]]
     scales = table.get("scale", [1.0] * len(loras))
     scales = scales if isinstance(scales, list) else [scales]
-    _require(len(scales) == len(loras), f"{where} has {len(loras)} in lora and {len(scales)} in scale")
+    require(len(scales) == len(loras), f"{where} has {len(loras)} in lora and {len(scales)} in scale")
     pairs = _pairs(name, list(zip(loras, scales, strict=True)))
     return ExpertSpec(name, tuple((_local(lora, folder, where), scale) for lora, scale in pairs), as_corrector)
 
@@ -340,15 +335,15 @@ def _expert(table: Table, folder: Path) -> ExpertSpec:
 def _pairs(name: Any, files: Any) -> list[tuple[Any, float]]:
     """[(LoRA, scale), …], checked."""
     where = f"expert {name!r}"
-    _require(isinstance(files, Sequence) and len(files) > 0, f"{where} needs a file, or [(LoRA, scale), …]")
+    require(isinstance(files, Sequence) and len(files) > 0, f"{where} needs a file, or [(LoRA, scale), …]")
     for pair in files:
-        _require(isinstance(pair, Sequence) and len(pair) == 2, f"{where} needs pairs (LoRA, scale), not {pair!r}")
+        require(isinstance(pair, Sequence) and len(pair) == 2, f"{where} needs pairs (LoRA, scale), not {pair!r}")
     return [(lora, Number().read(f"a scale of {where}", scale)) for lora, scale in files]
 
 
 def _settings(table: Any, name: str) -> Table:
     """The table of that name, each value checked and converted."""
-    _require(isinstance(table, dict), f"{name} must be a table, [{name}]")
+    require(isinstance(table, dict), f"{name} must be a table, [{name}]")
     known = settable("family")
     _known(table, set(known), f"[{name}]")
     return {name: known[name].read(value) for name, value in table.items()}
@@ -356,7 +351,7 @@ def _settings(table: Any, name: str) -> Table:
 
 def _profiles(table: Any, defaults: Table, experts: Sequence[str]) -> dict[str, Table]:
     """The settings of each profile, which are usable over the defaults."""
-    _require(isinstance(table, dict), "profiles must be tables, [profiles.NAME]")
+    require(isinstance(table, dict), "profiles must be tables, [profiles.NAME]")
     profiles = {}
     for name, own in table.items():
         check_profile_name(name)

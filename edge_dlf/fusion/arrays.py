@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, require
 from ..params import FusionParams, SamplingParams
 from .dispatch import Float32Array, Threads, row_addresses
 from .fuser import AlphaSearch, Fuser
@@ -68,11 +68,9 @@ def fuse_logits(
 def _members(large: npt.ArrayLike, base: npt.ArrayLike, expert: npt.ArrayLike) -> tuple[list[Float32Array], list[str]]:
     """Check the shapes. Returns each member's row as (1, V), and the members' names."""
     arrays = [np.require(_numbers("logits", x), np.float32, ["C", "W", "A"]) for x in (large, base, expert)]
-    if arrays[0].ndim != 1 or not arrays[0].size:
-        raise InvalidParameterError(f"large_logits must have shape (V,), not {arrays[0].shape}")
+    require(arrays[0].ndim == 1 and arrays[0].size, f"large_logits must have shape (V,), not {arrays[0].shape}")
     n_vocab = arrays[0].size
-    if arrays[1].shape != (n_vocab,):
-        raise InvalidParameterError(f"base_logits must have shape ({n_vocab},), not {arrays[1].shape}")
+    require(arrays[1].shape == (n_vocab,), f"base_logits must have shape ({n_vocab},), not {arrays[1].shape}")
     experts = np.atleast_2d(arrays[2])
     if experts.ndim != 2 or experts.shape[1] != n_vocab or not len(experts):
         raise InvalidParameterError(
@@ -88,6 +86,5 @@ def _numbers(name: str, value: npt.ArrayLike) -> npt.NDArray[Any]:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
         raise InvalidParameterError(f"{name} must be numbers: {error}") from None
-    if array.dtype.kind not in "iuf":
-        raise InvalidParameterError(f"{name} must be numbers, not {array.dtype}")
+    require(array.dtype.kind in "iuf", f"{name} must be numbers, not {array.dtype}")
     return array

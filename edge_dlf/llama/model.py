@@ -13,7 +13,7 @@ from typing import Any
 
 import llama_cpp as lib
 
-from ..errors import EdgeDLFError, InvalidParameterError, ModelFileError, OutOfMemoryError
+from ..errors import EdgeDLFError, ModelFileError, OutOfMemoryError, require
 from ..gguf.header import Tensor
 from ..system.locks import ForkSafeLock
 from .amx import amx_crashes
@@ -143,8 +143,7 @@ class Model:
                 n_tokens = lib.llama_tokenize(vocab, text, len(text), tokens, size, False, special)
                 if n_tokens >= 0:
                     return list(tokens[:n_tokens])
-                if n_tokens == -(2**31):
-                    raise InvalidParameterError("the text has more tokens than llama.cpp can count")
+                require(n_tokens != -(2**31), "the text has more tokens than llama.cpp can count")
                 size = -n_tokens
 
     def _n_leading(self, piece: str) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..answers.completion import Completion, Dict
 from ..answers.requests import Request, count, parse_body
 from ..answers.token import Token
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, require
 from ..system.jsonl import parse_object
 from .refusals import HTTPError
 
@@ -50,8 +50,7 @@ class Call:
         n = count("n", given.get("n", 1))
         stream = _typed(given, "stream", bool, False)
         options = _typed(given, "stream_options", dict, {})
-        if options and not stream:
-            raise InvalidParameterError("stream_options needs stream: true")
+        require(stream or not options, "stream_options needs stream: true")
         if unknown := sorted(set(options) - {"include_usage", "include_obfuscation"}):
             raise InvalidParameterError(f"unknown field {unknown[0]!r} in stream_options")
         fusion = _typed(given, "edge_dlf", dict, {})
@@ -60,8 +59,7 @@ class Call:
         given = {**models[model], **given}
         given["edge_dlf"] = {**models[model].get("edge_dlf", {}), **own}
         prompts = [given.pop("prompt", None)] if is_chat else _prompts(given)
-        if not 1 <= n * len(prompts) <= MAX_CHOICES:
-            raise InvalidParameterError(f"n must be 1 or more, and give {MAX_CHOICES} choices at most")
+        require(1 <= n * len(prompts) <= MAX_CHOICES, f"n must be 1 or more, and give {MAX_CHOICES} choices at most")
         for name in ("n", "stream", "stream_options"):
             given.pop(name, None)
         requests = []

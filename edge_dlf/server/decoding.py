@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 from ..answers.stream import Answer
 from ..answers.token import Token
-from ..errors import EdgeDLFError, InvalidParameterError, RequestInterruptedError
+from ..errors import EdgeDLFError, RequestInterruptedError, require
 from .refusals import HTTPError, stopping
 
 if TYPE_CHECKING:
@@ -123,8 +123,7 @@ class DecodingThread:
         """Take places for a request of so many answers. Raises HTTPError or InvalidParameterError."""
         if self._is_stopping:
             raise stopping()
-        if n_answers > self.n_most:
-            raise InvalidParameterError(f"{n_answers} choices are more than the {self.n_most} that this server takes")
+        require(n_answers <= self.n_most, f"{n_answers} choices are more than the {self.n_most} that this server takes")
         if self._n_taken + n_answers > self.n_most:
             wait_s = max(1, min(60, round(self._answer_s * self._n_taken / self._driver.n_parallel)))
             message = "as many requests wait as may; try again later"

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from ..errors import EdgeDLFError, InvalidParameterError
+from ..errors import EdgeDLFError, InvalidParameterError, require
 
 _SYNC_S = 1.0
 _BEGINNING_BYTES = 1 << 12
@@ -143,8 +143,7 @@ def require_own(path: Path, is_own: Callable[[bytes], bool], what: str) -> None:
             beginning = file.read(_BEGINNING_BYTES)
     except (OSError, ValueError):
         return  # whoever writes it says what is wrong
-    if beginning and not is_own(beginning):
-        raise InvalidParameterError(f"{path}: is another file, no {what}, and stays; choose another name")
+    require(not beginning or is_own(beginning), f"{path}: is another file, no {what}, and stays; choose another name")
 
 
 def new_name(path: Path) -> Path:

@@ -10,7 +10,7 @@ import select
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, NamedTuple, NoReturn
 
-from ..errors import InvalidParameterError
+from ..errors import require
 
 MAX_LINE_BYTES = 64 << 20
 BOM = b"\xef\xbb\xbf"
@@ -91,10 +91,8 @@ def read_lines(file: IO[bytes] | Pipe) -> Iterator[Line]:
 def _require_text(beginning: bytes, name: object) -> None:
     """Raise InvalidParameterError for what is no text in UTF-8 as a whole, so that no line of it is worth an error."""
     for magic, kind in _COMPRESSED.items():
-        if beginning.startswith(magic):
-            raise InvalidParameterError(f"{name}: is compressed ({kind}); unpack it first")
-    if beginning.startswith(_UTF16):
-        raise InvalidParameterError(f"{name}: is UTF-16, not UTF-8; `iconv -f UTF-16 -t UTF-8` converts it")
+        require(not beginning.startswith(magic), f"{name}: is compressed ({kind}); unpack it first")
+    require(not beginning.startswith(_UTF16), f"{name}: is UTF-16, not UTF-8; `iconv -f UTF-16 -t UTF-8` converts it")
 
 
 def parse_object(content: bytes) -> dict[str, Any]:

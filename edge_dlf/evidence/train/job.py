@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from ...api import FusedLlama
-from ...errors import InvalidParameterError, ModelFileError
+from ...errors import InvalidParameterError, ModelFileError, require
 from ...families.spec import FamilySpec
 from ...gguf.header import header_hash
 from ...gguf.info import read_info
@@ -82,8 +82,7 @@ class Job:
         for path in (self.base, self.large, *self.others, *self.data):
             if path and path.exists() and self.out.exists() and path.samefile(self.out):
                 raise InvalidParameterError(f"{self.out}: is read, and cannot be the output too")
-        if not self.out.parent.is_dir():
-            raise InvalidParameterError(f"{self.out}: there is no folder {self.out.parent}")
+        require(self.out.parent.is_dir(), f"{self.out}: there is no folder {self.out.parent}")
         if self.out.exists() and not _is_adapter(self.out):
             raise InvalidParameterError(f"{self.out}: is there already, and is no adapter that could be replaced")
         n_ctx = base_shape(self.base, self.settings.max_length).n_ctx
@@ -116,8 +115,7 @@ class Prepared:
 
     def __init__(self, job: Job, examples: Sequence[Example], n_vocab: int) -> None:
         self.job, self.examples, settings = job, examples, job.settings
-        if not examples:
-            raise InvalidParameterError(f"{job.data[0]}: has no examples")
+        require(examples, f"{job.data[0]}: has no examples")
         share, most = _HELD_OUT
         n_prompts = len({example.prompt for example in examples})
         self.taken, self.held_out = split(examples, min(most, round(share * n_prompts)), settings.seed)
