@@ -300,11 +300,12 @@ class _Render:
 def of_templates(tally: Counter[Any]) -> Callable[..., None]:
     """The property of chat templates and messages, to be decorated."""
     from edge_dlf.answers import template
+    from edge_dlf.gguf.template_source import TemplateSource
 
     ids = {name: -1 - n for n, name in enumerate(CONTROL)}
 
     def controls(source: str, messages: list[Any]) -> list[int] | None:
-        chat = template.ChatTemplate(source, bos="<s>", eos="</s>", control=ids, tokenize=lambda text: [len(text)])
+        chat = template.ChatTemplate(TemplateSource(source, "<s>", "</s>", ids), lambda text: [len(text)])
         try:
             return [token for token in chat.prompt(messages) if token < 0]
         except InvalidParameterError:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from edge_dlf import InvalidParameterError
 from edge_dlf.answers.sandbox import TemplateProcess
 from edge_dlf.answers.template import ChatTemplate, Message
+from edge_dlf.gguf.template_source import TemplateSource
 
 CONTROL = {"<|im_start|>": 1, "<|im_end|>": 2, "<s>": 3}
 CHATML = (
@@ -43,7 +44,7 @@ def tokens(messages: Sequence[Message], source: str = CHATML) -> list[int | str]
             texts.append(text)
             return [-len(texts)]
 
-        TEMPLATES[source] = ChatTemplate(source, bos="<s>", eos="<|im_end|>", control=CONTROL, tokenize=tokenize), texts
+        TEMPLATES[source] = ChatTemplate(TemplateSource(source, "<s>", "<|im_end|>", CONTROL), tokenize), texts
     template, texts = TEMPLATES[source]
     texts.clear()
     return [texts[-token - 1] if token < 0 else token for token in template.prompt(messages)]
@@ -283,7 +284,7 @@ def test_a_role_may_be_part_of_a_control_token_but_a_name_may_not() -> None:
         "{# end #}{% for m in messages %}{{ m.content }}<|{{ m.role }}|>{{ '<|' + m['role'] ~ '|>' }}<|{{ m.name }}|>"
         "{% endfor %}"
     )
-    template = ChatTemplate(source, bos="", eos="", control=control, tokenize=lambda text: [-len(text)])
+    template = ChatTemplate(TemplateSource(source, "", "", control), lambda text: [-len(text)])
     assert template.prompt([{"role": "user", "content": "x", "name": "user"}]) == [-1, 1, 1, -8]
     assert template.prompt([{"role": "end", "content": "<|end|>", "name": "end"}]) == [-28]
     template.close()
@@ -295,9 +296,7 @@ def test_a_template_compares_and_splits_by_names_of_control_tokens() -> None:
 
 
 def test_variables_of_a_request_are_texts_too() -> None:
-    template = ChatTemplate(
-        "{{ bos_token }}{{ x }}", bos="<s>", eos="", control=CONTROL, tokenize=lambda text: [-len(text)]
-    )
+    template = ChatTemplate(TemplateSource("{{ bos_token }}{{ x }}", "<s>", "", CONTROL), lambda text: [-len(text)])
     assert template.prompt(user("x"), variables={"x": "<s>"}) == [3, -3]
     assert template.prompt(user("x"), variables={"bos_token": "<|im_end|>"}) == [-10]
     with pytest.raises(InvalidParameterError, match="JSON"):
@@ -308,7 +307,7 @@ def test_variables_of_a_request_are_texts_too() -> None:
 def test_thinking_that_a_control_token_begins_is_seen_and_ended() -> None:
     control = {"<think>": 1, "</think>": 2}
     source = "{{ messages[0].content.split('</think>')[-1] }}{{ '<think>' }}\n"
-    template = ChatTemplate(source, bos="", eos="", control=control, tokenize=lambda text: [-len(text)])
+    template = ChatTemplate(TemplateSource(source, "", "", control), lambda text: [-len(text)])
     assert template.prompt(user("y</think>x")).is_thinking
     assert template.prompt(user("y</think>x"), think="off") == [-1, 1, -2, 2, -2]
     template.close()
@@ -318,7 +317,7 @@ def test_thousands_of_control_tokens_are_all_found() -> None:
     control = {f"<unused{n}>": n for n in range(6250)} | {"[multi modal]": 7000}
     text = "<unused9999><unused62>5>[multi modal]"
     source = "".join(control) + "{{ messages[0].content }}" + "<unused9><unused99>"
-    template = ChatTemplate(source, bos="", eos="", control=control, tokenize=lambda text: [-len(text)])
+    template = ChatTemplate(TemplateSource(source, "", "", control), lambda text: [-len(text)])
     assert template.prompt(user(text)) == [*control.values(), -len(text), 9, 99]
     template.close()
 
@@ -326,7 +325,7 @@ def test_thousands_of_control_tokens_are_all_found() -> None:
 def test_names_with_blanks_are_found_and_blanks_alone_are_text() -> None:
     control = {" <PRE>": 1, "<a b>": 2, "\n\n": 3, "<SUF> ": 4}
     source = "x <PRE>{{ messages[0].content }}<a b>\n\n<SUF> <PRE>"
-    template = ChatTemplate(source, bos="", eos="", control=control, tokenize=lambda text: [-len(text)])
+    template = ChatTemplate(TemplateSource(source, "", "", control), lambda text: [-len(text)])
     assert template.prompt(user(" <PRE><a b>\n\n")) == [-1, 1, -13, 2, -2, 4, -5]
     template.close()
 
@@ -434,9 +433,7 @@ def test_a_message_that_a_template_reads_as_a_switch_is_heard() -> None:
 
 
 def test_threads_and_forks_get_their_own_prompts() -> None:
-    template = ChatTemplate(
-        "{{ messages[0].content }}", bos="", eos="", control={}, tokenize=lambda text: list(map(ord, text))
-    )
+    template = ChatTemplate(TemplateSource("{{ messages[0].content }}", "", "", {}), lambda text: list(map(ord, text)))
 
     def own(name: str) -> bool:
         texts = [f"{name} {n}" for n in range(50)]

@@ -144,7 +144,7 @@ class Preparer:
         if not isinstance(variables, Mapping | None):
             raise InvalidParameterError(f"chat_template_kwargs must be an object, not {variables!r:.60}")
         think = SETTINGS["think"].read(arguments.get("think", "auto"))
-        return self.tokenizer.conversation(messages, read_tools(*of_tools), think, variables)
+        return self.tokenizer.conversations.prompt(messages, read_tools(*of_tools), think, variables)
 
     def _pieces_of(self, prompt: ChatPrompt) -> Callable[[int], bytes]:
         """Return the bytes of each token, those of a control token that marks a part of the answer being its name."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ..errors import InvalidParameterError, require
+from ..gguf.template_source import TemplateSource
 from .dialects import Dialect, dialect_of
 from .message import MessageParser
 from .origin import Marker
@@ -61,28 +62,16 @@ class ChatPrompt(MemberPrompts):
 class ChatTemplate:
     """A chat template over one vocabulary.
 
-    source: jinja text as a GGUF holds it.
-    bos, eos: texts of these tokens, "" where there is none.
-    control: text -> id of every control token.
     tokenize: text -> ids, reading no control tokens.
     Raises InvalidParameterError where the template cannot be compiled.
     """
 
-    def __init__(
-        self,
-        source: str,
-        *,
-        bos: str,
-        eos: str,
-        control: Mapping[str, int],
-        tokenize: Callable[[str], list[int]],
-    ) -> None:
-        self.dialect = dialect_of(source)
-        self._control = dict(control)
-        self._marker = Marker(list(control))
-        self._template = TemplateProcess(source, list(control))
-        self._source = source
-        self._literals = {"bos_token": bos, "eos_token": eos}
+    def __init__(self, own: TemplateSource, tokenize: Callable[[str], list[int]]) -> None:
+        self.dialect = dialect_of(own.source)
+        self._control, self._first, self._source = own.control, own.first, own.source
+        self._marker = Marker(list(own.control))
+        self._template = TemplateProcess(own.source, list(own.control))
+        self._literals = {"bos_token": own.bos, "eos_token": own.eos}
         self._tokenize = tokenize
 
     def prompt(
@@ -135,7 +124,7 @@ class ChatTemplate:
                 tokens += self._tokenize(piece)
             plain.clear()
             tokens += [self._control[part]] if part else []
-        return tokens
+        return tokens if self._first in (None, *tokens[:1]) else [self._first, *tokens]
 
     def _escaped(
         self, messages: list[dict[str, Any]], variables: Mapping[str, Any]

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from ..engine.constraint import Constraint
-from ..errors import ContextOverflowError, EdgeDLFError, InvalidParameterError, require
-from ..gguf.own_template import OwnTemplate
+from ..errors import ContextOverflowError, InvalidParameterError, require
+from ..gguf.template_source import TemplateSource
 from ..params import Text
 from ..system.locks import ForkSafeLock
 from .call_grammar import call_grammar
+from .conversations import Conversations
 from .dialects import Dialect
 from .fewest_tokens import FewestTokens
 from .forms import Forms
-from .own_prompts import OwnPrompts
 from .sandbox import NoTemplateError
-from .template import ChatPrompt, ChatTemplate, Message
+from .template import ChatPrompt
 from .text import to_bytes
 from .thinking import AfterThinking, ThinkingTags
 from .tools import Tools
@@ -38,17 +39,17 @@ class Tokenizer:
 
     n_vocab: tokens that all members share. n_ctx: the most tokens of a prompt.
     templates: of the members that read a conversation by a chat template of their own.
+    conversations: what makes prompts of messages.
     """
 
     def __init__(
-        self, model: Model, n_vocab: int, n_ctx: int, templates: Mapping[str, OwnTemplate] | None = None
+        self, model: Model, n_vocab: int, n_ctx: int, templates: Mapping[str, TemplateSource] | None = None
     ) -> None:
         self.n_vocab, self._n_ctx = n_vocab, n_ctx
-        self._own = OwnPrompts(templates or {}, self._part)
-        self._lock, self._is_closed = ForkSafeLock(), False
+        self._model, self._templates = model, templates or {}
+        self.conversations = Conversations(self._sources, self._part)
+        self._lock = ForkSafeLock()
         self._fewest: FewestTokens | None = None
-        self._model = model
-        self._template: ChatTemplate | None = None
         self._forms: Forms | None = None
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
@@ -117,24 +118,6 @@ class Tokenizer:
     def _overflow(self, n_tokens: int, bound: str = "") -> ContextOverflowError:
         return ContextOverflowError(f"the prompt has {n_tokens} tokens{bound}, more than the context of {self._n_ctx}")
 
-    def conversation(
-        self,
-        messages: Sequence[Message],
-        tools: Tools | None = None,
-        think: str = "auto",
-        variables: Mapping[str, Any] | None = None,
-    ) -> ChatPrompt:
-        """Prompt for the assistant's answer to `messages`, as `ChatTemplate.prompt` makes it."""
-        with self._lock:
-            if self._is_closed:
-                raise EdgeDLFError("this FusedLlama has been closed")
-            if self._template is None:
-                self._template = self._compile_template()
-        prompt = self._template.prompt(messages, tools, think, variables)
-        self._with_bos(prompt)
-        prompt.own = self._own.prompts(messages, tools, think, variables)
-        return prompt
-
     def chat_constraint(
         self,
         prompt: ChatPrompt,
@@ -175,8 +158,7 @@ class Tokenizer:
     def _calls(
         self, dialect: Dialect, tools: Tools, answer: Mapping[str, Any] | None, ends: Callable[[int], bool]
     ) -> Constraint:
-        control = {self._name(token): token for token in self._model.control_tokens()}
-        return self._forms_of(ends).calls(call_grammar(dialect, tools, answer, control))
+        return self._forms_of(ends).calls(call_grammar(dialect, tools, answer, self._control))
 
     def constraint(
         self, grammar: str | None, schema: Mapping[str, Any] | None, ends: Callable[[int], bool]
@@ -229,11 +211,10 @@ class Tokenizer:
 
     def close(self) -> None:
         """End the processes that render the template and read forms. Calling it twice is no error."""
+        self.conversations.close()
         with self._lock:
-            self._is_closed = True
-            for process in (self._forms, self._template, self._own):
-                if process is not None:
-                    process.close()
+            if self._forms is not None:
+                self._forms.close()
 
     def _with_bos(self, tokens: list[int]) -> list[int]:
         if self._model.adds_bos and tokens[:1] != [self._model.bos]:
@@ -248,14 +229,15 @@ class Tokenizer:
     def _name(self, token: int | None) -> str:
         return "" if token is None else self.name_bytes(token).decode("utf-8", "replace")
 
-    def _compile_template(self) -> ChatTemplate:
-        source = self._model.chat_template
-        if source is None:
+    @cached_property
+    def _control(self) -> dict[str, int]:
+        """Text -> id of every control token."""
+        return {self._name(token): token for token in self._model.control_tokens()}
+
+    def _sources(self) -> dict[str, TemplateSource]:
+        """Chat templates by member."""
+        model = self._model
+        if model.chat_template is None:
             raise NoTemplateError("the large model has no chat template; give it a raw prompt (--raw) instead")
-        return ChatTemplate(
-            source,
-            bos=self._name(self._model.bos),
-            eos=self._name(self._model.eos),
-            control={self._name(token): token for token in self._model.control_tokens()},
-            tokenize=self._part,
-        )
+        bos, eos, first = self._name(model.bos), self._name(model.eos), model.bos if model.adds_bos else None
+        return {"large": TemplateSource(model.chat_template, bos, eos, self._control, first), **self._templates}

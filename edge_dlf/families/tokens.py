@@ -17,7 +17,7 @@ from ..engine.token_map import Ids, TokenMap
 from ..errors import VocabMismatchError
 from ..gguf.header import show
 from ..gguf.info import GGUFInfo
-from ..gguf.own_template import OwnTemplate
+from ..gguf.template_source import TemplateSource
 
 _CONTROL, _UNUSED = 3, 5
 _NO_TEXT = 2, _CONTROL, 4, _UNUSED
@@ -93,7 +93,7 @@ class SharedTokens:
     n_vocab: int
     ends: frozenset[int] = frozenset()
     maps: Mapping[str, TokenMap] = field(default_factory=dict)
-    templates: Mapping[str, OwnTemplate] = field(default_factory=dict)
+    templates: Mapping[str, TemplateSource] = field(default_factory=dict)
     matches: Mapping[Path, Match] = field(default_factory=dict)
 
     @property
@@ -197,7 +197,7 @@ class _Matching:
         beyond = [known.get(text, self._line_break) for text in extras]
         return TokenMap(self._n_vocab, np.array([*self._reads, *beyond]), np.array(self._lacking, np.int64))
 
-    def template(self, extras: Mapping[bytes, int]) -> OwnTemplate | None:
+    def template(self, extras: Mapping[bytes, int]) -> TemplateSource | None:
         """Return the model's chat template, unless it has none or the large model's.
 
         extras: family's ids of the tokens that cannot be picked.
@@ -216,7 +216,7 @@ class _Matching:
             self._own[roles[role]].decode("utf-8", "replace") if role in roles else "" for role in ("bos", "eos")
         )
         adds_bos = metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.model") == "llama")
-        return OwnTemplate(source, bos, eos, control, control.get(bos) if adds_bos else None)
+        return TemplateSource(source, bos, eos, control, control.get(bos) if adds_bos else None)
 
     def match(self) -> Match:
         """Return what was matched, in words of the files."""

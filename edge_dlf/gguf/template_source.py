@@ -1,4 +1,4 @@
-"""The chat template of a member whose control tokens are not the large model's."""
+"""A chat template as a file holds it, and the tokens that it can name."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 
-class OwnTemplate(NamedTuple):
-    """A chat template, and the tokens that it can name.
+class TemplateSource(NamedTuple):
+    """A chat template of one member.
 
     source: jinja text. bos, eos: texts of these tokens, "" where there is none.
     control: text of each of the member's control tokens -> its id in the family.
@@ -18,4 +18,4 @@ class OwnTemplate(NamedTuple):
     bos: str
     eos: str
     control: Mapping[str, int]
-    first: int | None
+    first: int | None = None
