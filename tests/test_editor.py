@@ -10,11 +10,12 @@ from pathlib import Path
 
 import platformdirs
 import pytest
+from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.data_structures import Size
 from prompt_toolkit.document import Document
 from prompt_toolkit.input import PipeInput, create_pipe_input
-from prompt_toolkit.output import DummyOutput
+from prompt_toolkit.output import DummyOutput, Output
 from prompt_toolkit.output.vt100 import Vt100_Output
 
 from edge_dlf import DecodeError
@@ -35,8 +36,9 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def keyboard(*keys: str) -> Iterator[PipeInput]:
-    with create_pipe_input() as keys_input:
+def keyboard(*keys: str, output: Output | None = None) -> Iterator[PipeInput]:
+    """A terminal on which these keys are pressed."""
+    with create_pipe_input() as keys_input, create_app_session(keys_input, output or DummyOutput()):
         for key in keys:
             keys_input.send_text(key)
         yield keys_input
@@ -44,9 +46,8 @@ def keyboard(*keys: str) -> Iterator[PipeInput]:
 
 def typed(*keys: str, notes: list[str] | None = None) -> str:
     """What one `read` returns once these keys are pressed."""
-    with keyboard(*keys) as keys_input:
-        note = (notes if notes is not None else []).append
-        return Editor(["dynamic", "math"], note, keys_input, DummyOutput()).read()
+    with keyboard(*keys):
+        return Editor(["dynamic", "math"], (notes if notes is not None else []).append).read()
 
 
 def pasted(text: str) -> str:
@@ -58,8 +59,8 @@ class TestEditor:
     def test_a_terminal_of_one_column(self) -> None:
         screen = io.StringIO()
         output = Vt100_Output(screen, lambda: Size(rows=3, columns=1))
-        with keyboard("some words", CTRL_A, TAB, "\r") as keys_input:
-            assert Editor(["math"], print, keys_input, output).read() == "some words"
+        with keyboard("some words", CTRL_A, TAB, "\r", output=output):
+            assert Editor(["math"], print).read() == "some words"
         assert screen.getvalue()
 
     @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ class TestEditor:
         with pytest.raises(EOFError):
             typed(CTRL_D)
         with keyboard("text", CTRL_C) as keys_input:
-            editor = Editor([], print, keys_input, DummyOutput())
+            editor = Editor([], print)
             with pytest.raises(KeyboardInterrupt):
                 editor.read()
             assert not editor.was_empty
@@ -148,8 +149,8 @@ class TestEditor:
 
 class TestTerminal:
     def converse(self, llm: FakeLlama, *keys: str) -> int:
-        with keyboard(*keys) as keys_input:
-            return converse(fake_session(llm), Editor([], print, keys_input, DummyOutput()))
+        with keyboard(*keys):
+            return converse(fake_session(llm), Editor([], print))
 
     def test_talk_and_leave(self, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert self.converse(FakeLlama(), "Hi", "\r", CTRL_D) == 0

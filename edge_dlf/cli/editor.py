@@ -12,11 +12,9 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, NestedCompleter, PathCompleter, WordCompleter, merge_completers
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.layout.processors import TabsProcessor
-from prompt_toolkit.output import Output
 
 from ..params import settable
 from .commands import COMMANDS, LEAVE
@@ -31,13 +29,7 @@ class Editor:
     note: called with one line where the history cannot be kept.
     """
 
-    def __init__(
-        self,
-        methods: Iterable[str],
-        note: Callable[[str], None],
-        input: Input | None = None,
-        output: Output | None = None,
-    ) -> None:
+    def __init__(self, methods: Iterable[str], note: Callable[[str], None]) -> None:
         self._session: PromptSession[str] = PromptSession(
             ">>> ",
             multiline=True,
@@ -48,8 +40,6 @@ class Editor:
             complete_while_typing=False,
             enable_suspend=True,
             input_processors=[TabsProcessor(char1=" ", char2=" ")],
-            input=input,
-            output=output,
         )
 
     def read(self) -> str:
