@@ -147,7 +147,7 @@ class TestOneThread:
         with pytest.raises(RequestInterruptedError):  # close() has asked the request to stop
             llm.driver.step(on_decode=amid)
         assert len(caught) == 2
-        assert len(llm.driver) == 0
+        assert (llm.driver.n_active, llm.driver.n_waiting) == (0, 0)
 
 
 class TestManyThreads:

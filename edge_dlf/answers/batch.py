@@ -53,13 +53,13 @@ def run_batch(
     numbered = enumerate(requests, 1)
     running: dict[Answer, _Row] = {}
     unreported: deque[_Row] = deque()
-    is_exhausted = False
+    is_exhausted, n_ahead = False, _AHEAD * (driver.n_parallel + 1)
     if exact:
         require(driver.n_parallel == 1, "exact needs n_parallel=1: one request at a time")
         driver.forget()
     try:
         while True:
-            while not is_exhausted and len(running) <= driver.n_parallel and len(unreported) < _n_ahead(driver):
+            while not is_exhausted and len(running) <= driver.n_parallel and len(unreported) < n_ahead:
                 number, line = next(numbered, (0, None))
                 is_exhausted = not number
                 if is_exhausted or line is LATER:
@@ -85,10 +85,6 @@ def run_batch(
     finally:
         for answer in running:
             driver.remove(answer)
-
-
-def _n_ahead(driver: Driver) -> int:
-    return _AHEAD * (driver.n_parallel + 1)
 
 
 def _begin(line: Any, number: int, prepare: Callable[[Request, str], Completion]) -> _Row:

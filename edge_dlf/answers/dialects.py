@@ -10,7 +10,9 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
+
+from ..system.jsonl import no_number
 
 ToolSchemas: TypeAlias = Mapping[str, Mapping[str, Any]]
 """Name of each tool that may be called, and the JSON schema of its arguments."""
@@ -87,24 +89,16 @@ def value_end(text: str, start: int, closes: str = "") -> int | None:
     return None
 
 
-def read_json(text: str) -> Any:
-    """Return the value of JSON. Raises ValueError for other text, RecursionError for JSON nested too deeply."""
-    return _DECODER.decode(text)
+_read_json = json.JSONDecoder(parse_constant=no_number).decode
+"""Value of JSON. Raises ValueError for other text, RecursionError for JSON nested too deeply."""
 
 
-def as_object(text: str) -> str:
-    """Return a JSON object on one line. Raises ValueError for anything else, RecursionError as `read_json`."""
-    value = read_json(text)
+def as_object(value: Any) -> str:
+    """Return a JSON object, given as such or in text, on one line. Raises as `_read_json`."""
+    value = _read_json(value) if isinstance(value, str) else value
     if not isinstance(value, dict):
         raise ValueError("the arguments of a call are a JSON object")
     return json.dumps(value, ensure_ascii=False)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _json_calls(key: str, closes: str) -> Callable[[str, ToolSchemas], Found | None]:
@@ -118,7 +112,7 @@ def _json_calls(key: str, closes: str) -> Callable[[str, ToolSchemas], Found | N
             raise ValueError("a call is a JSON object")
         if (end := value_end(text, start, closes)) is None:
             return None
-        value = read_json(text[start:end])
+        value = _read_json(text[start:end])
         return [_named(each, key) for each in (value if isinstance(value, list) else [value])], end
 
     return read
@@ -128,12 +122,8 @@ def _named(value: Any, key: str) -> tuple[str, str]:
     """Return name and arguments of one call. Small models mix up the names that families give the arguments."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ValueError("a call has a name")
-    arguments: Any = next((value[name] for name in (key, "arguments", "parameters") if name in value), {})
-    if isinstance(arguments, str):
-        arguments = read_json(arguments)
-    if not isinstance(arguments, dict):
-        raise ValueError("the arguments of a call are a JSON object")
-    return value["name"], json.dumps(arguments, ensure_ascii=False)
+    arguments = next((value[name] for name in (key, "arguments", "parameters") if name in value), {})
+    return value["name"], as_object(arguments)
 
 
 def _mistral_calls(text: str, tools: ToolSchemas) -> Found | None:
@@ -187,7 +177,7 @@ def _typed(text: str, schema: Any) -> Any:
     if kind == "string" or (isinstance(kind, list) and "string" in kind):
         return text
     try:
-        return read_json(text)
+        return _read_json(text)
     except (ValueError, RecursionError):
         return text
 

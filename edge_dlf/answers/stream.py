@@ -197,9 +197,6 @@ class Driver:
     def __contains__(self, answer: Answer) -> bool:
         return answer.generation in self._answers
 
-    def __len__(self) -> int:
-        return len(self._answers)
-
     def add(self, answer: Answer) -> None:
         """Let an answer join the line."""
         with self._alone():

@@ -19,11 +19,6 @@ _NO_TOKENS = np.empty(0, np.int32)
 _STRENGTH_DECAY = 0.8
 
 
-def never_ends(token: int) -> bool:
-    """Tell that no token ends the answer."""
-    return False
-
-
 @dataclass(frozen=True)
 class GenerationRequest:
     """What is asked of one sequence.
@@ -45,7 +40,7 @@ class GenerationRequest:
     n_top: int = 0
     traced: bool = False
     n_draft: int | None = 0
-    is_end: Callable[[int], bool] = never_ends
+    is_end: Callable[[int], bool] = lambda token: False
     forced: tuple[int, ...] = ()
 
 

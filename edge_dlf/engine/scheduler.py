@@ -35,9 +35,6 @@ class Scheduler:
         self._active: list[Generation] = []
         self._idle = list(range(decoder.ensemble.n_seq_max))
 
-    def __contains__(self, generation: Generation) -> bool:
-        return generation in self._active or generation in self._waiting
-
     @property
     def n_waiting(self) -> int:
         """Generations that have no sequence yet."""

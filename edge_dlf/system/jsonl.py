@@ -99,7 +99,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
     """The JSON object in `content`, which may begin with a byte order mark. Raises ValueError, which says in one line
     what it is instead."""
     try:
-        value = json.loads(content.removeprefix(BOM).decode("utf-8"), parse_constant=_no_number)
+        value = json.loads(content.removeprefix(BOM).decode("utf-8"), parse_constant=no_number)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
@@ -113,7 +113,8 @@ def parse_object(content: bytes) -> dict[str, Any]:
     return value
 
 
-def _no_number(name: str) -> NoReturn:
+def no_number(name: str) -> NoReturn:
+    """Refuse NaN and the infinities, which Python's reader of JSON takes."""
     raise ValueError(f"{name} is no number of JSON")
 
 
