@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ..answers.batch import LATER
 from ..families.files import FamilyFiles
 from ..families.manifest import Manifest
-from ..params import FusionParams, SamplingParams
+from ..params import DEFAULTS, FUSION, SAMPLING
 from ..system.jsonl import Line, Pipe, read_lines
 from .files import Targets, open_outputs, status_of
 from .intake import Intake
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DEFAULTS = {field.name: field.default for kind in (FusionParams, SamplingParams) for field in dataclasses.fields(kind)}
+_TOLD = FUSION | SAMPLING | {"max_tokens", "stop"}
+"""Settings that a manifest tells where nobody gave them, too."""
 
 
 def run_file(
@@ -124,14 +124,8 @@ def manifest_of(files: FamilyFiles, settings: Mapping[str, Any], *, n_ctx: int, 
     """The family, and every parameter that can change an answer."""
     given = {name: value for name, value in settings.items() if name not in ("draft", "ordered", "trace")}
     own = files.spec.settings(given.get("profile"))
-    parameters = {
-        **_DEFAULTS,
-        "max_tokens": None,
-        "stop": None,
-        **own,
-        **given,
-        "profiles": files.spec.profiles or None,
-    }
+    defaults = {name: value for name, value in DEFAULTS.items() if name in _TOLD}
+    parameters = {**defaults, **own, **given, "profiles": files.spec.profiles or None}
     return Manifest.of(files, {**parameters, "n_ctx": n_ctx, "type_k": type_k, "type_v": type_v})
 
 

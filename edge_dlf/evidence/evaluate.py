@@ -310,11 +310,7 @@ def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
 
 def _digest(manifest: Manifest) -> str:
     """Of the files' contents and the parameters, wherever the files lie."""
-    family = {
-        role: [{key: value for key, value in entry.items() if key != "file"} for entry in files]
-        for role, files in manifest.family.items()
-    }
-    text = json.dumps([family, manifest.parameters], sort_keys=True)
+    text = json.dumps([manifest.contents(), manifest.parameters], sort_keys=True)
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
 

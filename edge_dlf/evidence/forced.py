@@ -189,11 +189,7 @@ def _path(
     spare: Path,
 ) -> Path:
     """The file of this pass, by all that it depends on. In `spare` where no cache can be kept."""
-    family = {
-        role: [{key: value for key, value in entry.items() if key != "file"} for entry in entries]
-        for role, entries in Manifest.of(llm.files, {}).family.items()
-        if role in members
-    }
+    family = {role: own for role, own in Manifest.of(llm.files, {}).contents().items() if role in members}
     digest = blake2b(_FORMAT, digest_size=12)
     digest.update(json.dumps([family, llm.cache_types, how], sort_keys=True).encode())
     for example in examples:

@@ -60,6 +60,12 @@ class Manifest:
         with replacing(path) as file:
             file.write(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, ensure_ascii=False).encode() + b"\n")
 
+    def contents(self) -> dict[str, list[dict[str, Any]]]:
+        """The family without the names of its files, which may be moved."""
+        return {
+            role: [{k: v for k, v in file.items() if k != "file"} for file in own] for role, own in self.family.items()
+        }
+
     def differences(self, now: Manifest) -> list[str]:
         """List what has changed in family and parameters."""
         if list(self.family) != list(now.family):

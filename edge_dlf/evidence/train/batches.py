@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,10 @@ class Batch:
     places: Tensor
     golds: Tensor
     weights: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with a change made to each tensor."""
+        return Batch(self.numbers, *map(change, (self.tokens, self.places, self.golds, self.weights)))
 
 
 def n_read(example: Example) -> int:

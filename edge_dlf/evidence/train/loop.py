@@ -153,7 +153,7 @@ class Training:
 
     def _step(self, batch: Batch) -> None:
         state = self.state
-        batch = _on_device(batch)
+        batch = batch.each(_on_device)
         with _autocast():
             values = self._objective(self._model, batch).values
         loss = (values * batch.weights).sum() / batch.weights.sum()
@@ -173,7 +173,7 @@ class Training:
         total = n_tokens = n_right = n_examples = 0.0
         sample: tuple[int, tuple[int, ...]] = (-1, ())
         for batch in self._held_out:
-            batch = _on_device(batch)
+            batch = batch.each(_on_device)
             with torch.no_grad(), _autocast():
                 values, choices = self._objective(self._model, batch)
             total, n_tokens = total + values.sum().item(), n_tokens + len(values)
@@ -224,6 +224,5 @@ def _autocast() -> AbstractContextManager[None]:
     return context
 
 
-def _on_device(batch: Batch) -> Batch:
-    tensors = (tensor.to(device()) for tensor in (batch.tokens, batch.places, batch.golds, batch.weights))
-    return Batch(batch.numbers, *tensors)
+def _on_device(tensor: Tensor) -> Tensor:
+    return tensor.to(device())

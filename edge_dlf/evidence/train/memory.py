@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from math import prod
 
@@ -67,17 +66,11 @@ def planned_bytes(shape: Shape, rank: int, objective: Objective, batches: Sequen
         n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         n_bytes = sum(storage.nbytes() for storage in weights.values())
         known = {storage._cdata for storage in weights.values()}
-        most = max(_kept_bytes(model, objective, _faked(batch, fake), known) for batch in batches)
+        most = max(_kept_bytes(model, objective, batch.each(fake.from_tensor), known) for batch in batches)
     loading = 6 * prod((shape.n_vocab, shape.n_embd))  # the largest matrix in float32, and its copy
     state = (_STATE - 1) * 4 * n_trained
     n_most: int = n_bytes + max(loading, state + int(_TRANSIENT * most)) + _RUNTIME_BYTES
     return n_most
-
-
-def _faked(batch: Batch, fake: FakeTensorMode) -> Batch:
-    tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    made = {name: fake.from_tensor(value) for name, value in tensors.items() if isinstance(value, Tensor)}
-    return dataclasses.replace(batch, **made)
 
 
 def _kept_bytes(model: Llama, objective: Objective, batch: Batch, known: set[int]) -> int:
