@@ -372,18 +372,9 @@ class FusedLlama:
         self._begin()
         return run_scores(self._driver, map(scored, many("pairs", pairs)))
 
-    def prepare(
-        self,
-        request: Request,
-        *,
-        raw: bool = True,
-        system: str | None = None,
-        draft: int | Literal["auto", "off"] = "auto",
-        trace: bool = False,
-        **settings: Any,
-    ) -> Completion:
+    def prepare(self, request: Request, **settings: Any) -> Completion:
         """Check a request and return its answer, for the caller to add to the driver. Arguments as in `batch`."""
-        return self._preparer.request(request, raw=raw, system=system, draft=draft, trace=trace, settings=settings)
+        return self._preparer.request(request, **settings)
 
     @property
     def driver(self) -> Driver:

@@ -154,11 +154,7 @@ def scripted_server() -> Iterator[Callable[[bool, bytes], int]]:
     tokenizer = Tokenizer(vocabulary, n_vocab, ensemble.n_ctx)
     preparer = Preparer("fake", {}, {}, None, ensemble, tokenizer, (257).__eq__)
     driver = Driver(Decoder(ensemble, Fuser(n_vocab)))
-    llm: Any = SimpleNamespace(
-        prepare=lambda request, trace=False, **given: preparer.request(
-            request, raw=True, system=None, draft="auto", trace=trace, settings=given
-        )
-    )
+    llm: Any = SimpleNamespace(prepare=preparer.request)
     models: dict[str, Any] = {
         f"fake{name and ':'}{name}": {"edge_dlf": {"method": name or "dynamic"}}
         for name in ("", "static", "large", "maths")

@@ -186,11 +186,11 @@ class Preparer:
         self,
         request: Request,
         *,
-        raw: bool,
-        system: str | None,
-        draft: int | str,
-        trace: bool,
-        settings: Mapping[str, Any],
+        raw: bool = True,
+        system: str | None = None,
+        draft: int | str = "auto",
+        trace: bool = False,
+        **settings: Any,
     ) -> Completion:
         """Return the answer to a line of a batch or to a call of the server. A profile that it names goes before
         `settings`, what it sets by itself before both."""

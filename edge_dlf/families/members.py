@@ -95,28 +95,20 @@ class Members:
     key: text that identifies everything that their speed depends on.
     interrupt: stops them all.
 
-    n_ctx, n_threads, type_k, type_v: as in FusedLlama. Raises LoadError, OutOfMemoryError or InvalidParameterError.
+    n_ctx, settings (n_threads, type_k, type_v): as in FusedLlama. Raises LoadError, OutOfMemoryError or
+        InvalidParameterError.
     """
 
     def __init__(
-        self,
-        files: FamilyFiles,
-        plan: Plan,
-        planned: Callable[..., Plan],
-        *,
-        n_ctx: int,
-        n_threads: int | None,
-        type_k: str | None,
-        type_v: str | None,
+        self, files: FamilyFiles, plan: Plan, planned: Callable[..., Plan], *, n_ctx: int, **settings: Any
     ) -> None:
         self.interrupt = Interrupt()
         on_host = tuple(name for name in files.models if name not in plan.on_gpu)
         self.lanes = (*((name,) for name in files.models if name in plan.on_gpu), *([on_host] if on_host else []))
         self.backends: dict[str, LlamaBackend] = {}
-        self.key = _key(files, plan, n_threads, type_k, type_v)
+        self.key = _key(files, plan, settings)
         self.plan = dataclasses.replace(plan, members=())
-        self._files, self._planned, self._n_ctx = files, planned, n_ctx
-        self._settings: dict[str, Any] = {"n_threads": n_threads, "type_k": type_k, "type_v": type_v}
+        self._files, self._planned, self._n_ctx, self._settings = files, planned, n_ctx, settings
         self._models: dict[Path, Model] = {}
         self._streams: bool | None = None
         large = files.models["large"].path
@@ -229,7 +221,7 @@ def ways_to_overlap() -> tuple[Overlap, ...]:
     return OVERLAPS if all(gpu.name.startswith(_THREAD_SAFE) for gpu in gpus()) else ("off", "queue")
 
 
-def _key(files: FamilyFiles, plan: Plan, *computed: object) -> str:
+def _key(files: FamilyFiles, plan: Plan, settings: Mapping[str, Any]) -> str:
     paths = {path: None for info in files.models.values() for path in info.shards}
     paths |= {path: None for pairs in files.loras.values() for path, _ in pairs}
     facts = [
@@ -237,7 +229,7 @@ def _key(files: FamilyFiles, plan: Plan, *computed: object) -> str:
         [[gpu.name, gpu.description, gpu.total_bytes] for gpu in gpus()],
         [[str(path.resolve()), *state] for path, state in zip(paths, states(list(paths)), strict=True)],
         [[member.name, plan.layers[member.name], member.split] for member in plan.members],
-        [plan.n_seqs, *computed],
+        [plan.n_seqs, *settings.values()],
     ]
     return json.dumps(facts)
 
