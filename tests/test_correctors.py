@@ -312,7 +312,7 @@ class TestInMemory:
     def test_tune_gives_a_corrector_only_beside_the_large_model(self, corrected: Path, tmp_path: Path) -> None:
         with FusedLlama.from_family(corrected, n_ctx=256, n_threads=1) as llm:
             examples = drawn(llm, {"large": 1.0, "fix": 0.8}, 40)
-            result = tune.tune_examples(llm, examples, n_threads=1, folder=tmp_path)
+            result = tune.tune_tasks(llm, {"": examples}, n_threads=1, folder=tmp_path)[""]
         assert [outcome.name for outcome in result.outcomes] == [
             "large alone", "static, α = 0.5", "static, α = 1", "weighted",
         ]  # fmt: skip

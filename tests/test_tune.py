@@ -58,7 +58,7 @@ def drawn(llm: FusedLlama, weights: Mapping[str, float], n: int) -> list[Example
 
 
 def tuned(llm: FusedLlama, examples: list[Example], folder: Path) -> tuning.TuneResult:
-    return tuning.tune_examples(llm, examples, n_threads=1, folder=folder)
+    return tuning.tune_tasks(llm, {"": examples}, n_threads=1, folder=folder)[""]
 
 
 def test_an_expert_that_gave_the_answers_is_recommended_alone(tiny_llm: FusedLlama, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ..fusion.fuser import Fuser
 from ..fusion.records import Draw, Pick
 from ..params import FusionParams
 from .examples import Example
-from .forced import Arrays, Column, known_tokens, read_answers
+from .forced import Found, known_tokens, read_answers
 
 KEPT_BYTES = 500 * 10**6
 """Most bytes of reduced rows."""
@@ -105,17 +105,14 @@ def evaluate(
     methods = fixed_methods(llm.files)
     n_kept = n_kept_tokens(llm.n_vocab, len(names) + 1, examples, _MOST)
     search = {name: value for name, value in llm.files.spec.defaults.items() if name in _SEARCH}
-    columns = (
-        Column(np.float32, (len(names) + 1, n_kept)),
-        Column(np.float32, (len(methods),)),
-        Column(np.bool_, (len(methods),)),
+    each = (len(methods),)
+    kept = ("kept", np.float32, (len(names) + 1, n_kept))
+    dtype = np.dtype([kept, ("losses", np.float32, each), ("right", np.bool_, each)], align=True)
+    reduce = _Reduction(Fuser(llm.n_vocab, n_threads, llm.files.tokens.lacking), methods, search, dtype, n_threads)
+    found = read_answers(
+        llm, names, examples, dtype, reduce, how=[n_kept, search], kind="tune", folder=folder, tell=tell
     )
-    fuser = Fuser(llm.n_vocab, n_threads, llm.files.tokens.lacking)
-    reduce = _Reduction(fuser, methods, search, n_kept, n_threads)
-    arrays = read_answers(
-        llm, names, examples, columns, reduce, how=[n_kept, search], kind="tune", folder=folder, tell=tell
-    )
-    return _joined(names, methods, llm.files.correctors, n_kept, arrays)
+    return _joined(names, methods, llm.files.correctors, found)
 
 
 def n_kept_tokens(n_vocab: int, n_columns: int, examples: Sequence[Example], most: int) -> int:
@@ -135,22 +132,16 @@ class _Reduction:
     fuser: Fuser
     methods: Sequence[Method]
     search: Mapping[str, Any]
-    n_kept: int
+    dtype: np.dtype[np.void]
     n_threads: int
 
-    def __call__(self, members: Sequence[Rows], names: Sequence[str], draws: Sequence[Draw]) -> Arrays:
+    def __call__(self, members: Sequence[Rows], names: Sequence[str], draws: Sequence[Draw]) -> Found:
         golds = known_tokens(draws)
+        reduced = np.zeros(len(draws), self.dtype)
+        kept, losses, right = (reduced[field] for field in ("kept", "losses", "right"))
         whole = fit.whole(self.fuser.weighed(members, names), names, golds, self.fuser.n_vocab)
-        (kept,) = fit.keep(whole, self.n_kept, sample_seed(draws), n_threads=self.n_threads).arrays
-        return kept, *self._score(members, names, golds, draws)
-
-    def _score(
-        self, members: Sequence[Rows], names: Sequence[str], golds: Sequence[int], draws: Sequence[Draw]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """Losses of the tokens by each method, and whether they are its choice, (K, C)."""
+        (kept[:],) = fit.keep(whole, kept.shape[-1], sample_seed(draws), n_threads=self.n_threads).arrays
         given = [replace(draw, n_top=1) for draw in draws]
-        losses = np.empty((len(draws), len(self.methods)), np.float32)
-        right = np.empty(losses.shape, np.bool_)
         found: list[Pick] = []
         for c, (_, settings, roles) in enumerate(self.methods):
             params = FusionParams(**{**self.search, **settings})
@@ -166,7 +157,7 @@ class _Reduction:
             found = [_checked(pick) for pick in self.fuser.pick(taken, roles.members, params, weights, given)]
             losses[:, c] = [-pick.logprob for pick in found]
             right[:, c] = [pick.top_logprobs[0][0] == gold for pick, gold in zip(found, golds, strict=True)]
-        return losses, right
+        return reduced
 
 
 def _checked(pick: Pick) -> Pick:
@@ -181,17 +172,12 @@ def sample_seed(draws: Sequence[Draw]) -> int:
 
 
 def _joined(
-    names: tuple[str, ...],
-    methods: tuple[Method, ...],
-    correctors: frozenset[str],
-    n_kept: int,
-    arrays: Sequence[Arrays],
+    names: tuple[str, ...], methods: tuple[Method, ...], correctors: frozenset[str], found: Sequence[Found]
 ) -> AnswerLosses:
-    kept, losses, right = zip(*arrays, strict=True)
+    kept, losses, right = ([part[field] for part in found] for field in ("kept", "losses", "right"))
     starts = np.cumsum([0, *map(len, kept)])
-    row_bytes = 4 * (len(names) + 1) * n_kept
-    first = np.concatenate([part.ctypes.data + row_bytes * np.arange(len(part)) for part in kept])
-    columns = first[:, None] + 4 * n_kept * np.arange(len(names) + 1)
+    first = np.concatenate([part.ctypes.data + part.strides[0] * np.arange(len(part)) for part in kept])
+    columns = first[:, None] + kept[0].strides[1] * np.arange(len(names) + 1)
     golds = np.zeros(len(first), np.int64)
-    rows = fit.AnswerRows(names, n_kept, columns[:, :-1], golds, columns[:, -1], tuple(kept))
+    rows = fit.AnswerRows(names, kept[0].shape[-1], columns[:, :-1], golds, columns[:, -1], tuple(kept))
     return AnswerLosses(methods, correctors, rows, starts, tuple(kept), np.concatenate(losses), np.concatenate(right))

@@ -8,16 +8,16 @@ read. The results stay in that file and are mapped into memory.
 from __future__ import annotations
 
 import json
-import math
 import struct
 import tempfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -37,24 +37,18 @@ from ..params import FusionParams, SamplingParams
 from ..system.durable import Appender
 from .examples import Example
 
-Arrays: TypeAlias = tuple[npt.NDArray[Any], ...]
+Found: TypeAlias = npt.NDArray[np.void]
+"""What is kept of answer tokens: an array of structs, one for each token."""
 
-_FORMAT = b"forced1"
-_HEADER = struct.Struct("<IIII")  # number of the example, its tokens, bytes and checksum of what follows
+_FORMAT = b"forced2"
+_HEADER = struct.Struct("<III")  # number of the example, bytes and checksum of what follows
 _N_FILES = 3
 """Passes of one kind whose files stay in the cache."""
 _GREEDY = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
-class Column(NamedTuple):
-    """An array that is kept of every example: its type, and the shape of what it has for one answer token."""
-
-    dtype: type[np.generic]
-    shape: tuple[int, ...]
-
-
-Reduce: TypeAlias = Callable[[Sequence[Rows], Sequence[str], Sequence[Draw]], Arrays]
-"""Reduces K rows of each member, given with names and draws, to one array (K, …) for each column of the pass."""
+Reduce: TypeAlias = Callable[[Sequence[Rows], Sequence[str], Sequence[Draw]], Found]
+"""Reduces K rows of each member, given with names and draws, to what is kept of them, (K,)."""
 
 
 def known_tokens(draws: Sequence[Draw]) -> list[int]:
@@ -66,19 +60,20 @@ def read_answers(
     llm: FusedLlama,
     members: Sequence[str],
     examples: Sequence[Example],
-    columns: Sequence[Column],
+    dtype: np.dtype[np.void],
     reduce: Reduce,
     *,
     how: Sequence[Any],
     kind: str,
     folder: Path | None = None,
     tell: Callable[[int], None] = lambda n_done: None,
-) -> list[Arrays]:
-    """Let `members` read the examples; return the arrays of each, with a row for each token of its answer.
+) -> list[Found]:
+    """Let `members` read the examples; return what `reduce` finds of each, (tokens of its answer,).
 
+    dtype: of what is found, a multiple of 4 bytes for each token.
     how: all that `reduce` depends on beside the members' rows, as JSON.
     kind: a word for what the pass is for.
-    folder: where the arrays are kept; by default in the user's cache.
+    folder: where it is kept; by default in the user's cache.
     tell: called with the number of examples that are done, when that changes.
 
     Raises NonFiniteLogitsError where a member returns NaN.
@@ -86,14 +81,14 @@ def read_answers(
     llm.driver.decoder.ensemble.require(members)
     with tempfile.TemporaryDirectory() as spare:
         path = _path(llm, members, examples, how, folder or _cache(kind), Path(spare))
-        done, n_bytes = _read(path, columns, examples)
+        done, n_bytes = _read(path, dtype, examples)
         tell(len(done))
         while len(done) < len(examples):  # once, but where another process has cut the same file
             left = [number for number in range(len(examples)) if number not in done]
             with Appender(path, n_bytes) as file:
                 for n_done in _run(llm, members, examples, left, _Recorder(reduce, file)):
                     tell(len(done) + n_done)
-            done, _ = _read(path, columns, examples)
+            done, _ = _read(path, dtype, examples)
         return [done[number] for number in range(len(examples))]
 
 
@@ -128,7 +123,7 @@ class _Recorder:
     def __init__(self, reduce: Reduce, file: Appender) -> None:
         self._reduce = reduce
         self._file = file
-        self._parts: dict[int, list[Arrays]] = {}
+        self._content: defaultdict[int, bytearray] = defaultdict(bytearray)
 
     def pick(
         self,
@@ -139,39 +134,30 @@ class _Recorder:
         draws: Sequence[Draw],
     ) -> list[Pick]:
         """Record K rows of each member. The seed of a draw is the number of its example."""
-        arrays = self._reduce(members, names, draws)
-        for k, draw in enumerate(draws):
-            self._parts.setdefault(draw.seed, []).append(tuple(array[k] for array in arrays))
+        for draw, found in zip(draws, self._reduce(members, names, draws), strict=True):
+            self._content[draw.seed] += found.tobytes()
         return [Pick(gold, 0.0, ((gold, 0.0),), (), None) for gold in known_tokens(draws)]
 
     def finish(self, number: int) -> None:
         """Write the record of an example whose rows have all come."""
-        parts = self._parts.pop(number)
-        content = b"".join(np.stack(part).tobytes() for part in zip(*parts, strict=True))
-        content += bytes(-len(content) % 4)
-        self._file.append(_HEADER.pack(number, len(parts), len(content), zlib.crc32(content)) + content)
+        content = self._content.pop(number)
+        self._file.append(_HEADER.pack(number, len(content), zlib.crc32(content)) + content)
 
 
-def _read(path: Path, columns: Sequence[Column], examples: Sequence[Example]) -> tuple[dict[int, Arrays], int]:
-    """The arrays of each example whose record is whole, by its number, and the bytes of these records."""
-    found: dict[int, Arrays] = {}
+def _read(path: Path, dtype: np.dtype[np.void], examples: Sequence[Example]) -> tuple[dict[int, Found], int]:
+    """What was found of each example whose record is whole, by its number, and the bytes of these records."""
+    found: dict[int, Found] = {}
     start = 0
     if not path.is_file() or not path.stat().st_size:
         return found, start
     data = np.memmap(path, np.uint8, "r")
-    row_bytes = [math.prod(column.shape) * np.dtype(column.dtype).itemsize for column in columns]
     while start + _HEADER.size <= len(data):
-        number, n_rows, n_bytes, checksum = _HEADER.unpack(data[start : start + _HEADER.size].tobytes())
+        number, n_bytes, checksum = _HEADER.unpack_from(data, start)
         content = data[start + _HEADER.size :][:n_bytes]
-        is_ours = number < len(examples) and n_rows == len(examples[number].answer)
-        is_whole = len(content) == n_bytes == -(-n_rows * sum(row_bytes) // 4) * 4
-        if not is_ours or not is_whole or zlib.crc32(content.tobytes()) != checksum:
+        is_ours = number < len(examples) and n_bytes == dtype.itemsize * len(examples[number].answer)
+        if not is_ours or len(content) < n_bytes or zlib.crc32(content) != checksum:
             break
-        ends = n_rows * np.cumsum([0, *row_bytes])
-        found[number] = tuple(
-            content[ends[k] : ends[k + 1]].view(column.dtype).reshape(n_rows, *column.shape)
-            for k, column in enumerate(columns)
-        )
+        found[number] = content.view(dtype)
         start += _HEADER.size + n_bytes
     return found, start
 

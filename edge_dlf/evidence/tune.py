@@ -142,20 +142,8 @@ def tune(
     NonFiniteLogitsError where a member returns NaN.
     """
     rows = ((f"example {number}", row) for number, row in enumerate(examples, 1))
-    return tune_examples(llm, tokenized(llm, rows, raw=raw, system=system), n_threads=n_threads, tell=tell)
-
-
-def tune_examples(
-    llm: FusedLlama,
-    examples: Sequence[Example],
-    *,
-    n_threads: int | None = None,
-    folder: Path | None = None,
-    tell: Callable[[int], None] = lambda n_done: None,
-) -> TuneResult:
-    """Find what to run for the task of examples that are tokens already. Arguments as in `tune` and `evaluate`."""
-    (result,) = tune_tasks(llm, {"": examples}, n_threads=n_threads, folder=folder, tell=tell).values()
-    return result
+    tasks = {"": tokenized(llm, rows, raw=raw, system=system)}
+    return tune_tasks(llm, tasks, n_threads=n_threads, tell=tell)[""]
 
 
 def tune_tasks(
@@ -166,7 +154,8 @@ def tune_tasks(
     folder: Path | None = None,
     tell: Callable[[int], None] = lambda n_done: None,
 ) -> dict[str, TuneResult]:
-    """Find what to run for each of several tasks, in one pass over all of their examples."""
+    """Find what to run for each of several tasks, in one pass over all of their examples. Arguments as in `tune` and
+    `evaluate`."""
     different = {task: _distinct(task, examples) for task, examples in tasks.items()}
     everything = list(dict.fromkeys(itertools.chain(*different.values())))
     n_threads = n_threads or default_n_threads()

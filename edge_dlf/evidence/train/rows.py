@@ -14,7 +14,7 @@ from ...fusion.dispatch import Rows
 from ...fusion.records import Draw
 from ..answer_rows import n_kept_tokens, sample_seed
 from ..examples import Example
-from ..forced import Arrays, Column, known_tokens, read_answers
+from ..forced import Found, known_tokens, read_answers
 
 _MOST = 512
 """Tokens that are kept of a row at most, where not all of them are."""
@@ -48,17 +48,19 @@ def constant_rows(
     """
     ids = np.arange(llm.n_vocab, dtype=np.float32)
     members = tuple(weights)
+    dtype = np.dtype([("rows", np.float32, (3, n_kept))])
 
-    def reduce(rows: Sequence[Rows], names: Sequence[str], draws: Sequence[Draw]) -> Arrays:
+    def reduce(rows: Sequence[Rows], names: Sequence[str], draws: Sequence[Draw]) -> Found:
         # The ids are kept as if a member of weight 0 had returned them.
         whole = fit.whole([*rows, [ids] * len(draws)], (*names, "ids"), known_tokens(draws), llm.n_vocab)
         fused = [weights[name] for name in names]
         mixtures = [[power * weight for weight in (*fused, 0.0)] for power in _MIXTURES]
         (kept,) = fit.keep(whole, n_kept, sample_seed(draws), mixtures, n_threads).arrays
-        constant = np.einsum("m,kmn->kn", np.array(fused, np.float32), kept[:, : len(names)])
-        return (np.concatenate((constant[:, None], kept[:, len(names) :]), axis=1),)
+        reduced = np.empty(len(draws), dtype)
+        reduced["rows"][:, 0] = np.einsum("m,kmn->kn", np.array(fused, np.float32), kept[:, : len(names)])
+        reduced["rows"][:, 1:] = kept[:, len(names) :]
+        return reduced
 
     how = ["train", n_kept, dict(weights), _MIXTURES]
-    columns = [Column(np.float32, (3, n_kept))]
-    found = read_answers(llm, members, examples, columns, reduce, how=how, kind="train", folder=folder, tell=tell)
-    return [rows for (rows,) in found]
+    found = read_answers(llm, members, examples, dtype, reduce, how=how, kind="train", folder=folder, tell=tell)
+    return [reduced["rows"] for reduced in found]
