@@ -55,7 +55,8 @@ class FusedLlama:
     KV cache as memory allows, n_ctx at least.
     as_correctors: experts that correct this large model without the base, whatever their files say of themselves.
 
-    Its attribute `files` holds the headers of the family's files, `cache_types` the types of the KV cache.
+    Its attribute `files` holds the headers of the family's files, `cache_types` the types of the KV cache, `driver`
+    what decodes every request, one thread at a time.
 
     Raises LoadError (ModelFileError, FamilyError, VocabMismatchError) or OutOfMemoryError. One request at a time: a new
     one ends the one before. A context manager.
@@ -142,7 +143,7 @@ class FusedLlama:
         self._open_preparer: Preparer | None = Preparer(
             self.name, spec.defaults, spec.profiles, spec.profile, ensemble, tokenizer, self._members.is_eog
         )
-        self._ensemble, self._driver = ensemble, Driver(decoder)
+        self._ensemble, self.driver = ensemble, Driver(decoder)
         n_ctx_train = files.models["large"].n_ctx_train
         if n_ctx_train is not None and n_ctx > n_ctx_train:
             logger.warning("a context of %d tokens exceeds the %d of the large model's training", n_ctx, n_ctx_train)
@@ -156,7 +157,7 @@ class FusedLlama:
     def close(self) -> None:
         """Free contexts and weights, and stop the running request. Calling it twice is no error."""
         self._members.interrupt.set()
-        self._driver.close(self._ensemble.close, self._members.close)
+        self.driver.close(self._ensemble.close, self._members.close)
         preparer, self._open_preparer = self._open_preparer, None
         if preparer is not None:
             preparer.tokenizer.close()
@@ -269,15 +270,15 @@ class FusedLlama:
             **settings,
         )
         self._begin()
-        return TokenStream(self._driver, answer)
+        return TokenStream(self.driver, answer)
 
     def n_picked(self) -> int:
         """Tokens picked so far for requests of a batch that are not done; may be asked from another thread."""
-        return self._driver.n_picked
+        return self.driver.n_picked
 
     def _begin(self) -> None:
         """End the request that is running."""
-        self._driver.clear()
+        self.driver.clear()
         self._members.interrupt.clear()
 
     def create_completion(
@@ -297,7 +298,7 @@ class FusedLlama:
     def _complete(self, completion: Completion, stream: bool) -> Dict | Iterator[Dict]:
         is_stream = flag("stream", stream)
         self._begin()
-        tokens = TokenStream(self._driver, completion.answer)
+        tokens = TokenStream(self.driver, completion.answer)
         return completion.chunks(tokens) if is_stream else completion.result(list(tokens))
 
     def create_chat_completion(
@@ -359,7 +360,7 @@ class FusedLlama:
             return self.prepare(request, **{"seed": row_seed(seed, custom_id), **settings, **shared})
 
         self._begin()
-        return run_batch(self._driver, many("requests", requests), prepare, ordered=ordered, exact=exact)
+        return run_batch(self.driver, many("requests", requests), prepare, ordered=ordered, exact=exact)
 
     def score(self, pairs: Iterable[tuple[Prompt, Sequence[int]]], **settings: Any) -> Iterator[tuple[int, Score]]:
         """How likely given answers are: of each pair of a prompt and the tokens that follow it, its number, from 0, and
@@ -370,16 +371,11 @@ class FusedLlama:
         """
         scored = self._preparer.scorer(settings)
         self._begin()
-        return run_scores(self._driver, map(scored, many("pairs", pairs)))
+        return run_scores(self.driver, map(scored, many("pairs", pairs)))
 
     def prepare(self, request: Request, **settings: Any) -> Completion:
         """Check a request and return its answer, for the caller to add to the driver. Arguments as in `batch`."""
         return self._preparer.request(request, **settings)
-
-    @property
-    def driver(self) -> Driver:
-        """What decodes every request of this family. One thread at a time."""
-        return self._driver
 
 
 def _ready_fuser(files: FamilyFiles, n_threads: int) -> Fuser:

@@ -111,13 +111,12 @@ def _end(row: _Row) -> None:
 
 def _done(unreported: deque[_Row], ordered: bool) -> Iterator[Dict]:
     """Take results that can be reported out of `unreported`."""
-    if ordered:
-        while unreported and unreported[0].result:
-            yield unreported.popleft().result or {}
-        return
-    for row in [row for row in unreported if row.result]:
-        unreported.remove(row)
-        yield row.result or {}
+    for row in list(unreported):
+        if row.result:
+            unreported.remove(row)
+            yield row.result
+        elif ordered:
+            return
 
 
 def row_seed(seed: int, custom_id: str) -> int:

@@ -64,7 +64,6 @@ class Model:
         self._adapters: dict[Path, Any] = {}
         self._lock, self._pid = ForkSafeLock(), os.getpid()
         # Kept, because they are needed for every token, and a call into C may have to wait for the GIL afterwards.
-        self._eog: dict[int, bool] = {}
         self._pieces: dict[tuple[int, bool], bytes] = {}
         with log.listening():
             self._handle: Any = lib.llama_model_load_from_file(os.fsencode(path), params)
@@ -104,10 +103,8 @@ class Model:
 
     def is_eog(self, token: int) -> bool:
         """Whether `token` ends generation."""
-        if token not in self._eog:
-            with self._open() as vocab:
-                self._eog[token] = bool(lib.llama_vocab_is_eog(vocab, token))
-        return self._eog[token]
+        with self._open() as vocab:
+            return bool(lib.llama_vocab_is_eog(vocab, token))
 
     def control_tokens(self) -> list[int]:
         """Every control token. Text of a user must never become one."""

@@ -103,20 +103,20 @@ class DecodingThread:
         self._tickets: dict[Answer, tuple[Ticket, int]] = {}
         self._due: list[tuple[Ticket, Event]] = []
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._is_open = False
+        self._is_open = threading.Event()
         self._thread = threading.Thread(target=self._run, name="edge-dlf decoding", daemon=True)
 
     def open(self) -> None:
         """Begin to decode."""
         self._loop = asyncio.get_running_loop()
-        self._is_open = True
+        self._is_open.set()
         self._thread.start()
 
     def close(self) -> None:
         """End every answer and the thread. Calling it twice, or from another thread, is no error."""
         self.stop()
-        self.command(self._leave)
-        if self._is_open:
+        self.command(self._is_open.clear)
+        if self._is_open.is_set():
             self._thread.join()
 
     def ticket(self, n_answers: int, *, is_streamed: bool) -> Ticket:
@@ -171,16 +171,13 @@ class DecodingThread:
                 self._driver.remove(answer)
 
     def _run(self) -> None:
-        while self._is_open:
+        while self._is_open.is_set():
             if self._tickets and self._commands.empty():
                 self._step()
             else:
                 self._commands.get()()
             if not self._tickets:
                 self._deliver()  # no step follows in which members compute
-
-    def _leave(self) -> None:
-        self._is_open = False
 
     def _end_all(self) -> None:
         self._has_stopped = True
