@@ -159,15 +159,14 @@ def _run(
 
     signals = (signal.SIGINT, signal.SIGTERM)
     with interruptible(screen, lambda: llm.interrupt() if llm else None, signals) as stop:
-        is_stream, takes_later = progress.n_total is None, options.ray is None
         run_rows(
             input,
             ledger,
             finish,
             load,
             settings,
-            is_stream=is_stream,
-            takes_later=takes_later,
+            is_stream=progress.n_total is None,
+            takes_later=options.ray is None,
             waiting=stop.at_once,
             keep=keep,
         )

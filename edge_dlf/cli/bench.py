@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from json import dumps
 from typing import Any
 
 import click
@@ -44,7 +43,7 @@ def bench(ctx: click.Context, /, json: bool, **values: Any) -> None:
         speeds = measure(llm, files, n_threads=n_threads, cache_types=cache_types, tell=tell)
         screen.end_wait()
     if json:
-        screen.show(dumps({"family": options.spec.name, **speeds}))
+        screen.show_json({"family": options.spec.name, **speeds})
     else:
         _show(screen, speeds)
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from json import dumps
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -54,7 +53,7 @@ def compare(ctx: click.Context, /, prompt: str | None, raw: bool, json: bool, **
                 question.text: {m: question.complete(llm, {**settings, "method": m}) for m in methods}
                 for question in questions
             }
-            screen.show(dumps(results if len(questions) > 1 else results[questions[0].text], ensure_ascii=False))
+            screen.show_json(results if len(questions) > 1 else results[questions[0].text])
             return
         for question in questions:
             answers, run = [Answer(method) for method in methods], partial(_run, llm, question, settings)

@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from itertools import chain
-from json import dumps
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -47,7 +46,7 @@ def doctor(ctx: click.Context, /, json: bool, **values: Any) -> None:
     screen.end_wait()
     n_problems = sum(check["verdict"] == "problem" for check in found)
     if json:
-        screen.show(dumps({"ok": n_problems == 0, "checks": found}, ensure_ascii=False, default=str))
+        screen.show_json({"ok": n_problems == 0, "checks": found})
     else:
         screen.show("all is well" if not n_problems else f"{n_problems} problem{'s' if n_problems > 1 else ''}")
     if n_problems:

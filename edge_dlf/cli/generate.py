@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ def generate(
             with interruptible(screen, llm.interrupt):
                 answer = question.complete(llm, {**options.settings, **tracer.settings})
             tracer.add_result(question.text, answer)
-            screen.show(dumps(answer, ensure_ascii=False))
+            screen.show_json(answer)
         else:
             _stream(llm, question, options.settings, screen, tracer)
 

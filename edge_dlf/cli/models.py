@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +54,7 @@ def list_(json: bool) -> None:
         {"name": entry.spec.name, **_catalogued(entry), **own} for entry, own in zip(entries, sizes, strict=True)
     ]
     if json:
-        screen.show(dumps({"families": here, "catalogue": catalogue, "models": models}, ensure_ascii=False))
+        screen.show_json({"families": here, "catalogue": catalogue, "models": models})
         return
     rows = [("FAMILY", "SIZE", "MEMORY", "", "")]
     rows += [(row["name"], size(row["bytes"]), "", "here", _state(row)) for row in here]
@@ -124,7 +123,7 @@ def show(family: str, ctx_size: int, json: bool) -> None:
     elif entry:
         about["memory"] = _fit({"total": entry.memory_bytes, "n_ctx": _CONTEXT})
     if json:
-        screen.show(dumps(about, ensure_ascii=False))
+        screen.show_json(about)
         return
     for line in _lines(about):
         screen.show(printable(line))

@@ -41,7 +41,12 @@ _LOADING = {
     "parallel": "n_parallel",
     "overlap": "overlap",
 }
-_WAYS = ("positional_family", "family", "large", "base", "expert")
+_WAYS = {
+    "FAMILY": ["positional_family"],
+    "--family": ["family"],
+    "--large, --base and --expert": ["large", "base", "expert"],
+}
+"""Ways to name a family, and the options of each."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ def spec_of_files(values: Mapping[str, Any]) -> FamilySpec:
 
 def names_a_family(values: Mapping[str, Any]) -> bool:
     """Whether the shared options name a family in any way."""
-    return any(values.get(way) for way in _WAYS)
+    return any(values.get(name) for names in _WAYS.values() for name in names)
 
 
 def _shipped() -> str:
@@ -145,12 +150,7 @@ def _shipped() -> str:
 
 def _source(ctx: click.Context, values: Mapping[str, Any]) -> str | None:
     """The family's name or path, None where it is made of files. What is typed goes before the environment."""
-    ways = {
-        "FAMILY": ["positional_family"],
-        "--family": ["family"],
-        "--large, --base and --expert": ["large", "base", "expert"],
-    }
-    given = {way: [name for name in names if values.get(name)] for way, names in ways.items()}
+    given = {way: [name for name in names if values.get(name)] for way, names in _WAYS.items()}
     typed = {
         way: [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         for way, names in given.items()
@@ -159,8 +159,8 @@ def _source(ctx: click.Context, values: Mapping[str, Any]) -> str | None:
     if len(chosen) > 1:
         raise InvalidParameterError(f"the family is named both by {chosen[0]} and by {chosen[1]}; one is enough")
     if chosen[0] in ("FAMILY", "--family"):
-        return str(values[ways[chosen[0]][0]])
-    if missing := [name for name in ways[chosen[0]] if not values[name]]:
+        return str(values[_WAYS[chosen[0]][0]])
+    if missing := [name for name in _WAYS[chosen[0]] if not values[name]]:
         raise InvalidParameterError(f"--{missing[0]} is missing; {_HOW_TO_NAME}")
     return None
 
@@ -262,10 +262,6 @@ _COMPUTING: Sequence[Decorator] = (
         help="Members on GPUs at the same time: auto (what is fastest, measured once), or how.",
     ),
 )
-_FORM: Sequence[Decorator] = (
-    click.option("--grammar", type=click.File("rb"), help="File of a GBNF grammar that answers keep to."),
-    click.option("--json-schema", type=click.File("rb"), help="File of a JSON schema that answers are JSON of."),
-)
 family_argument = click.argument("positional_family", metavar="[FAMILY]", required=False)
 EPILOG = (
     "In brackets: what holds where neither you nor the family says otherwise. Every option can also be given as an "
@@ -295,7 +291,10 @@ reading_options = _adding(*_FAMILY, *_PLACING, *_COMPUTING)
 """Which family, and how it is computed."""
 placing_options = _adding(*_FAMILY, *_PLACING)
 """Which family, and how much memory it takes where."""
-form_options = _adding(*_FORM)
+form_options = _adding(
+    click.option("--grammar", type=click.File("rb"), help="File of a GBNF grammar that answers keep to."),
+    click.option("--json-schema", type=click.File("rb"), help="File of a JSON schema that answers are JSON of."),
+)
 
 
 def _form(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -84,6 +85,10 @@ class Screen:
     def show(self, line: str) -> None:
         """Write one line, which carries its own colours."""
         print(line, flush=True)
+
+    def show_json(self, content: Any) -> None:
+        """Write what `--json` asks for: one line of JSON, with paths as text."""
+        self.show(json.dumps(content, ensure_ascii=False, default=str))
 
     def say(self, message: str) -> None:
         """Write one dim line to stderr; a wait goes on below it."""

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +87,7 @@ def tune(
     results = _results(options, screen, tasks, raw=raw, n_checked=check)
     if json:
         found = {task: result.as_json() for task, result in results.items()}
-        screen.show(dumps({"tasks": found} if task_field else found[""], ensure_ascii=False))
+        screen.show_json({"tasks": found} if task_field else found[""])
     else:
         for task, result in results.items():
             if task_field:

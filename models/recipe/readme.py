@@ -26,7 +26,7 @@ def write_readme(build: Build) -> None:
 
 def _sizes(build: Build) -> str:
     """A card for each file."""
-    large, base = (build.load(role).n_weights() for role in ("large", "base"))
+    large, base = (sum(each.numel() for each in build.load(role).parameters()) for role in ("large", "base"))
     adapter = read_info(FAMILY / f"{SEEN[0]}-lora-f16.gguf")
     lora = sum(math.prod(tensor.shape) for tensor in adapter.tensors.values())
     read = {role: SCHEDULES[role].n_steps * N_ROWS * ROW / 1e6 for role in ("large", "base")}

@@ -224,6 +224,3 @@ class Llama(nn.Module):
         finally:
             for linear in linears:
                 linear.is_plain = False
-
-    def n_weights(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
