@@ -262,7 +262,7 @@ def test_the_command_prints_a_table_and_writes_the_recommendation(demo: Path, su
     assert f"To use it: edge-dlf chat -f {demo} --method weighted --weights large=" in result.stdout
     assert "Of 3 held-out answers, generated, are exact: weighted large + sums 3" in result.stdout
     text = (demo / "family.toml").read_text()
-    assert '[defaults]  # of mine\ntemperature = 0.0\nmethod = "weighted"  # for now\nweights = { large = ' in text
+    assert '[defaults]  # of mine\ntemperature = 0.0\nmethod = "weighted"  # for now\nweights = {large = ' in text
     defaults = FamilySpec.load(demo).defaults
     assert defaults["method"] == "weighted"
     assert set(defaults["weights"]) == {"large", "sums"}
@@ -277,7 +277,7 @@ def test_what_is_written_may_be_a_profile(demo: Path, sums: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"To use it: edge-dlf chat -f {demo} --profile adding" in result.stdout
     text = (demo / "family.toml").read_text()
-    assert text.startswith(before + '[profiles.adding]\nmethod = "weighted"\nweights = { large = ')
+    assert text.startswith(before + '\n[profiles.adding]\nmethod = "weighted"\nweights = {large = ')
     spec = FamilySpec.load(demo)
     assert set(spec.profiles["adding"]["weights"]) == {"large", "sums"}
     assert spec.defaults == {"temperature": 0.0, "method": "static"}

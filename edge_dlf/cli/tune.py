@@ -19,6 +19,7 @@ from .prompts import raw_option
 from .screen import Screen, one_line, show
 
 if TYPE_CHECKING:
+    from ..evidence.examples import Row
     from ..evidence.held_out import Outcome
     from ..evidence.tune import TuneResult
 
@@ -107,12 +108,7 @@ def tune(
 
 
 def _results(
-    options: Options,
-    screen: Screen,
-    tasks: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]],
-    *,
-    raw: bool,
-    n_checked: int | None,
+    options: Options, screen: Screen, tasks: Mapping[str, Sequence[Row]], *, raw: bool, n_checked: int | None
 ) -> dict[str, TuneResult]:
     """Compare the methods on the rows of each task, and show how far it is. n_checked: answers to generate."""
     from ..evidence.examples import tokenized

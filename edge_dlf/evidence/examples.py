@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..answers.template import MemberPrompts
 from ..api import FusedLlama
 from ..errors import InvalidParameterError, require
 from ..system.jsonl import parse_object, read_lines
+
+Row: TypeAlias = tuple[str, Mapping[str, Any]]
+"""A row of a file, after a few words that say where it stands."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Example:
     own: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield where each row of a file of JSON lines stands, and the row, checked. Raises InvalidParameterError."""
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file of JSON lines, checked. Raises InvalidParameterError."""
     try:
         with path.open("rb") as file:
             for line in read_lines(file):
@@ -48,11 +51,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise InvalidParameterError(f"{path}: {(error.strerror or str(error)).lower()}") from error
 
 
-def by_task(
-    rows: Iterable[tuple[str, Mapping[str, Any]]], field: str
-) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
+def by_task(rows: Iterable[Row], field: str) -> dict[str, list[Row]]:
     """The rows of each task, which their `field` names. Raises InvalidParameterError where it does not."""
-    tasks: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    tasks: dict[str, list[Row]] = {}
     for where, row in rows:
         task = row.get(field)
         require(isinstance(task, str) and task, f"{where}: the field {field!r} must name the task, in text")
@@ -61,12 +62,9 @@ def by_task(
     return tasks
 
 
-def tokenized(
-    llm: FusedLlama, rows: Iterable[tuple[str, Mapping[str, Any]]], *, raw: bool, system: str | None
-) -> list[Example]:
+def tokenized(llm: FusedLlama, rows: Iterable[Row], *, raw: bool, system: str | None) -> list[Example]:
     """Examples of rows {"prompt", "answer"}, {"messages", "answer"}, or {"messages"} that end with the answer.
 
-    rows: each with a few words that say where it stands.
     raw: whether prompts are taken as they are, without the chat template.
     system: a message that goes before messages that have none.
 

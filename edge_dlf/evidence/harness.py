@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -53,21 +54,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             raise InvalidParameterError(f"edge-dlf has no argument {unknown[0]!r}")
         FusionParams(**settings)
         self._fusion = settings
-        self._llm: FusedLlama | None = None
         if isinstance(family, str):
             n_parallel = "auto" if str(batch_size).startswith("auto") else int(batch_size)
-            self._load: Callable[[], FusedLlama] = lambda: FusedLlama.from_family(
-                family, n_parallel=n_parallel, **loading
-            )
-        else:
-            self._load = family
+            family = partial(FusedLlama.from_family, family, n_parallel=n_parallel, **loading)
+        self._load = family
 
-    @property
+    @cached_property
     def llm(self) -> FusedLlama:
         """The family, in memory."""
-        if self._llm is None:
-            self._llm = self._load()
-        return self._llm
+        return self._load()
 
     @property
     def max_length(self) -> int:
