@@ -122,7 +122,7 @@ def _named(value: Any, key: str) -> tuple[str, str]:
     """Return name and arguments of one call. Small models mix up the names that families give the arguments."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ValueError("a call has a name")
-    arguments = next((value[name] for name in (key, "arguments", "parameters") if name in value), {})
+    arguments: Any = next((value[name] for name in (key, "arguments", "parameters") if name in value), {})
     return value["name"], as_object(arguments)
 
 

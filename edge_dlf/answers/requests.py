@@ -205,7 +205,8 @@ def _object(name: str, value: Any) -> Mapping[str, Any]:
 
 def flag(name: str, value: Any) -> bool:
     """Return `value` if it is true or false. Raises InvalidParameterError."""
-    require(isinstance(value, bool), f"{name} must be true or false, not {value!r:.60}")
+    if not isinstance(value, bool):
+        raise InvalidParameterError(f"{name} must be true or false, not {value!r:.60}")
     return value
 
 

@@ -124,7 +124,7 @@ class ChatTemplate:
                 tokens += self._tokenize(piece)
             plain.clear()
             tokens += [self._control[part]] if part else []
-        return tokens if self._first in (None, *tokens[:1]) else [self._first, *tokens]
+        return tokens if self._first is None or [self._first] == tokens[:1] else [self._first, *tokens]
 
     def _escaped(
         self, messages: list[dict[str, Any]], variables: Mapping[str, Any]

@@ -55,7 +55,7 @@ def by_task(rows: Iterable[Row], field: str) -> dict[str, list[Row]]:
     """The rows of each task, which their `field` names. Raises InvalidParameterError where it does not."""
     tasks: dict[str, list[Row]] = {}
     for where, row in rows:
-        task = row.get(field)
+        task: Any = row.get(field)
         require(isinstance(task, str) and task, f"{where}: the field {field!r} must name the task, in text")
         tasks.setdefault(task, []).append((where, row))
     require(tasks, "there are no examples")
@@ -106,7 +106,8 @@ def _parts(row: Mapping[str, Any], where: str) -> tuple[Any, str]:
             answer = last.get("content")
     elif not isinstance(prompt, str):
         raise InvalidParameterError(f"{where}: prompt must be text")
-    require(isinstance(answer, str), f"{where}: the answer must be text")
+    if not isinstance(answer, str):
+        raise InvalidParameterError(f"{where}: the answer must be text")
     require(answer.strip(), f"{where}: the answer is empty")
     return (prompt if messages is None else messages), answer
 

@@ -152,10 +152,10 @@ def _read(path: Path, dtype: np.dtype[np.void], examples: Sequence[Example]) -> 
         return found, start
     data = np.memmap(path, np.uint8, "r")
     while start + _HEADER.size <= len(data):
-        number, n_bytes, checksum = _HEADER.unpack_from(data, start)
+        number, n_bytes, checksum = _HEADER.unpack_from(data.data, start)
         content = data[start + _HEADER.size :][:n_bytes]
         is_ours = number < len(examples) and n_bytes == dtype.itemsize * len(examples[number].answer)
-        if not is_ours or len(content) < n_bytes or zlib.crc32(content) != checksum:
+        if not is_ours or len(content) < n_bytes or zlib.crc32(content.data) != checksum:
             break
         found[number] = content.view(dtype)
         start += _HEADER.size + n_bytes
