@@ -134,7 +134,7 @@ class Number(Kind):
         is_right = is_number and not isinstance(value, bool) and -_FINITE < value < _FINITE
         if is_right and self.low <= value <= self.high and not (self.is_open and value == self.low):
             return int(value) if self.is_whole else float(value)
-        require(is_right or bool(self.words), f"{setting} must be {self.type}, not {value!r:.60}")
+        require(is_right or self.words, f"{setting} must be {self.type}, not {value!r:.60}")
         raise InvalidParameterError(f"{setting} must be {self.range}, not {value!r:.60}")
 
     def schema(self) -> dict[str, Any]:

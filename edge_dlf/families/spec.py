@@ -281,7 +281,7 @@ def _known(table: Table, keys: set[str], where: str) -> None:
 
 
 def _text(value: Any, where: str) -> str:
-    require(isinstance(value, str) and bool(value), f"{where} must be a non-empty string, not {value!r}")
+    require(isinstance(value, str) and value, f"{where} must be a non-empty string, not {value!r}")
     require(not _CONTROL.search(value), f"{where} must not have control characters: {value!r:.80}")
     return str(value)
 
