@@ -268,7 +268,7 @@ def read_toml(path: Path) -> Table:
 
 
 def _check_names(names: Sequence[Any]) -> None:
-    require(bool(names), "has no expert; it needs at least one")
+    require(names, "has no expert; it needs at least one")
     for name in names:
         require(is_name(name), f"an expert's name must have {NAME_RULE}, not {name!r}")
         require(name not in METHODS, f"an expert cannot be named {name!r}: that is a role or a method")
