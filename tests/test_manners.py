@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
 
 from edge_dlf import FusedLlama, InvalidParameterError
 from edge_dlf.cli import main
-from edge_dlf.server import Address, Rules
+from edge_dlf.server import Address, Rules, running
+from edge_dlf.server.app import _Events
+from edge_dlf.server.decoding import Ticket
 
 from .http_server import Served, serving
 
@@ -82,6 +90,66 @@ def test_a_client_that_ends_its_own_direction_and_leaves_later_takes_its_answer_
             return
         server.get("/health")
     raise AssertionError("the answer is still decoded")
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n", b"\r\n", b"G"])
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_a_client_that_sends_no_whole_head_is_left(
+    server: Served, monkeypatch: pytest.MonkeyPatch, before: bytes, sent: bytes
+) -> None:
+    """It would keep one of the server's descriptors for ever."""
+    monkeypatch.setattr(running, "_HEAD_S", 0.05)
+    with socket.create_connection((server.base_url.host, server.base_url.port), timeout=30) as client:
+        client.sendall(before + sent)
+        with suppress(ConnectionResetError):
+            while client.recv(65536):
+                pass
+
+
+@pytest.mark.parametrize("ends", ["in time", "with the server"])
+def test_a_client_that_takes_nothing_of_its_answer_is_left(monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    """It would keep the places of its answers, and the server that is to end."""
+    monkeypatch.setattr(running, *(("_TAKE_S", 0.05) if ends == "in time" else ("GRACE_S", -0.95)))
+    closed = asyncio.Event()
+
+    class Places:
+        close = staticmethod(closed.set)
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x" * 65536
+            await asyncio.sleep(0)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await _Events(endless(), cast("Ticket", Places()))(scope, receive, send)
+
+    async def serve() -> None:
+        state = ServerState()
+        config = running.config_of(app)
+        with (
+            socket.create_server(("127.0.0.1", 0)) as listener,
+            socket.create_connection(listener.getsockname()) as client,
+        ):
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            loop, accepted = asyncio.get_running_loop(), listener.accept()[0]
+            made: Any = partial(running._Connection, config, state, {})
+            _, connection = await loop.connect_accepted_socket(made, accepted)
+            while connection.cycle is None:
+                await asyncio.sleep(0)
+            connection._require_head(None)  # that of this answer has come
+            assert not connection.transport.is_closing()
+            if ends == "with the server":
+                connection.shutdown()
+            await closed.wait()
+            assert not state.connections
+
+    asyncio.run(asyncio.wait_for(serve(), 30))
+
+
+@pytest.mark.parametrize("origin", ["null", "http://[::1", "http://localhost.evil", "\u00fc", "http://", "x" * 10000])
+def test_an_origin_that_is_none_of_this_server_is_refused(server: Served, origin: str) -> None:
+    response = server.get("/health", headers={"Origin": origin.encode()})
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "foreign_origin")
 
 
 @pytest.mark.parametrize(

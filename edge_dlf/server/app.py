@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import anyio
 from starlette.applications import Starlette
@@ -333,7 +333,7 @@ class _AccessControl:
         # Only programs that speak HTTP/1.0 name no host; browsers always do.
         if host and self._rules.hosts is not None and _name(host) not in self._rules.hosts:
             return HTTPError(403, "this server is not known by that name", "unknown_host")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             return HTTPError(403, "a page of another site may not ask this server", "foreign_origin")
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import signal
 import socket
@@ -28,6 +29,10 @@ GRACE_S = 3.0
 """Seconds that answers may take after the first signal."""
 _PROBE_S = 0.5
 """Seconds until the first look whether a client is still there, and until the second; then the pause doubles."""
+_HEAD_S = 30.0
+"""Seconds that a client may take to send the head of a request."""
+_TAKE_S = 60.0
+"""Seconds that a client may leave untaken what is sent to it."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,46 @@ class _Connection(H11Protocol):
     """HTTP connection that also answers a client that has sent all and ended its own direction, as `nc -N` does.
 
     To a server a client that has left looks the same, until something is sent: its system refuses that.
+    One that sends no head of a request in time, or takes nothing of its answer, is left: it would keep a descriptor,
+    or the places of its answers, from others.
     """
 
     _is_half_closed = False
+    _head_timer: asyncio.TimerHandle | None = None
+    _taking_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in filter(None, (self._head_timer, self._taking_timer)):
+            timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._taking_timer = self.loop.call_later(_TAKE_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._taking_timer:
+            self._taking_timer.cancel()
+
+    def shutdown(self) -> None:
+        """Close the connection once it is idle, or a second after all answers have ended."""
+        super().shutdown()
+        self.loop.call_later(GRACE_S + 1, self.transport.abort)
+
+    def _expect_head(self) -> None:
+        if self._head_timer:
+            self._head_timer.cancel()
+        self._head_timer = self.loop.call_later(_HEAD_S, self._require_head, self.cycle)
+
+    def _require_head(self, earlier: object) -> None:
+        """Leave a client of which no request has come since the `earlier` one."""
+        if self.cycle is earlier:
+            self.transport.abort()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         self._is_half_closed = self._is_answering()
@@ -85,6 +127,8 @@ class _Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()  # which begins to answer what else the client has sent
+        if self.cycle.response_complete:
+            self._expect_head()
         if self._is_half_closed and self._is_answering():
             self.loop.call_later(_PROBE_S, self._probe, _PROBE_S)
         elif self._is_half_closed:
