@@ -162,6 +162,7 @@ def test_home_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (HEAD + EXPERT + "[defaults]\nlogit_bias = {x = 1}", "logit_bias must map token ids to numbers"),
         (HEAD + EXPERT + "[defaults]\nlogit_bias = {5 = 'x'}", "logit_bias of 5 must be a finite number, not 'x'"),
         ("defaults = 3\n" + HEAD + EXPERT, "defaults must be a table, [defaults]"),
+        (".".join(["a"] * 100_000) + " = 1\n", "a line with more than 1000 dots"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_reason(tmp_path: Path, content: str | bytes, expected: str) -> None:

@@ -25,7 +25,7 @@ else:
 Table: TypeAlias = dict[str, Any]
 
 FILE_NAME = "family.toml"
-_MAX_FILE_BYTES = 1 << 20
+_MAX_FILE_BYTES, _MAX_DOTS = 1 << 20, 1000
 NAME_RULE = "letters, digits, '.', '_' and '-', and begin with a letter or digit"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -260,6 +260,9 @@ def read_toml(path: Path) -> Table:
     with path.open("rb") as file:
         content = file.read(_MAX_FILE_BYTES + 1)
     require(len(content) <= _MAX_FILE_BYTES, "is larger than 1 MiB, so it is no family.toml")
+    # A key of so many parts takes Python's parser minutes.
+    has_long_key = any(line.count(b".") > _MAX_DOTS for line in content.splitlines())
+    require(not has_long_key, f"has a line with more than {_MAX_DOTS} dots, so it is no family.toml")
     try:
         table: Table = tomllib.loads(content.decode("utf-8-sig"))
         return table
