@@ -323,8 +323,10 @@ class FusedLlama:
         own: Any = prompts
         if isinstance(prompts, Mapping):
             own = {name: self.apply_chat_template(each, **of_template) for name, each in prompts.items()}
-        require(flag("logprobs", logprobs or False) or not top_logprobs, "top_logprobs needs logprobs=True")
-        prompt, n_top = self._preparer.chat(messages, arguments), top_logprobs or 0
+        n_top = 0 if top_logprobs is None else count("top_logprobs", top_logprobs)
+        is_listed = flag("logprobs", False if logprobs is None else logprobs)
+        require(is_listed or not n_top, "top_logprobs needs logprobs=True")
+        prompt = self._preparer.chat(messages, arguments)
         answer = self._preparer.answer("create_chat_completion", prompt, top_logprobs=n_top, prompts=own, **arguments)
         return self._complete(ChatCompletion(answer, self.name, logprobs, self._preparer.tokenizer.name_bytes), stream)
 

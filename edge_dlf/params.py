@@ -179,22 +179,23 @@ class ByName(Kind):
 
 
 class Biases(Kind):
-    """A number for each token id; −inf bans the token."""
+    """A number for each of 65,536 token ids at most, which every step looks at; −inf bans the token."""
 
-    _ID = "[0-9]{1,18}"
+    _ID, _MOST = "[0-9]{1,18}", 2**16
 
     def read(self, setting: str, value: Any) -> dict[int, float]:
+        n_tokens = len(value) if isinstance(value, Mapping) else 0
+        require(n_tokens <= self._MOST, f"{setting} names {n_tokens} tokens, more than {self._MOST}")
         is_map = isinstance(value, Mapping) and all(re.fullmatch(self._ID, str(token)) for token in value)
         require(is_map, f"{setting} must map token ids to numbers, not {value!r:.60}")
-        biases = {int(token): bias for token, bias in value.items()}
         return {
-            token: bias if bias == -math.inf else Number().read(f"{setting} of {token}", bias)
-            for token, bias in biases.items()
+            int(token): bias if bias == -math.inf else Number().read(f"{setting} of {token}", bias)
+            for token, bias in value.items()
         }
 
     def schema(self) -> dict[str, Any]:
-        ids = {"pattern": f"^{self._ID}$"}
-        return {"type": "object", "propertyNames": ids, "additionalProperties": {"type": "number"}}
+        ids, number = {"pattern": f"^{self._ID}$"}, {"type": "number"}
+        return {"type": "object", "propertyNames": ids, "additionalProperties": number, "maxProperties": self._MOST}
 
 
 Place: TypeAlias = Literal["command line", "chat", "family", "body", "edge_dlf", "eval"]

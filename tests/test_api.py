@@ -472,6 +472,18 @@ def test_values_that_cannot_be(tiny_llm: FusedLlama, settings: dict[str, object]
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "grammar", "json_schema", "logit_bias", "logprobs", "profile", "prompts", "response_format", "stop", "think",
+        "chat_template_kwargs", "parallel_tool_calls", "stream", "tool_choice", "tools", "top_logprobs", "weights",
+    ],
+)  # fmt: skip
+def test_an_array_that_is_neither_true_nor_false_is_an_error_of_this_library(tiny_llm: FusedLlama, name: str) -> None:
+    with pytest.raises(InvalidParameterError):
+        tiny_llm.create_chat_completion([{"role": "user", "content": "Hi"}], **{name: np.array([1, 2])})
+
+
+@pytest.mark.parametrize(
     "prompt",
     [None, 5, b"abc", bytearray(b"abc"), [1.0], [1.5], [True], ["a"], [None], [[1]], {}, {"a": 1}, {1, 2}, object(),
      [-1], [2**70], np.array([1.0]), np.array([[1]]), np.int32(3)],

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_dlf import ContextOverflowError, FusedLlama, InvalidParameterError
+from edge_dlf import ContextOverflowError, FusedLlama, InvalidParameterError, SamplingParams
 from edge_dlf.answers.fewest_tokens import FewestTokens
 from edge_dlf.answers.text import to_bytes
 from edge_dlf.llama import Model
@@ -70,6 +70,13 @@ def test_text_of_megabytes_is_refused_with_the_numbers(llm: FusedLlama, char: st
 def test_a_list_of_more_ids_than_the_context_is_refused(llm: FusedLlama) -> None:
     with pytest.raises(ContextOverflowError, match="the prompt has 1000000 tokens, more than the context of 256"):
         llm.create_completion([1] * 1_000_000, max_tokens=2)
+
+
+def test_more_biases_than_a_step_can_look_at_are_refused(llm: FusedLlama) -> None:
+    biases = dict.fromkeys(map(str, range(2**16)), 1)
+    assert len(SamplingParams(logit_bias=biases).logit_bias or ()) == 2**16
+    with pytest.raises(InvalidParameterError, match="logit_bias names 65537 tokens, more than 65536"):
+        llm.create_completion("a", logit_bias={**biases, "x": 1}, max_tokens=2)
 
 
 @pytest.mark.parametrize(

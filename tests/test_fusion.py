@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,13 @@ def test_shifted_copy_of_the_base_is_the_base():
     rng = np.random.default_rng(0)
     large, base, _ = make_rows(rng, "plain", 5000, 1)
     assert search_alpha(large, base, base + np.float32(3.3)).alpha == 0.0
+
+
+def test_a_score_beyond_float32_is_an_error_and_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(NonFiniteLogitsError, match="base"):
+            search_alpha([1.0, 2.0], [1e300, 2.0], [[1.0, 2.0]])
 
 
 rows = hnp.arrays(np.float32, (3, 12), elements=st.floats(-20, 20, width=32))

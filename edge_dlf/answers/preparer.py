@@ -88,7 +88,7 @@ class Preparer:
         sampling, fusion = self.params(function, settings)
         max_tokens, stop = SETTINGS["max_tokens"].read(max_tokens), SETTINGS["stop"].read(stop)
         n_top = count("top_logprobs", top_logprobs)
-        own = prompts or {}
+        own = {} if prompts is None else prompts
         if not isinstance(own, Mapping):
             raise InvalidParameterError(f"prompts must map members to prompts, not {own!r:.60}")
         names = self._ensemble.names
@@ -239,7 +239,8 @@ class Preparer:
         """
         if unknown := sorted(set(settings) - SAMPLING - FUSION - {"profile"}):
             raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
-        named = profile_of(self._profiles, settings.get("profile") or self._profile)
+        profile = settings.get("profile")
+        named = profile_of(self._profiles, self._profile if profile is None else profile)
         given = {name: value for name, value in settings.items() if value is not None or DEFAULTS[name] is None}
         sampling, fusion = params_of({**self._defaults, **named, **given})
         self.tokenizer.known(list(sampling.logit_bias or ()))

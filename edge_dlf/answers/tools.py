@@ -63,8 +63,9 @@ def read_tools(tools: Any, tool_choice: Any = None, parallel_tool_calls: Any = N
     """Read these fields of a request; None where the answer may call nothing. Raises InvalidParameterError."""
     if not isinstance(parallel_tool_calls, bool | None):
         raise InvalidParameterError(f"parallel_tool_calls must be true or false, not {parallel_tool_calls!r:.60}")
-    if tools is None or tools == []:
-        require(tool_choice in (None, "none", "auto"), "tool_choice needs tools")
+    if tools is None or (isinstance(tools, list | tuple) and not tools):
+        asks_none = isinstance(tool_choice, str | None) and tool_choice in (None, "none", "auto")
+        require(asks_none, "tool_choice needs tools")
         return None
     if not isinstance(tools, Sequence) or isinstance(tools, str):
         raise InvalidParameterError(f"tools must be a list, not {tools!r:.60}")
@@ -75,7 +76,7 @@ def read_tools(tools: Any, tool_choice: Any = None, parallel_tool_calls: Any = N
     choice = "auto" if tool_choice is None else tool_choice
     one_call = parallel_tool_calls is False
     definitions = tuple({"type": "function", "function": function} for function in functions)
-    if choice in _CHOICES:
+    if isinstance(choice, str) and choice in _CHOICES:
         return None if choice == "none" else Tools(definitions, schemas, strict, choice == "required", one_call)
     name = _chosen(choice)
     require(name in schemas, f"tool_choice names {name!r:.60}, which is none of the tools")

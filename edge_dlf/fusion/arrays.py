@@ -67,7 +67,8 @@ def fuse_logits(
 
 def _members(large: npt.ArrayLike, base: npt.ArrayLike, expert: npt.ArrayLike) -> tuple[list[Float32Array], list[str]]:
     """Check the shapes. Returns each member's row as (1, V), and the members' names."""
-    arrays = [np.require(_numbers("logits", x), np.float32, ["C", "W", "A"]) for x in (large, base, expert)]
+    with np.errstate(over="ignore"):  # what float32 cannot hold is +inf, an error that names the member
+        arrays = [np.require(_numbers("logits", x), np.float32, ["C", "W", "A"]) for x in (large, base, expert)]
     require(arrays[0].ndim == 1 and arrays[0].size, f"large_logits must have shape (V,), not {arrays[0].shape}")
     n_vocab = arrays[0].size
     require(arrays[1].shape == (n_vocab,), f"base_logits must have shape ({n_vocab},), not {arrays[1].shape}")
