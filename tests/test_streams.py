@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import pytest
+
+from edge_dlf.fusion.ready import working_folder
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "How much is 21 and 39 together?"
@@ -70,7 +73,7 @@ def command(*arguments: str) -> list[str]:
 
 class Run:
     """A command that has ended, with the standard descriptors `closed`, `full` (a disk without room) or `wrong` (open
-    in the other direction)."""
+    in the other direction). is_removed: whether its working folder is gone."""
 
     def __init__(
         self,
@@ -81,6 +84,8 @@ class Run:
         full: Sequence[int] = (),
         wrong: Sequence[int] = (),
         stdin: str = "",
+        environment: Mapping[str, str] = MappingProxyType({}),
+        is_removed: bool = False,
     ) -> None:
         def prepare() -> None:
             for fd in full:
@@ -89,11 +94,16 @@ class Run:
                 os.dup2(os.open("/dev/null", os.O_RDONLY if fd else os.O_WRONLY), fd)
             for fd in closed:
                 os.close(fd)
+            if is_removed:
+                removed = folder / "removed"
+                removed.mkdir()
+                os.chdir(removed)
+                removed.rmdir()
             resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # last: the parent may hold more
 
         done = subprocess.run(
-            command(*arguments), cwd=folder, env=ENVIRONMENT, preexec_fn=prepare, capture_output=True, input=stdin,
-            encoding="utf-8", timeout=60, check=False,
+            command(*arguments), cwd=folder, env={**ENVIRONMENT, **environment}, preexec_fn=prepare,
+            capture_output=True, input=stdin, encoding="utf-8", timeout=60, check=False,
         )  # fmt: skip
         self.code, self.stdout = done.returncode, done.stdout
         self.complaints = [line for line in done.stderr.splitlines() if line.startswith("edge-dlf:")]
@@ -125,6 +135,45 @@ def test_a_stdout_without_room_is_an_error_in_one_line(folder: Path, name: str) 
 def test_a_stdout_that_takes_nothing_is_an_error_in_one_line(folder: Path, name: str, how: str) -> None:
     done = Run(folder, WRITING[name], **{how: [1]})
     assert (done.code, done.complaints) == (1, ["edge-dlf: stdout: bad file descriptor"])
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "batch", "doctor", "version"])
+def test_python_has_nothing_to_warn_of(folder: Path, name: str) -> None:
+    assert Run(folder, WRITING[name], environment={"PYTHONWARNINGS": "error"}).code == 0
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "compare", "doctor", "list", "show", "version"])
+def test_a_working_folder_that_has_been_removed_is_not_needed(folder: Path, name: str) -> None:
+    assert Run(folder, WRITING[name], is_removed=True).code == 0
+
+
+@pytest.mark.parametrize("name", ["batch", "batch-json", "trace"])
+def test_a_file_of_a_removed_working_folder_is_missing(folder: Path, name: str) -> None:
+    assert Run(folder, WRITING[name], is_removed=True).code == 2
+
+
+def test_kernels_are_compiled_where_the_working_folder_has_been_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numba asks for the working folder then."""
+    (tmp_path / "removed").mkdir()
+    monkeypatch.chdir(tmp_path / "removed")
+    (tmp_path / "removed").rmdir()
+    with working_folder():
+        assert Path.cwd() == Path("/")
+    with pytest.raises(FileNotFoundError):
+        Path.cwd()
+
+
+def test_a_library_that_cannot_be_loaded_is_an_error_in_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "llama_cpp.py").write_text(
+        "try:\n    raise ImportError('libx.so: failed to map\\nsegment')\n"
+        "except ImportError as error:\n    raise ImportError('a page of advice') from error\n"
+    )
+    for name in ("version", "generate"):
+        done = Run(folder, WRITING[name], environment={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+        line = "edge-dlf: a part of this installation cannot be loaded: libx.so: failed to map segment"
+        assert (done.code, done.complaints) == (1, [line])
 
 
 @pytest.mark.parametrize("name", REFUSED)

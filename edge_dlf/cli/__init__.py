@@ -48,6 +48,9 @@ class _Group(click.Group):
             if not isinstance(error, BrokenPipeError):  # a reader that leaves, such as `head`, wants no more lines
                 click.echo(f"edge-dlf: {one_line(found)}", err=True)
             sys.exit(found.exit_code)
+        except ImportError as error:  # also where memory does not suffice for a library
+            click.echo(f"edge-dlf: a part of this installation cannot be loaded: {one_line(_origin(error))}", err=True)
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         for stream in (sys.stdout, sys.stderr):
@@ -70,6 +73,11 @@ class _Group(click.Group):
         for title, commands in _SECTIONS.items():
             with formatter.section(title):
                 formatter.write_dl([(str(command.name), command.get_short_help_str()) for command in commands])
+
+
+def _origin(error: BaseException) -> BaseException:
+    """The error that others were raised from; NumPy's own is a page of advice."""
+    return _origin(error.__cause__) if error.__cause__ else error
 
 
 @contextmanager

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
@@ -24,7 +27,7 @@ _PATIENCE_S = 4.0
 _WORTH_THREADS = 2**14
 """Tokens of a vocabulary whose search takes longer than it takes to wake a second thread."""
 _COMPILE = f"from {__name__} import compile_search; compile_search()"
-_NULL = subprocess.DEVNULL
+_NULL, _ROOT = subprocess.DEVNULL, "/"
 _NAMES = "large", "base", "expert"
 _ROWS = np.array([[[0.0, 1.0]], [[0.0, 1.0]], [[1.0, 2.0]]], np.float32)
 _MASKED = np.array([[[0.0, 1.0]], [[0.0, 1.0]], [[1.0, -np.inf]]], np.float32)
@@ -37,10 +40,28 @@ def ready_fuser(n_vocab: int, n_threads: int, lacking: Mapping[str, Int64Array])
     timer.daemon = True
     timer.start()
     try:
-        warm_up()
+        with working_folder():
+            warm_up()
     finally:
         timer.cancel()
     return Fuser(n_vocab, n_threads if n_vocab >= _WORTH_THREADS else 1, lacking)
+
+
+@contextmanager
+def working_folder() -> Iterator[None]:
+    """A working folder for numba, which asks for it while it compiles: where it has been removed, the root."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        removed = os.open(".", os.O_RDONLY)
+        os.chdir(_ROOT)
+        try:
+            yield
+        finally:
+            os.fchdir(removed)
+            os.close(removed)
+    else:
+        yield
 
 
 def warm_up() -> None:
@@ -52,7 +73,7 @@ def warm_up() -> None:
     other = None
     if not is_ready(search_rows) and n_cores() > 1:
         command = python_command(_COMPILE)
-        other = subprocess.Popen(command, stdin=_NULL, stdout=subprocess.PIPE, stderr=_NULL)
+        other = subprocess.Popen(command, stdin=_NULL, stdout=subprocess.PIPE, stderr=_NULL, cwd=_ROOT)
     draw = Draw(SamplingParams(temperature=0.0), seed=0, position=0, recent=np.empty(0, np.int32))
     Fuser(2).pick(list(_ROWS), _NAMES, FusionParams("static"), [(1.0,)], [draw])
     if other is not None and other.stdout:

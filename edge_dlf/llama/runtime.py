@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 
 import llama_cpp as lib
 import psutil
+from llama_cpp import _utils
 
 from ..system.machine import GPU, n_cores, require_platform
 from .amx import amx_crashes
@@ -27,6 +29,18 @@ _GPU, _INTEGRATED_GPU = 1, 2  # of enum ggml_backend_dev_type
 require_platform()
 _LIBC = ctypes.CDLL(None)
 _ALLOCATION_FAILURES = ("alloc", "out of memory", "failed to fit", "cudaMalloc")
+
+
+def _keep_null_files() -> None:
+    """Make llama-cpp-python's files over /dev/null ones that may stay open to the end of this process. Of others that
+    nobody has closed Python warns."""
+    for name in ("outnull_file", "errnull_file"):
+        with getattr(_utils, name) as file:
+            fd = os.dup(file.fileno())
+        setattr(_utils, name, open(fd, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+_keep_null_files()
 
 
 class Log:
