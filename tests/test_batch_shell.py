@@ -121,6 +121,30 @@ class TestOverwriting:
         assert "is both" in result.stderr or "is the input" in result.stderr
         assert {path.name for path in Path().iterdir()} == names
 
+    def test_a_pipe_that_would_be_read_and_written_is_refused(self, run: Runner) -> None:
+        os.mkfifo("fifo")
+        Path("link").symlink_to("fifo")
+        fd = os.open("fifo", os.O_RDWR)  # so that nobody waits for the other end
+        try:
+            result = run(FakeLlama(), "fifo", "-o", "link")
+        finally:
+            os.close(fd)
+        assert (result.exit_code, result.stderr) == (2, "edge-dlf: link: is the input; write the answers elsewhere\n")
+
+    @pytest.mark.parametrize("args", [["-o", "out/"], ["-o", "out", "--errors", "bad/"], ["-o", "in/"]])
+    def test_a_name_that_ends_as_a_folder_is_no_file(self, run: Runner, args: list[str]) -> None:
+        write("in", prompts(2))
+        result = run(FakeLlama(), "in", *args)
+        assert (result.exit_code, "is a folder" in result.stderr) == (2, True)
+        assert [path.name for path in Path().iterdir()] == ["in"]
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+    def test_a_manifest_that_never_ends_is_none(self, run: Runner) -> None:
+        write("in", prompts(2))
+        Path("out.manifest.json").symlink_to("/dev/full")
+        result = run(FakeLlama(), "in", "-o", "out")
+        assert (result.exit_code, "is no manifest" in result.stderr) == (2, True)
+
     def test_so_are_hard_links_of_what_is_there(self, run: Runner) -> None:
         write("in", prompts(2))
         run(FakeLlama(), "in", "-o", "out", "--trace", "trace")

@@ -68,6 +68,15 @@ class TestLines:
         ]
         assert [(line.start, line.n_bytes) for line in lines] == [(0, 8), (8, 10), (18, 1001), (1019, 54)]
 
+    def test_a_line_that_never_ends_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(jsonl, "_ENDLESS_BYTES", 1 << 22)
+        monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1 << 20)
+        with (
+            Path("/dev/zero").open("rb") as file,
+            pytest.raises(InvalidParameterError, match="line 1 has more than 1 GiB"),
+        ):
+            list(read_lines(file))
+
     def test_a_pipe_gives_the_lines_that_a_file_gives(self) -> None:
         content = b"one\n\n" + b"x" * 70_000 + b"\nthree"
         for limit in (3, 1000, 1 << 20):
@@ -180,6 +189,26 @@ class TestAppender:
         with Appender(tmp_path / "out", 0) as file:
             file.append(b"a long line\n")
         assert (tmp_path / "out").read_bytes() == b"a long line\n"
+
+    @pytest.mark.parametrize("harm", ["removed", "replaced", "cut", "its folder removed"])
+    def test_a_file_that_another_program_takes_away_is_an_error(self, tmp_path: Path, harm: str) -> None:
+        """The rows would be lost, and the batch told as done."""
+        path = tmp_path / "folder" / "out"
+        path.parent.mkdir()
+        file = Appender(path, 0)
+        file.append(b"line\n")
+        if harm == "cut":
+            os.truncate(path, 2)
+        else:
+            path.rename(tmp_path / "moved")
+        if harm == "replaced":
+            path.write_bytes(b"of another program\n")
+        if harm == "its folder removed":
+            path.parent.rmdir()
+        with pytest.raises(EdgeDLFError, match="another program has removed, replaced or cut this file") as raised:
+            file.close()
+        assert raised.value.exit_code == 1
+        assert harm != "replaced" or path.read_bytes() == b"of another program\n"
 
     def test_a_disk_that_fails_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fsync(_: int) -> None:

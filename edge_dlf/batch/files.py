@@ -37,7 +37,8 @@ class _Place(NamedTuple):
     def is_same(self, other: _Place) -> bool:
         """Whether both are one file, or would become one."""
         is_one = self.status and other.status and os.path.samestat(self.status, other.status)
-        return bool((self.path and self.path == other.path) or (is_one and _is_regular(self.status)))
+        is_own = self.status is not None and (stat.S_ISREG(self.status.st_mode) or stat.S_ISFIFO(self.status.st_mode))
+        return bool((self.path and self.path == other.path) or (is_one and is_own))
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ class Targets:
         """Raises InvalidParameterError where two of them, the trace, the input or the files beside them are one."""
         require(errors not in _STDOUT, "--errors must be a file")
         targets = cls(None if output in _STDOUT else _real(output), _real(errors) if errors else None)
-        for path in filter(None, (targets.output, targets.errors)):
-            require(not path.is_dir(), f"{path}: is a folder")
+        for name, path in ((output, targets.output), (errors, targets.errors)):
+            is_folder = path and (path.is_dir() or str(name).endswith(os.sep))
+            require(not is_folder, f"{path}: is a folder")
         writing = [
             _Place("the output", targets.output, status_of(targets.output or sys.stdout)),
             *(_Place.of("the file of errors", path) for path in [targets.errors] if path),

@@ -44,7 +44,8 @@ class Manifest:
     def load(cls, path: Path) -> Manifest | None:
         """Read the manifest; None if there is no such file. Raises InvalidParameterError if it cannot be read."""
         try:
-            saved = json.loads(path.read_bytes())
+            is_endless = path.exists() and not path.is_file()  # a pipe, or a device such as /dev/full
+            saved = {} if is_endless else json.loads(path.read_bytes())
             if saved.pop("format") == _FORMAT:
                 return cls(**saved)
         except FileNotFoundError:

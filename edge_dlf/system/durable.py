@@ -39,7 +39,8 @@ def file_error(path: str | PathLike[str], error: OSError, kept: str = "") -> Edg
 class Appender(AbstractContextManager["Appender"]):
     """A file that grows by whole lines. Each of them is there in full or not at all, and on disk a second later.
 
-    A context manager. Raises EdgeDLFError where the disk is full or fails.
+    A context manager. Raises EdgeDLFError where the disk is full or fails, and, within a second, where another program
+    has removed, replaced or cut the file.
     """
 
     def __init__(self, path: Path, n_bytes: int) -> None:
@@ -96,8 +97,19 @@ class Appender(AbstractContextManager["Appender"]):
             try:
                 if not self._is_closed:
                     os.fsync(self._fd)
+                    self._require_place()
             except OSError as error:
                 self._failure = self._failure or error
+
+    def _require_place(self) -> None:
+        """Raise OSError where the lines are no longer what the path leads to."""
+        n_bytes, own = self._n_bytes, os.fstat(self._fd)
+        try:
+            is_there = os.path.samestat(own, self.path.stat())
+        except FileNotFoundError:
+            is_there = False
+        if own.st_size < n_bytes or not is_there:
+            raise OSError(errno.ESTALE, "another program has removed, replaced or cut this file")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple, NoReturn
 from ..errors import require
 
 MAX_LINE_BYTES = 64 << 20
+_ENDLESS_BYTES = 1 << 30
 BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")
 _COMPRESSED = {
@@ -70,7 +71,7 @@ class Pipe:
 def read_lines(file: IO[bytes] | Pipe) -> Iterator[Line]:
     """The lines of `file` that are not blank, holding no more than one of them; a byte order mark is left out.
 
-    Raises InvalidParameterError for a file that is UTF-16, or compressed.
+    Raises InvalidParameterError for a file that is UTF-16, or compressed, or a line that may never end.
     """
     number = start = 0
     while content := file.readline(MAX_LINE_BYTES):
@@ -80,6 +81,8 @@ def read_lines(file: IO[bytes] | Pipe) -> Iterator[Line]:
             n_bytes += len(last)
             is_short = False
             content = b""
+            if n_bytes > _ENDLESS_BYTES:  # such as that of /dev/zero
+                raise InvalidParameterError(f"{getattr(file, 'name', 'the input')}: line {number} has more than 1 GiB")
         if number == 1:
             _require_text(content, getattr(file, "name", "the input"))
             content = content.removeprefix(BOM)
