@@ -12,6 +12,7 @@ import pytest
 
 from edge_dlf import FusedLlama
 from edge_dlf.answers.forms import Form
+from edge_dlf.answers.template import ChatTemplate
 from edge_dlf.engine.constraint import StillComputingError
 from edge_dlf.server import Rules
 
@@ -62,6 +63,25 @@ def others_are_answered_beside(server: Served, gate: Gate, body: dict[str, Any],
         finally:
             gate.is_open.set()
         assert {each.result().status_code for each in held} == {200}
+
+
+def test_a_prompt_is_made_once_for_all_its_choices(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 choices of a long conversation, the others would wait 80 times for the one template."""
+    n_made = []
+    make = ChatTemplate.prompt
+
+    def counted(self: ChatTemplate, *arguments: Any) -> Any:
+        n_made.append(1)
+        return make(self, *arguments)
+
+    monkeypatch.setattr(ChatTemplate, "prompt", counted)
+    body = {**QUICK, "seed": 5, "temperature": 2, "top_k": 0, "min_p": 0, "chat_template_kwargs": {"a": "b"}}
+    several = server.post(CHAT, json={**body, "n": 6}).json()
+    assert len(n_made) == 1
+    one = server.post(CHAT, json={**body, "seed": 8}).json()
+    assert several["choices"][3]["message"] == one["choices"][0]["message"]
+    assert several["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
+    assert len({choice["message"]["content"] for choice in several["choices"]}) > 1
 
 
 def test_while_a_request_is_prepared(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:

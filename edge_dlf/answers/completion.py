@@ -29,6 +29,8 @@ class Completion:
     object = "text_completion"
     chunk_object = "text_completion"
     prefix = "cmpl"
+    prompt: Any = None
+    """What the chat template has made of the request, for its other choices."""
 
     def __init__(
         self, answer: Answer, model: str, logprobs: bool, piece: Callable[[int], bytes], n_prompt_chars: int = 0

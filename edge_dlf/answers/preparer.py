@@ -206,7 +206,9 @@ class Preparer:
             arguments = {n: v for n, v in arguments.items() if n not in _OF_THINKING or n in request.settings}
         answer = self.answer("prepare", prompt, draft=draft, trace=trace, **arguments)
         if request.is_chat:
-            return ChatCompletion(answer, self._name, bool(logprobs), self.tokenizer.name_bytes)
+            completion = ChatCompletion(answer, self._name, bool(logprobs), self.tokenizer.name_bytes)
+            completion.prompt = prompt
+            return completion
         return self.completion(answer, prompt, logprobs)
 
     def completion(self, answer: Answer, prompt: Prompt, logprobs: int | None) -> Completion:
@@ -217,6 +219,10 @@ class Preparer:
     def _content(self, request: Request, arguments: dict[str, Any], *, raw: bool, system: str | None) -> Prompt:
         """Return the prompt of a batched request."""
         content: Any = request.content
+        if request.prompt is not None:
+            for name in OF_TEMPLATE:
+                arguments.pop(name, None)
+            return request.prompt  # type: ignore[no-any-return]
         if not request.is_chat:
             if raw or request.is_raw or not isinstance(content, str):
                 return request.content  # type: ignore[no-any-return]

@@ -38,6 +38,7 @@ class Request:
 
     is_raw: whether a prompt must be taken raw. settings: keyword arguments of `FusedLlama.create_chat_completion` or
     `create_completion`, those that were given. columns: names beside the request in its line, which nothing uses.
+    prompt: what the chat template has made of the content for an earlier choice; None where it is still to be made.
     """
 
     is_chat: bool
@@ -45,6 +46,7 @@ class Request:
     settings: Mapping[str, Any]
     is_raw: bool = False
     columns: Sequence[str] = ()
+    prompt: Any = None
 
 
 def request_id(line: Any, number: int) -> str:

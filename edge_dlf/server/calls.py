@@ -72,10 +72,12 @@ class Call:
 
     def prepare(self, llm: FusedLlama, settings: Mapping[str, Any]) -> list[Completion]:
         """Return the choices, checked, of which nothing has been evaluated yet. Raises EdgeDLFError."""
-        choices = [llm.prepare(request, trace=self.trace, **settings) for request in self.requests]
         fields = {"model": self.model, **({"usage": None} if self.include_usage else {})}
-        for index, choice in enumerate(choices):
-            choice.join(choices[0], index, fields)
+        choices: list[Completion] = []
+        for index, request in enumerate(self.requests):
+            made = choices[-1].prompt if index % self.n else None
+            choices.append(llm.prepare(replace(request, prompt=made), trace=self.trace, **settings))
+            choices[-1].join(choices[0], index, fields)
         return choices
 
 
