@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from edge_dlf import EdgeDLFError, FusedLlama
 from edge_dlf.cli import main
 from edge_dlf.cli.conversation import Conversation, load
 from edge_dlf.cli.options import Options
+from edge_dlf.families.manifest import Manifest
 from edge_dlf.families.spec import FamilySpec
 
 from .fake_llm import FakeLlama
@@ -90,6 +92,23 @@ def test_a_pipe_is_input_and_no_place_for_a_trace(folder: Path, tiny: Path) -> N
     assert (result.exit_code, result.stderr) == (2, "edge-dlf: fifo: is no regular file\n")
     result = CliRunner().invoke(main, ["show", "fifo"])
     assert result.exit_code == 3
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_a_name_that_is_no_utf8(folder: Path, tiny: Path) -> None:
+    name = os.fsdecode(b"inv\xff")
+    Path(name).symlink_to(tiny / "large.gguf")
+    files = ["--large", name, "--base", str(tiny / "base.gguf"), "--expert", f"a={tiny / 'tuned.gguf'}"]
+    result = CliRunner().invoke(main, ["new", "mine", *files])
+    complaint = "a family.toml is UTF-8, which the name of one of these files is not; rename the file"
+    assert (result.exit_code, result.stderr) == (2, f"edge-dlf: {complaint}\n")
+    assert not Path("models/mine").exists()
+    manifest = Manifest({"large": [{"file": name}]}, {})
+    manifest.save(Path("manifest"))
+    assert Manifest.load(Path("manifest")) == manifest
+    Path(f"{name}.jsonl").touch()
+    assert CliRunner().invoke(main, ["trace", f"{name}.jsonl"]).exit_code == 0
+    assert Path(f"{name}.html").read_bytes().decode("utf-8")
 
 
 @pytest.mark.parametrize("name", ["~nosuch/a", LONG, "no\0thing", "folder", "loop"])

@@ -61,7 +61,7 @@ def _write(
         "meta": json.dumps(meta).replace("<", "\\u003c"),
         "first": first.decode("ascii"),
     }
-    file.write(re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], head).encode())
+    file.write(re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], head).encode("utf-8", "replace"))
     rest.seek(0)
     shutil.copyfileobj(rest, file)
     file.write(tail.encode())

@@ -134,19 +134,27 @@ def as_hub_source(source: ModelSource) -> ModelSource:
 
 
 def write_family(spec: FamilySpec) -> Path:
-    """Write `family.toml` of a new family into the models folder; returns its path. Raises FamilyError."""
+    """Write `family.toml` of a new family into the models folder; returns its path.
+
+    Raises FamilyError where there is one, InvalidParameterError for names that no TOML can hold.
+    """
     folder = models_dir() / spec.name
     if folder.is_symlink() or (folder / FILE_NAME).is_symlink() or (folder / FILE_NAME).exists():
         raise FamilyError(f"{spec.name} is there already, in {folder}; `edge-dlf rm {spec.name}` removes it")
-    folder.mkdir(parents=True, exist_ok=True)
     experts = [_expert_table(expert) for expert in spec.experts]
     table = {"name": spec.name, "large": _table(spec.large), "base": _table(spec.base), "experts": experts}
     if spec.defaults:
         table["defaults"] = _plain(spec.defaults)
     if spec.profiles:
         table["profiles"] = {name: _plain(settings) for name, settings in spec.profiles.items()}
+    try:
+        content = tomlkit.dumps(table).encode()
+    except UnicodeEncodeError:
+        complaint = "a family.toml is UTF-8, which the name of one of these files is not; rename the file"
+        raise InvalidParameterError(complaint) from None
+    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / FILE_NAME) as file:
-        file.write(tomlkit.dumps(table).encode())
+        file.write(content)
     return folder / FILE_NAME
 
 

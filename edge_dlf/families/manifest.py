@@ -59,7 +59,8 @@ class Manifest:
     def save(self, path: Path) -> None:
         """Write it, all at once. Raises EdgeDLFError."""
         with replacing(path) as file:
-            file.write(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, ensure_ascii=False).encode() + b"\n")
+            text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
+            file.write(text.encode("utf-8", "backslashreplace") + b"\n")  # JSON has the same escape for half a pair
 
     def contents(self) -> dict[str, list[dict[str, Any]]]:
         """The family without the names of its files, which may be moved."""
