@@ -23,7 +23,7 @@ from .errors import EdgeDLFError, require
 from .families.files import FamilyFiles, check_files
 from .families.members import Members, plan_memory
 from .families.spec import FamilySpec
-from .llama import default_n_threads
+from .llama import MAX_THREADS, default_n_threads
 from .params import OVERLAPS, Number, Overlap
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 ExpertFiles: TypeAlias = str | Path | Sequence[tuple[str | Path, float]]
 
 _MAX_OWN_CTX = 4096
-_THREADS = Number(0, is_whole=True, minus_one=0)
+_THREADS = Number(0, MAX_THREADS, is_whole=True, minus_one=0)
 
 
 class FusedLlama:

@@ -395,7 +395,8 @@ def test_chat_logprobs_and_prompts(tiny_llm: FusedLlama) -> None:
         ({"n_ctx": "64"}, "n_ctx must be an integer"),
         ({"n_ctx": -5}, "n_ctx must be 0 or more"),
         ({"n_threads": True}, "n_threads must be an integer"),
-        ({"n_threads": -5}, "n_threads must be 0 or more"),
+        ({"n_threads": -5}, "n_threads must be 0 to 512"),
+        ({"n_threads": 513}, "n_threads must be 0 to 512, not 513"),  # llama.cpp crashes on many thousands
         ({"n_parallel": True}, "n_parallel must be"),
         ({"n_parallel": "x"}, "n_parallel must be"),
         ({"n_gpu_layers": True}, "n_gpu_layers must be an integer"),

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from ..errors import InvalidParameterError, require
 from ..params import OVERLAPS, SETTINGS, ByName, Kind, Number, Setting, Text, Texts, check_settings, settable
 from ..system.jsonl import parse_object
+from ..system.machine import MAX_THREADS
 from ..system.paths import shipped_dir
 from .screen import show
 from .streams import read_all
@@ -255,7 +256,7 @@ _PLACING: Sequence[Decorator] = (
     click.option("--cache-type-v", help="Type of the KV cache's values [f16]."),
 )
 _COMPUTING: Sequence[Decorator] = (
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads [the physical cores]."),
+    click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads [the physical cores]."),
     click.option(
         "--overlap",
         type=click.Choice(("auto", *OVERLAPS)),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidParameterError, require
+from ..system.machine import MAX_THREADS
 from .interrupts import interruptible
 from .opening import open_family, size
 from .options import Options
@@ -48,7 +49,7 @@ _SHOWN = 60
 @click.option("--steps", type=_COUNT, help="Steps, in place of epochs.")
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, help="Most tokens of an example [1024].")
 @click.option("--seed", type=int, default=0, help="Of the order of the examples and the first weights [0].")
-@click.option("--threads", type=_COUNT, help="CPU threads [the physical cores].")
+@click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads [the physical cores].")
 def train(
     base: str,
     data: tuple[Path, ...],

@@ -5,6 +5,7 @@ with its own KV cache and LoRA adapters, so that a base and its LoRA experts sha
 """
 
 from ..engine.backend import N_BATCH as N_BATCH
+from ..system.machine import MAX_THREADS as MAX_THREADS
 from .adapters import applied_tensors as applied_tensors
 from .amx import amx_crashes as amx_crashes
 from .context import LlamaBackend as LlamaBackend

@@ -19,6 +19,10 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
+MAX_THREADS = 512
+"""Most threads that llama.cpp computes with; thousands more overflow its stack."""
+
+
 def require_platform() -> None:
     """Raise LoadError on a system that edge-dlf does not run on."""
     if sys.platform == "win32":
