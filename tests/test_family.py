@@ -163,6 +163,7 @@ def test_home_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (HEAD + EXPERT + "[defaults]\nlogit_bias = {5 = 'x'}", "logit_bias of 5 must be a finite number, not 'x'"),
         ("defaults = 3\n" + HEAD + EXPERT, "defaults must be a table, [defaults]"),
         (".".join(["a"] * 100_000) + " = 1\n", "a line with more than 1000 dots"),
+        (HEAD + "".join(f'[[experts]]\nname="a{n}"\n' for n in range(30_000)), "has 30000 experts, more than 1000"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_reason(tmp_path: Path, content: str | bytes, expected: str) -> None:

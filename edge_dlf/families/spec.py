@@ -25,7 +25,7 @@ else:
 Table: TypeAlias = dict[str, Any]
 
 FILE_NAME = "family.toml"
-_MAX_FILE_BYTES, _MAX_DOTS = 1 << 20, 1000
+_MAX_FILE_BYTES, _MAX_DOTS, _MAX_EXPERTS = 1 << 20, 1000, 1000
 NAME_RULE = "letters, digits, '.', '_' and '-', and begin with a letter or digit"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -272,6 +272,7 @@ def read_toml(path: Path) -> Table:
 
 def _check_names(names: Sequence[Any]) -> None:
     require(names, "has no expert; it needs at least one")
+    require(len(names) <= _MAX_EXPERTS, f"has {len(names)} experts, more than {_MAX_EXPERTS}")
     for name in names:
         require(is_name(name), f"an expert's name must have {NAME_RULE}, not {name!r}")
         require(name not in METHODS, f"an expert cannot be named {name!r}: that is a role or a method")
