@@ -252,6 +252,9 @@ class TestCommands:
             (json.dumps(HEAD) + "\n" + json.dumps({**line(), "fused": [[1, 2]]}) + "\n", 2),
             (json.dumps(HEAD) + "\n" + json.dumps({**line(), "expert": "nobody"}) + "\n", 2),
             (json.dumps(HEAD) + "\n" + json.dumps(line()).replace("-0.25", "1e999") + "\n", 2),
+            (json.dumps(HEAD) + "\n" + json.dumps(line()).replace("-0.25", "9" * 400) + "\n", 2),
+            (json.dumps(HEAD) + "\n" + json.dumps({**line(), "alphas": {"a": "x"}}) + "\n", 2),
+            (json.dumps({**HEAD, "alpha_max": 10**400}) + "\n", 1),
         ],
     )
     def test_a_wrong_line_is_named_and_no_page_is_left(self, tmp_path: Path, content: str, number: int) -> None:

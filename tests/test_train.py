@@ -395,6 +395,7 @@ class TestRefused:
             ("[1]\n", "data.jsonl:1: is not a JSON object"),
             ('\n{"prompt": "a"}\n', "data.jsonl:2: the answer must be text"),
             ('{"prompt": "a", "answer": "b", "weight": 0}\n', "data.jsonl:1: weight must be a number above 0"),
+            ('{"prompt": "a", "answer": "b", "weight": 1%s}\n' % ("0" * 400), "data.jsonl:1: weight must be a number"),
             ('{"messages": [{"role": "user", "content": "a"}]}\n', "data.jsonl:1: the last message must be"),
             (json.dumps({"prompt": "word " * 99, "answer": "b"}), "data.jsonl:1: has"),
             (None, "data.jsonl: no such file or directory"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..system.jsonl import parse_object, read_lines
 
 Row: TypeAlias = tuple[str, Mapping[str, Any]]
 """A row of a file, after a few words that say where it stands."""
+_MAX_WEIGHT = 1e38
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,6 @@ def _parts(row: Mapping[str, Any], where: str) -> tuple[Any, str]:
 def _weight(row: Mapping[str, Any], where: str) -> float:
     """How much the row counts in training, 1 by default."""
     weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 < weight < math.inf:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 < weight <= _MAX_WEIGHT:
         raise InvalidParameterError(f"{where}: weight must be a number above 0")
     return float(weight)

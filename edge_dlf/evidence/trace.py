@@ -6,6 +6,7 @@ A file holds lines of JSON. A line with "format" begins an answer; each line aft
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -79,7 +80,7 @@ def _checked(path: Path, line: Line, experts: Sequence[str] | None) -> Entry:
         json.dumps(entry, allow_nan=False)  # 1e999 is JSON, and infinite
         match entry:
             case {"format": version, "answer": str(), "method": str(), "experts": [*_], "alpha_max": int() | float()}:
-                is_known = version == FORMAT
+                is_known = version == FORMAT and math.isfinite(entry["alpha_max"])
             case {
                 "text": str(),
                 "name": str(),
@@ -93,11 +94,12 @@ def _checked(path: Path, line: Line, experts: Sequence[str] | None) -> Entry:
             } if experts is not None:
                 rows = chain(fused, *(own["top"] for own in entry["members"].values()))
                 is_known = expert in (None, *experts) and {*alphas} <= {*experts} and all(len(row) == 3 for row in rows)
+                is_known = is_known and all(map(math.isfinite, (*alphas.values(), entry["logprob"] or 0)))
             case _:
                 is_known = False
         if not is_known:
             raise ValueError("another shape")
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:  # of integers that are larger than any float
         raise InvalidParameterError(f"{path}: line {line.number} is not of a trace that this version writes") from error
     return entry
 

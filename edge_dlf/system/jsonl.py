@@ -81,8 +81,8 @@ def read_lines(file: IO[bytes] | Pipe) -> Iterator[Line]:
             n_bytes += len(last)
             is_short = False
             content = b""
-            if n_bytes > _ENDLESS_BYTES:  # such as that of /dev/zero
-                raise InvalidParameterError(f"{getattr(file, 'name', 'the input')}: line {number} has more than 1 GiB")
+            name = getattr(file, "name", "the input")
+            require(n_bytes <= _ENDLESS_BYTES, f"{name}: line {number} has more than 1 GiB")  # as that of /dev/zero
         if number == 1:
             _require_text(content, getattr(file, "name", "the input"))
             content = content.removeprefix(BOM)
