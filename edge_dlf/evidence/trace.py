@@ -94,7 +94,8 @@ def _checked(path: Path, line: Line, experts: Sequence[str] | None) -> Entry:
             } if experts is not None:
                 rows = chain(fused, *(own["top"] for own in entry["members"].values()))
                 is_known = expert in (None, *experts) and {*alphas} <= {*experts} and all(len(row) == 3 for row in rows)
-                is_known = is_known and all(map(math.isfinite, (*alphas.values(), entry["logprob"] or 0)))
+                numbers: list[Any] = [*alphas.values(), entry["logprob"] or 0]
+                is_known = is_known and all(math.isfinite(number) for number in numbers)
             case _:
                 is_known = False
         if not is_known:
