@@ -5,7 +5,9 @@
 
 Both are timed in turn, step by step, in one process, on the same text; the table has medians. A member's column
 is llama_decode on its context and the wait for its logits, nothing else; "fused" is `Decoder.step` as `edge-dlf` runs
-it: the same calls, the search for α if the family's own method has one, the fusion and the greedy choice. Several
+it: the same calls, the search for α if the family's own method has one, the fusion and the greedy choice. "Each on its
+own": --steps steps of one member after the other, in a context with the attention that is llama.cpp's default, then as
+many fused ones, once a round; so a member finds the caches of the CPU as it left them. Several
 families take turns, round by round; the last line compares their fused steps with those of the first.
 """
 
@@ -13,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from statistics import median
 
 from edge_dlf import FusedLlama, SamplingParams
 from edge_dlf.engine.backend import Run
 from edge_dlf.engine.generation import Generation, GenerationRequest
+from edge_dlf.llama import LlamaBackend
 from edge_dlf.params import params_of
 
 Times = dict[str, float]
@@ -34,14 +38,41 @@ class Timer:
         self.ms = 1e3 * (time.perf_counter() - self.started)
 
 
+def generation_of(llm: FusedLlama, prompt: list[int]) -> Generation:
+    """A greedy answer by the family's own method."""
+    (_, fusion), sampling = params_of(llm.files.spec.defaults), SamplingParams(temperature=0.0)
+    roles = llm.driver.decoder.ensemble.roles(fusion)
+    return Generation(GenerationRequest(roles, dict.fromkeys(roles.members, prompt), fusion, sampling))
+
+
+def measure_each(llm: FusedLlama, prompt: list[int], n_steps: int, n_threads: int | None) -> Times:
+    """Median milliseconds of a step while nothing else is run, by what was timed, as in `measure`."""
+    decoder, generation, times = llm.driver.decoder, generation_of(llm, prompt), {}
+
+    def median_of(step: Callable[[], object]) -> float:
+        steps = []
+        for _ in range(n_steps):
+            with Timer() as timer:
+                step()
+            steps.append(timer.ms)
+        return median(steps)
+
+    for name in generation.members:
+        like = decoder.ensemble.members[name]
+        member = LlamaBackend(like.model, name, n_ctx=like.n_ctx, n_threads=n_threads, loras=like.loras)
+        with closing(member):
+            member.decode([Run(0, prompt, 1)])
+            times[name] = median_of(lambda member=member: (member.decode([Run(0, prompt[:1], 1)]), member.logits()))
+        decoder.ensemble.shorten(name, 0, 0)
+    decoder.begin(generation)
+    decoder.step([generation])
+    return times | {"fused": median_of(lambda: decoder.step([generation]))}
+
+
 def measure(llm: FusedLlama, prompt: list[int], n_steps: int) -> tuple[list[Times], list[Times]]:
     """Milliseconds of one prefill, and of each step, by what was timed: each member, and "fused"."""
-    decoder = llm.driver.decoder
-    ensemble = decoder.ensemble
-    (_, fusion), sampling = params_of(llm.files.spec.defaults), SamplingParams(temperature=0.0)
-    roles = ensemble.roles(fusion)
-    generation = Generation(GenerationRequest(roles, dict.fromkeys(roles.members, prompt), fusion, sampling))
-    names = roles.members
+    decoder, generation = llm.driver.decoder, generation_of(llm, prompt)
+    ensemble, names = decoder.ensemble, generation.members
 
     def rewind(n_tokens: int) -> None:
         for name in names:
@@ -81,11 +112,12 @@ def measure(llm: FusedLlama, prompt: list[int], n_steps: int) -> tuple[list[Time
     return prefills, steps
 
 
-def table(name: str, prompt_tokens: int, prefills: list[Times], steps: list[Times]) -> None:
+def table(name: str, prompt_tokens: int, prefills: list[Times], steps: list[Times], each: list[Times]) -> None:
     names = [name for name in steps[0] if name != "fused"]
     print(f"| {name}, ms | {' | '.join(names)} | sum | fused | fused / sum |")
     print("|---|" + "---|" * (len(names) + 3))
-    for label, rows in ((f"prefill of {prompt_tokens} tokens", prefills), ("decoding step", steps)):
+    labels = f"prefill of {prompt_tokens} tokens", "decoding step", "decoding step, each on its own"
+    for label, rows in zip(labels, (prefills, steps, each), strict=True):
         cells = [f"{median(times[name] for times in rows):.1f}" for name in names]
         total = median(sum(times[name] for name in names) for times in rows)
         ratio = median(times["fused"] / sum(times[name] for name in names) for times in rows)
@@ -110,11 +142,16 @@ def main() -> None:
         prompt = (llms[0].tokenize(TEXT) * options.prompt_tokens)[: options.prompt_tokens]
         for llm in llms:
             measure(llm, prompt, 3)
-        rounds = [[measure(llm, prompt, options.steps) for llm in llms] for _ in range(options.rounds)]
+        rounds = [
+            [
+                (*measure(llm, prompt, options.steps), [measure_each(llm, prompt, options.steps, options.threads)])
+                for llm in llms
+            ]
+            for _ in range(options.rounds)
+        ]
     speeds = []
     for n, llm in enumerate(llms):
-        prefills, steps = ([times for each in rounds for times in each[n][index]] for index in (0, 1))
-        table(llm.name, options.prompt_tokens, prefills, steps)
+        table(llm.name, options.prompt_tokens, *([row for each in rounds for row in each[n][i]] for i in range(3)))
         speeds.append([1 / fused_ms(each[n][1]) for each in rounds])
     for llm, own in list(zip(llms, speeds, strict=True))[1:]:
         ratios = [a / b for a, b in zip(own, speeds[0], strict=True)]

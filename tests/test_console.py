@@ -59,7 +59,7 @@ NOT_RUN = {
     r"cat \w+\.yaml": "it shows a file of the reader's own, for lm_eval",
     r"\.ci/run": "it runs this test",
 }
-RECORDED = ("edge-dlf", "python", "pip", "pipx", "uv", "torchrun", "cat", ".ci/run", "pytest")
+RECORDED = ("edge-dlf", "python", "pip", "pipx", "uv", "torchrun", "cat", "tar", "cmake", ".ci/run", "pytest")
 """Programs that only note their arguments, each call in a file of its own, where a command is not run."""
 INSTALLERS = ("pip", "pipx", "uv")
 """Programs that no test may run: they are not there where commands are run."""
