@@ -19,6 +19,7 @@ from .answers.stream import Driver, TokenStream
 from .answers.template import ChatPrompt, Message
 from .answers.tokenizer import Prompt, Tokenizer
 from .engine.decoder import Decoder
+from .engine.prompt_cache import PromptCache
 from .errors import EdgeDLFError, require
 from .families.files import FamilyFiles, check_files
 from .families.members import Members, plan_memory
@@ -54,6 +55,7 @@ class FusedLlama:
     n_parallel: requests that `batch` decodes at once; "auto" is 16, or 32 on a GPU. They share as many positions of a
     KV cache as memory allows, n_ctx at least.
     as_correctors: experts that correct this large model without the base, whatever their files say of themselves.
+    prompt_cache: a folder that keeps what the members know of long prompts, so that later processes need not read them.
 
     Its attribute `files` holds the headers of the family's files, `cache_types` the types of the KV cache, `driver`
     what decodes every request, one thread at a time.
@@ -78,19 +80,14 @@ class FusedLlama:
         n_parallel: int | Literal["auto"] = 1,
         overlap: Overlap | Literal["auto"] = "auto",
         as_correctors: Collection[str] = (),
+        prompt_cache: str | Path | None = None,
     ) -> None:
+        files = check_files(FamilySpec.from_files(large, base, experts, as_correctors))
         self._load(
-            check_files(FamilySpec.from_files(large, base, experts, as_correctors)),
-            n_ctx=n_ctx,
-            n_gpu_layers=n_gpu_layers,
-            main_gpu=main_gpu,
-            tensor_split=tensor_split,
-            n_threads=n_threads,
-            type_k=type_k,
-            type_v=type_v,
-            n_parallel=n_parallel,
-            overlap=overlap,
-        )
+            files, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, main_gpu=main_gpu, tensor_split=tensor_split,
+            n_threads=n_threads, type_k=type_k, type_v=type_v, n_parallel=n_parallel, overlap=overlap,
+            prompt_cache=prompt_cache,
+        )  # fmt: skip
 
     @classmethod
     def from_family(
@@ -117,12 +114,14 @@ class FusedLlama:
         type_k: str | None = None,
         type_v: str | None = None,
         overlap: Overlap | Literal["auto"] = "auto",
+        prompt_cache: str | Path | None = None,
         **asked: Any,
     ) -> None:
         require(overlap in ("auto", *OVERLAPS), f"overlap must be auto, {', '.join(OVERLAPS)}, not {overlap!r}")
         n_ctx = None if n_ctx is None else count("n_ctx", n_ctx)
         n_threads = None if n_threads is None else _THREADS.read("n_threads", n_threads) or None
         n_ctx = n_ctx or min(_MAX_OWN_CTX, files.models["large"].n_ctx_train or _MAX_OWN_CTX)
+        kept = None if prompt_cache is None else PromptCache(prompt_cache)
         self.name, self.files, self.cache_types = files.spec.name, files, (type_k or "f16", type_v or "f16")
         planned = partial(plan_memory, files, n_ctx=n_ctx, type_k=type_k, type_v=type_v, **asked)
         plan = planned()
@@ -132,7 +131,7 @@ class FusedLlama:
         background.shutdown(wait=False)
         self._members = Members(files, plan, planned, n_ctx=n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v)
         try:
-            ensemble = self._members.ensemble()
+            ensemble = self._members.ensemble(kept)
             decoder = Decoder(ensemble, fuser.result())
             self._members.set_overlap(ensemble, overlap)
         except BaseException:

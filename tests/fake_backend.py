@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_dlf.engine.backend import N_CHECKPOINTS, N_ROWS, Logits, Run
+from edge_dlf.engine.backend import N_CHECKPOINTS, N_ROWS, Logits, Run, State
 
 
 class FakeBackend:
@@ -17,7 +17,9 @@ class FakeBackend:
     `value` into every row after a text that ends in `token`. common: share of each row that all members have alike.
     swap_fails: calls of `swap` until one raises KeyboardInterrupt with one of the two lost. copy_fails: calls of `copy`
     until one raises it when all is copied. Without `can_trim` its memory is a state, which goes back to checkpoints
-    and by n_rollback tokens of the last batch.
+    and by n_rollback tokens of the last batch. Without `can_cut`, what was loaded is kept or forgotten as a whole.
+    n_loaded: calls of `load`. refuses: whether `load` takes no state. load_fails: whether the next call of `load`
+    raises KeyboardInterrupt when all is loaded.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class FakeBackend:
         n_cells: int | None = None,
         n_batch: int = 64,
         can_trim: bool = True,
+        can_cut: bool = True,
         n_rollback: int = 0,
         has_streams: bool = False,
         scale: float = 3.0,
@@ -37,11 +40,13 @@ class FakeBackend:
         self.seed, self.n_vocab, self.scale = seed, n_vocab, scale
         self.n_ctx, self.n_seq_max, self.can_trim = n_ctx, n_seq_max, can_trim
         self.n_cells, self.n_batch = n_cells or n_ctx * n_seq_max, n_batch
+        self.can_cut = can_trim and can_cut
         self.n_rollback = n_rollback
         self.n_bytes = 1000
         self.has_streams, self.n_swapped = has_streams, 0
         self.swap_fails: int | None = None
         self.copy_fails: int | None = None
+        self.n_loaded, self.refuses, self.load_fails = 0, False, False
         self.cache: dict[int, list[int]] = {seq: [] for seq in range(n_seq_max)}
         self.calls: list[list[Run]] = []
         self.fail_at: int | None = None
@@ -51,6 +56,7 @@ class FakeBackend:
         self.closed = False
         self._cells: dict[int, list[object]] = {seq: [] for seq in self.cache}
         self._past = dict.fromkeys(self.cache, 0)
+        self._whole = dict.fromkeys(self.cache, 0)
         self._rows: Logits | None = None
         self._states: dict[int, set[int]] = {
             seq: set() for seq in self.cache
@@ -118,7 +124,7 @@ class FakeBackend:
     def reach(self, seq: int, n_past: int) -> int:
         assert n_past <= len(self.cache[seq])
         if self.can_trim:
-            return n_past
+            return n_past if n_past >= self._whole[seq] else 0
         kept = {n for held, n in (*self._lasting, self._passing or (seq, 0)) if held == seq}
         return max(n for n in {0} | kept | self._states[seq] if n <= n_past)
 
@@ -135,6 +141,7 @@ class FakeBackend:
         assert self.reach(seq, n_past) == n_past, "there is no state to go back to"
         del self.cache[seq][n_past:], self._cells[seq][n_past:]
         self._past[seq] = n_past
+        self._whole[seq] = min(self._whole[seq], n_past)
         self._rows = None
         self._states[seq] = {n_past}
         self._lasting = [(held, n) for held, n in self._lasting if held != seq or n <= n_past]
@@ -148,7 +155,7 @@ class FakeBackend:
         assert n_past <= self._past[source]
         self.cache[target] = self.cache[source][:n_past]
         self._cells[target] = self._cells[source][:n_past]
-        self._past[target] = n_past
+        self._past[target], self._whole[target] = n_past, self._whole[source]
         self._rows = None
         self._states[target] = {n_past}
         self._lasting += [(target, n) for held, n in self._lasting if held == source and n <= n_past]
@@ -172,6 +179,27 @@ class FakeBackend:
                 self.cache[a].clear()
                 self._cells[a].clear()
                 raise KeyboardInterrupt
+
+    def save(self, seq: int) -> State:
+        assert self.can_trim or self._past[seq] in self._states[seq], "the state is not sure"
+        return np.array([self.seed, *self.cache[seq]], np.int32).view(np.uint8)
+
+    def load(self, seq: int, n_past: int, state: State) -> bool:
+        assert not self.cache[seq]
+        seed, *tokens = state.copy().view(np.int32).tolist()
+        assert (seed, len(tokens)) == (self.seed, n_past), "a state of another member, or of another text"
+        self.n_loaded += 1
+        if self.refuses:
+            return False
+        self.cache[seq], self._cells[seq] = tokens, [object() for _ in tokens]
+        assert self.n_used() <= self.n_cells, "no room in the cache"
+        self._past[seq], self._whole[seq] = n_past, 0 if self.can_cut else n_past
+        self._states[seq] = {n_past}
+        self._rows = None
+        if self.load_fails:
+            self.load_fails = False
+            raise KeyboardInterrupt
+        return True
 
     def close(self) -> None:
         self.closed = True

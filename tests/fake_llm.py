@@ -68,6 +68,17 @@ class FakeStream(Iterator[Token]):
         return token
 
 
+class FakeDriver:
+    """Counts in n_kept how often the prompt cache was to keep what was read. has_cache: whether there is one."""
+
+    def __init__(self) -> None:
+        self.n_kept, self.has_cache = 0, False
+
+    def keep(self) -> bool:
+        self.n_kept += 1
+        return self.has_cache
+
+
 class FakeLlama:
     """Gives the scripted `answers` in turn, then "ok" for ever. A token of a prompt is one byte of its text.
 
@@ -87,6 +98,7 @@ class FakeLlama:
         self.options: Options | None = None
         self.is_closed = False
         self.is_interrupted = False
+        self.driver = FakeDriver()
         self._answers = iter(answers)
 
     def __enter__(self) -> FakeLlama:

@@ -56,6 +56,8 @@ def run_batch(
     is_exhausted, n_ahead = False, _AHEAD * (driver.n_parallel + 1)
     if exact:
         require(driver.n_parallel == 1, "exact needs n_parallel=1: one request at a time")
+        has_cache = driver.decoder.ensemble.prompt_cache is not None
+        require(not has_cache, "exact begins with empty KV caches: leave out prompt_cache")
         driver.forget()
     try:
         while True:

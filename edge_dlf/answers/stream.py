@@ -245,6 +245,12 @@ class Driver:
         with self._alone():
             self.decoder.ensemble.forget()
 
+    def keep(self) -> bool:
+        """Let the prompt cache keep whatever the KV caches hold. Returns whether there is one."""
+        with self._alone():
+            self.decoder.ensemble.keep_all()
+            return self.decoder.ensemble.prompt_cache is not None
+
     @property
     def n_active(self) -> int:
         """Answers that are being decoded."""
@@ -282,6 +288,8 @@ class Driver:
                     if answer.has_ended:
                         self._scheduler.rewind(answer.generation, len(result.picks) - n_used)
                         self._drop(answer)
+                        if not answer.error:
+                            self.decoder.keep(answer.generation)
             finally:
                 self._is_stepping = False
                 while self._leaving:

@@ -14,7 +14,7 @@ import click
 from ..errors import InvalidParameterError, require
 from .interrupts import interruptible
 from .opening import family_command, open_family
-from .options import PARALLEL, Options, form_options, method_option, shared_options
+from .options import PARALLEL, Options, form_options, method_option, prompt_cache_option, shared_options
 from .screen import Screen
 from .tracing import Tracer, trace_option, tracing
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--raw", is_flag=True, help="Take prompts as they are, without the chat template.")
 @click.option("--quiet", is_flag=True, help="Show neither progress nor summary.")
 @click.option("--json", is_flag=True, help="Print a summary as one JSON object.")
+@prompt_cache_option
 @trace_option
 @method_option
 @form_options
@@ -120,6 +121,8 @@ def _settings(options: Options, *, raw: bool, ordered: bool, exact: bool) -> dic
         return settings
     if options.ray or options.loading["n_parallel"] not in ("auto", 1):
         raise InvalidParameterError("--exact decodes one row at a time here: leave out --parallel and --ray")
+    if "prompt_cache" in options.loading:
+        raise InvalidParameterError("--exact reads every prompt anew: leave out --prompt-cache")
     options.loading["n_parallel"] = 1
     return {**settings, "exact": True}
 

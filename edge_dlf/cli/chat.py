@@ -10,7 +10,7 @@ import click
 
 from ..errors import EdgeDLFError
 from .opening import family_command, open_family
-from .options import Options, family_argument, method_option, shared_options
+from .options import Options, family_argument, method_option, prompt_cache_option, shared_options
 from .screen import Screen, one_line
 from .tracing import trace_option, tracing
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @family_command(short_help="Talk with a family.")
 @family_argument
 @click.option("--continue", "-c", "continues", is_flag=True, help="Go on with the last conversation of this family.")
+@prompt_cache_option
 @trace_option
 @method_option
 @shared_options
@@ -44,11 +45,15 @@ def chat(ctx: click.Context, /, trace: Path | None, continues: bool, **shared: A
         )
         if continues:
             go_on(session)
-        if not screen.is_terminal:
-            ctx.exit(answer_lines(session))
-        from .editor import Editor
+        if screen.is_terminal:
+            from .editor import Editor
 
-        ctx.exit(converse(session, Editor(llm.files.methods, screen.say)))
+            exit_code = converse(session, Editor(llm.files.methods, screen.say))
+        else:
+            exit_code = answer_lines(session)
+        if kept:
+            llm.driver.keep()
+        ctx.exit(exit_code)
 
 
 def go_on(session: Session) -> None:

@@ -111,7 +111,9 @@ def _choose(session: Session, name: str, text: str) -> None:
 def _save(session: Session, file: str) -> None:
     require(file, "usage: /save FILE")
     session.conversation.save(Path(file), session.llm.name, session.settings)
-    session.screen.say(f"saved {_count(len(session.conversation.messages), 'message')} and the settings in {file}")
+    n_messages = _count(len(session.conversation.messages), "message")
+    kept = ", and what was read of them in the prompt cache" if session.llm.driver.keep() else ""
+    session.screen.say(f"saved {n_messages} and the settings in {file}{kept}")
 
 
 def _load(session: Session, file: str) -> None:

@@ -9,7 +9,7 @@ import click
 
 from .interrupts import interruptible
 from .opening import family_command, open_family
-from .options import Options, form_options, method_option, shared_options
+from .options import Options, form_options, method_option, prompt_cache_option, shared_options
 from .prompts import Prompt, raw_option, read_prompt
 from .screen import Screen, cut_short
 from .tracing import Tracer, trace_option, tracing
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.argument("prompt", metavar="PROMPT|-", required=False)
 @raw_option
 @click.option("--json", is_flag=True, help="Print one JSON object in place of the text.")
+@prompt_cache_option
 @trace_option
 @method_option
 @form_options

@@ -41,6 +41,7 @@ _LOADING = {
     "cache_type_v": "type_v",
     "parallel": "n_parallel",
     "overlap": "overlap",
+    "prompt_cache": "prompt_cache",
 }
 _WAYS = {
     "FAMILY": ["positional_family"],
@@ -262,6 +263,9 @@ _COMPUTING: Sequence[Decorator] = (
         type=click.Choice(("auto", *OVERLAPS)),
         help="Members on GPUs at the same time: auto (what is fastest, measured once), or how.",
     ),
+)
+prompt_cache_option = click.option(
+    "--prompt-cache", metavar="DIR", help="Folder that keeps what was read of long prompts, for later runs."
 )
 family_argument = click.argument("positional_family", metavar="[FAMILY]", required=False)
 EPILOG = (

@@ -8,7 +8,7 @@ import click
 
 from ..errors import InvalidParameterError
 from .opening import family_command, open_family
-from .options import PARALLEL, Options, family_argument, shared_options
+from .options import PARALLEL, Options, family_argument, prompt_cache_option, shared_options
 from .screen import Screen
 
 
@@ -23,6 +23,7 @@ from .screen import Screen
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, help="Seconds an answer may take [600]."
 )
+@prompt_cache_option
 @shared_options
 @click.pass_context
 def serve(

@@ -11,6 +11,9 @@ import numpy.typing as npt
 Logits = npt.NDArray[np.float32]
 """Rows of logits, (K, width): C-contiguous, owned by the backend, valid until its next call."""
 
+State = npt.NDArray[np.uint8]
+"""What a member knows of a text that it has read, for it alone to understand."""
+
 N_BATCH = 512
 """Tokens that one batch evaluates at most."""
 
@@ -43,6 +46,8 @@ class Backend(Protocol):
     several share counted once. n_batch: tokens that one `decode` may append. n_bytes: of the weights.
     can_trim: whether `reach` gives any length. The memory of a recurrent or hybrid model is, in part, a state that each
         token overwrites: it can go back only to a length at which it was kept.
+    can_cut: whether `reach` does so too within what was loaded. What is saved of attention to a window lacks what the
+        window has left behind.
     n_rollback: tokens that such a model can take back of the last batch without a checkpoint, all but its first one.
     has_streams: whether each sequence has room of its own, which is quicker to read; then a batch is evaluated in
     parts, of sequences whose numbers follow each other and of as many tokens of each.
@@ -54,6 +59,7 @@ class Backend(Protocol):
     n_batch: int
     n_bytes: int
     can_trim: bool
+    can_cut: bool
     n_rollback: int
     has_streams: bool
 
@@ -86,6 +92,14 @@ class Backend(Protocol):
 
     def swap(self, a: int, b: int) -> None:
         """Exchange what two sequences hold. Needs `has_streams`. An exception may leave either of them in part."""
+
+    def save(self, seq: int) -> State:
+        """Return a copy of what `seq` holds, which `load` takes, in this process or in another one with the same model
+        and settings."""
+
+    def load(self, seq: int, n_past: int, state: State) -> bool:
+        """Let `seq`, which must be empty, hold the `n_past` tokens that were saved. Returns whether that was possible;
+        if not, it stays empty."""
 
     def close(self) -> None:
         """Free the context. Calling it twice is no error."""

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 from ..errors import EdgeDLFError
 from ..fusion.records import N_CANDIDATES, Draw, Pick, Trace
 from .backend import Logits, Run
+from .cache_index import common_prefix
 from .constraint import StillComputingError, Tokens
 from .draft_length import Draft
 from .drafting import Drafting, Drafts
-from .ensemble import Ensemble, Roles, common_prefix
+from .ensemble import Ensemble, Roles
 from .generation import Generation, StepResult
 
 if TYPE_CHECKING:
@@ -87,13 +88,13 @@ class Decoder:
         """
         prompts = [other.request.prompts for other in waiting]
         for name in generation.members:
-            text, has_state = generation.text(name), not self.ensemble.members[name].can_trim
-            others = (
-                [*self.ensemble.texts(name), *(each[name] for each in prompts if name in each)] if has_state else []
-            )
+            text, pauses = generation.text(name), not self.ensemble.can_cut(name)
+            others = [*self.ensemble.texts(name), *(each[name] for each in prompts if name in each)] if pauses else []
             partings = {common_prefix(text, other) for other in others}
             self.ensemble.begin(name, generation.seq, text)
-            generation.pauses[name] = self._pauses(name, generation, partings) if has_state else []
+            if pauses:
+                partings.add(self.ensemble.kept_parting(name, text))
+            generation.pauses[name] = self._pauses(name, generation, partings) if pauses else []
         generation.counts.n_prefilled += self.n_due(generation)
 
     def _pauses(self, name: str, generation: Generation, partings: Collection[int]) -> list[int]:
@@ -206,6 +207,7 @@ class Decoder:
             member, pauses = self.ensemble.members[name], generation.pauses[name]
             while pauses and pauses[0] <= self.ensemble.n_held(name, generation.seq):
                 member.checkpoint(generation.seq, lasting=True)
+                self.ensemble.keep([name], generation.seq)
                 del pauses[0]
             draft = drafts.each.get(generation)
             if draft and drafts.drafter != name and len(draft.ahead) > member.n_rollback:
@@ -341,6 +343,11 @@ class Decoder:
         """Take back the last `n_tokens` picks. Every member then holds the text but its last token."""
         del generation.tokens[len(generation.tokens) - n_tokens :]
         self._trim(generation)
+
+    def keep(self, generation: Generation) -> None:
+        """Let the prompt cache keep the text of a generation that has ended; of members that can use no part of it,
+        that was done while they read it."""
+        self.ensemble.keep(filter(self.ensemble.can_cut, generation.members), generation.seq)
 
     def _trim(self, generation: Generation, drafter: str = "") -> None:
         """Let every member hold all of the text but its last token, as after a step that drafted nothing."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress, count
-from operator import ne
 
-from ..errors import InvalidParameterError
+import numpy as np
+
+from ..errors import DecodeError, InvalidParameterError
 from ..params import METHODS, FusionParams, Overlap, check_names
 from .backend import N_ROWS, Backend, Logits, Run
+from .cache_index import CacheIndex, common_prefix
+from .prompt_cache import WORTH_KEEPING, WORTH_READING, PromptCache, Tokens
 from .threads import GroupThreads
 from .token_map import TokenMap
 
@@ -109,48 +110,6 @@ def _check_correctors(params: FusionParams, names: Sequence[str], roles: Roles, 
         )
 
 
-class _CacheIndex:
-    """The content of one member's KV cache: the tokens of each sequence, and the cells they occupy.
-
-    Sequences that share a prefix share its cells, so each position of a sequence names its cell.
-    n_used: cells in use.
-    unsure: sequences that an interrupted call may have left longer than recorded here.
-    """
-
-    def __init__(self) -> None:
-        self.tokens: dict[int, list[int]] = {}
-        self.n_used = 0
-        self.unsure: set[int] = set()
-        self._cells: dict[int, list[int]] = {}
-        self._sharers: Counter[int] = Counter()
-        self._n_made = 0
-
-    def append(self, seq: int, tokens: Sequence[int]) -> None:
-        self.tokens.setdefault(seq, []).extend(tokens)
-        self._cells.setdefault(seq, []).extend(range(self._n_made, self._n_made + len(tokens)))
-        self._n_made += len(tokens)
-        self.n_used += len(tokens)
-
-    def shorten(self, seq: int, n_tokens: int) -> None:
-        if seq in self.tokens:
-            for cell in self._cells[seq][n_tokens:]:
-                if self._sharers[cell]:
-                    self._sharers[cell] -= 1
-                else:
-                    del self._sharers[cell]
-                    self.n_used -= 1
-            del self.tokens[seq][n_tokens:], self._cells[seq][n_tokens:]
-
-    def copy(self, source: int, target: int, n_tokens: int) -> None:
-        self.tokens[target] = self.tokens[source][:n_tokens]
-        self._cells[target] = self._cells[source][:n_tokens]
-        self._sharers.update(self._cells[target])
-
-    def swap(self, a: int, b: int) -> None:
-        for held in (self.tokens, self._cells):
-            held[a], held[b] = held.get(b, []), held.get(a, [])
-
-
 class Ensemble:
     """The members of a family by role name: "large", "base" and the experts' own names.
 
@@ -158,6 +117,7 @@ class Ensemble:
     correctors: experts that correct the large model without the base, as `Roles.of` takes them.
     n_vocab: tokens that all members share. What lies beyond in longer rows is padding.
     maps: ids of those members whose own ids differ from the family's.
+    prompt_cache: what keeps texts for later processes. state_keys: for it, all that each member's states depend on.
     n_ctx: positions that every member has for one sequence.
     n_batch: tokens that every member can evaluate in one batch.
     n_rows: rows of logits that every member can give for one batch.
@@ -175,9 +135,12 @@ class Ensemble:
         load: Callable[[Sequence[str]], Mapping[str, Backend]] = lambda names: {},
         correctors: Collection[str] = (),
         maps: Mapping[str, TokenMap] | None = None,
+        prompt_cache: PromptCache | None = None,
+        state_keys: Mapping[str, bytes] | None = None,
     ) -> None:
         self.members = dict(members)
         self.maps = maps or {}
+        self.prompt_cache, self._state_keys = prompt_cache, state_keys or {}
         self.names = tuple(names) or tuple(members)
         self.correctors = frozenset(correctors)
         self._load, self._loading = load, threading.Lock()
@@ -192,7 +155,7 @@ class Ensemble:
         self.n_rows = max(N_ROWS, self.n_seq_max)
         self.has_streams = all(member.has_streams for member in members.values())
         self._threads = GroupThreads()
-        self._caches = {name: _CacheIndex() for name in members}
+        self._caches = {name: CacheIndex() for name in members}
 
     def roles(self, params: FusionParams) -> Roles:
         """Return who takes part in `params.method`. Raises InvalidParameterError as `Roles.of`."""
@@ -206,7 +169,7 @@ class Ensemble:
         with self._loading:
             if missing := [name for name in names if name not in self.members]:
                 known = {**self.members, **self._load(missing)}
-                self._caches = {**self._caches, **{name: _CacheIndex() for name in missing}}
+                self._caches = {**self._caches, **{name: CacheIndex() for name in missing}}
                 self.members = {name: known[name] for name in self.names if name in known}
 
     def decode(
@@ -250,8 +213,11 @@ class Ensemble:
 
     def begin(self, name: str, seq: int, tokens: Sequence[int]) -> int:
         """Make `seq` of the member `name` hold the longest known prefix of `tokens`, at most all but the last token:
-        its own, or one shared with another sequence. Returns the length of that prefix."""
+        its own, one shared with another sequence, or one that the prompt cache has. Returns the length of that prefix.
+        """
         self._repair(name)
+        if n_read := self._read_kept(name, seq, tokens[:-1]):
+            return n_read
         own = self.members[name].reach(seq, min(self.n_common(name, seq, tokens), len(tokens) - 1))
         best, shared = self._best_known(name, tokens[:-1])
         if shared <= own:
@@ -263,6 +229,70 @@ class Ensemble:
         self._caches[name].copy(best, seq, shared)
         self._caches[name].unsure.discard(seq)
         return shared
+
+    def _read_kept(self, name: str, seq: int, tokens: Sequence[int]) -> int:
+        """Make `seq` hold what the prompt cache has of `tokens`, if that is worth it beside what is known. Returns
+        their number, or 0."""
+        kept, member, cache = self.prompt_cache, self.members[name], self._caches[name]
+        if kept is None or len(tokens) < (n_worth := self.n_known(name, tokens) + WORTH_READING):
+            return 0
+        key, own = self._state_keys[name], self._own_ids(name, tokens)
+        n_room = min(member.n_ctx, member.n_cells - cache.n_used + cache.n_alone(seq))
+        while found := kept.find(key, own, can_cut=member.can_cut, n_most=n_room):
+            if found.n_common < n_worth:
+                break
+            if (state := kept.read(key, found)) is None:
+                continue
+            self.shorten(name, seq, 0)
+            cache.unsure.add(seq)
+            if is_loaded := member.load(seq, len(found.tokens), state):
+                member.trim(seq, found.n_common)
+                cache.append(seq, tokens[: found.n_common])
+            cache.unsure.discard(seq)
+            if is_loaded:
+                member.checkpoint(seq, lasting=True)
+                return found.n_common
+            kept.reject(key, found.name, f"is nothing that llama.cpp takes for {name}")
+        return 0
+
+    def keep(self, names: Iterable[str], seq: int, n_new: int = WORTH_KEEPING) -> None:
+        """Let the prompt cache keep what `seq` of these members holds, of each that has `n_new` tokens more than is
+        kept already."""
+        if (kept := self.prompt_cache) is None:
+            return
+        texts = []
+        for name in names:
+            self._repair(name)
+            member, key, own = self.members[name], self._state_keys[name], self._own_ids(name, self.held(name, seq))
+            if len(own) - kept.n_kept(key, own, can_cut=member.can_cut) >= n_new:
+                try:
+                    texts.append((key, own, member.save(seq), member.can_cut))
+                except DecodeError as error:
+                    kept.note(f"prompts are not kept: {error}")
+        if texts:
+            kept.keep(texts)
+
+    def keep_all(self, n_new: int = WORTH_READING) -> None:
+        """Let the prompt cache keep what every sequence holds, as `keep` does."""
+        for seq in range(self.n_seq_max):
+            self.keep(tuple(self.members), seq, n_new)
+
+    def kept_parting(self, name: str, tokens: Sequence[int]) -> int:
+        """Return the most tokens that a text has in common with one that the prompt cache has of this member, if a
+        later text with the same beginning could profit from it; else 0."""
+        if self.prompt_cache is None:
+            return 0
+        n_common = self.prompt_cache.parting(self._state_keys[name], self._own_ids(name, tokens))
+        return n_common if n_common >= WORTH_KEEPING else 0
+
+    def can_cut(self, name: str) -> bool:
+        """Return whether every later text can use any part of what the member `name` reads now."""
+        member = self.members[name]
+        return member.can_trim if self.prompt_cache is None else member.can_cut
+
+    def _own_ids(self, name: str, tokens: Sequence[int]) -> Tokens:
+        ids = self.maps.get(name)
+        return (ids.reads[list(tokens)] if ids else np.array(tokens)).astype(np.int32)
 
     def swap(self, a: int, b: int) -> None:
         """Exchange what two sequences hold, in every member. An exception leaves both empty. Needs `has_streams`."""
@@ -290,13 +320,17 @@ class Ensemble:
         """Return what each sequence of the member `name` holds."""
         return self._caches[name].tokens.values()
 
+    def held(self, name: str, seq: int) -> Sequence[int]:
+        """Return the tokens of `seq` that the member `name` has evaluated."""
+        return self._caches[name].tokens.get(seq, ())
+
     def n_held(self, name: str, seq: int) -> int:
-        """Count the tokens of `seq` that the member `name` has evaluated."""
-        return len(self._caches[name].tokens.get(seq, ()))
+        """Count them."""
+        return len(self.held(name, seq))
 
     def n_common(self, name: str, seq: int, tokens: Sequence[int]) -> int:
         """Return the length of the longest common prefix of `tokens` and what `seq` of the member `name` holds."""
-        return common_prefix(self._caches[name].tokens.get(seq, ()), tokens)
+        return common_prefix(self.held(name, seq), tokens)
 
     def n_known(self, name: str, tokens: Sequence[int]) -> int:
         """Return the length of the longest prefix of `tokens` that any sequence of the member `name` can share."""
@@ -336,12 +370,9 @@ class Ensemble:
                 self.shorten(name, seq, 0)
 
     def close(self) -> None:
-        """Close every member."""
+        """Close every member, once what is being kept is written."""
+        if self.prompt_cache:
+            self.prompt_cache.close()
         self._threads.close()
         for member in self.members.values():
             member.close()
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the length of the longest common prefix."""
-    return next(compress(count(), map(ne, a, b)), min(len(a), len(b)))

@@ -7,13 +7,15 @@ import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
 from ..engine.ensemble import Ensemble
 from ..engine.overlap import choose_overlap
+from ..engine.prompt_cache import PromptCache
 from ..errors import OutOfMemoryError
-from ..llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights, system_info
+from ..llama import Interrupt, LlamaBackend, Model, gpus, repacks_weights, system_info, versions
 from ..params import OVERLAPS, Number, Overlap
 from ..system.machine import this_machine
 from ..system.remembered import states
@@ -38,6 +40,8 @@ _STREAMS_WEIGHTS = 64 * 2**20
 """Bytes of the largest model from which a KV stream for each sequence is faster."""
 _MOVED_BYTES = 128 * 2**20
 """Most bytes of one sequence's KV stream: two streams are copied while they are swapped."""
+_LONG = "rope_factors_long.weight"
+"""Tensor of models that turn keys by other factors in long contexts."""
 _CELLS_PER_SEQUENCE = 1024
 """Positions of the shared KV cache for each sequence; a longer sequence uses what others leave free."""
 
@@ -110,6 +114,7 @@ class Members:
         self.plan = dataclasses.replace(plan, members=())
         self._files, self._planned, self._n_ctx, self._settings = files, planned, n_ctx, settings
         self._models: dict[Path, Model] = {}
+        self._state_keys: dict[str, bytes] = {}
         self._streams: bool | None = None
         large = files.models["large"].path
         with ExitStack() as self._closing:
@@ -121,7 +126,7 @@ class Members:
                 self.vocabulary = self._models[large]
             self._closing = self._closing.pop_all()
 
-    def ensemble(self) -> Ensemble:
+    def ensemble(self, prompt_cache: PromptCache | None = None) -> Ensemble:
         """Return the members as the engine decodes them, which asks for the others when a request needs them."""
         files, names = self._files, tuple(self._files.models)
         return Ensemble(
@@ -132,6 +137,8 @@ class Members:
             load=self._load_more,
             correctors=files.correctors,
             maps=files.tokens.maps,
+            prompt_cache=prompt_cache,
+            state_keys=self._state_keys,
         )
 
     def set_overlap(self, ensemble: Ensemble, overlap: Overlap | Literal["auto"]) -> None:
@@ -148,6 +155,7 @@ class Members:
         files, loaded = self._files, dict(self._models)
         backends: dict[str, LlamaBackend] = {}
         with ExitStack() as stack:
+            file_states = {member.name: self._file_states(member.name) for member in plan.members}
             for member in plan.members:
                 info = files.models[member.name]
                 if info.path not in loaded:
@@ -177,10 +185,29 @@ class Members:
                     **self._settings,
                 )
                 stack.callback(backends[name].close)
+                self._state_keys[name] = self._state_key(backends[name], file_states[name])
             self._closing.push(stack.pop_all())
         self._models, self.backends = loaded, {**self.backends, **backends}
         self.plan = dataclasses.replace(self.plan, members=(*self.plan.members, *plan.members))
         return backends
+
+    def _file_states(self, name: str) -> list[Any]:
+        """What tells the files of a member from others, and from what may lie there later."""
+        paths = [*self._files.models[name].shards, *(path for path, _ in self._files.loras.get(name, ()))]
+        return [[str(path.resolve()), *state] for path, state in zip(paths, states(paths), strict=True)]
+
+    def _state_key(self, member: LlamaBackend, file_states: list[Any]) -> bytes:
+        """All that a member's states depend on beside the tokens."""
+        n_positions = member.n_ctx if member.has_streams else member.n_cells
+        facts = [
+            [versions(), system_info(), [[gpu.name, gpu.description] for gpu in gpus()]],
+            [file_states, [scale for _, scale in member.loras]],
+            [self._settings["type_k"] or "f16", self._settings["type_v"] or "f16", member.n_ubatch is None],
+            # A state has a place for each stream, and some models turn keys by the size of the context.
+            member.n_seq_max if member.has_streams else 1,
+            n_positions if _LONG in self._files.models[member.name].tensors else None,
+        ]
+        return blake2b(json.dumps(facts).encode()).digest()
 
     def _load_more(self, names: Sequence[str]) -> Mapping[str, LlamaBackend]:
         """Load members beside those that are loaded. Raises LoadError or OutOfMemoryError."""

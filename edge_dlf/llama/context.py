@@ -11,7 +11,7 @@ import llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.backend import N_BATCH, N_ROLLBACK, N_ROWS, Logits, Run
+from ..engine.backend import N_BATCH, N_ROLLBACK, N_ROWS, Logits, Run, State
 from ..errors import (
     ContextOverflowError,
     DecodeError,
@@ -23,7 +23,7 @@ from ..errors import (
 from ..gguf.header import cache_type
 from .model import Model
 from .runtime import Interrupt, default_n_threads, initialise
-from .states import States
+from .states import States, address
 
 _FAILURES = {
     1: (ContextOverflowError, "no free KV cells for {} more tokens"),
@@ -83,12 +83,14 @@ class LlamaBackend:
         self.n_ubatch = n_ubatch
         self.n_bytes = model.n_bytes
         self.can_trim = model.can_trim
+        self.can_cut = model.can_trim and not model.has_window
         self.has_streams = streams
         self._n_rows = max(n_rows, n_seq_max)
         self._interrupt = interrupt or Interrupt()
         self._ctx = self._open(n_threads, cache_type(type_k), cache_type(type_v))
         self._memory = lib.llama_get_memory(self._ctx)
         self._n_past = [0] * n_seq_max
+        self._n_whole = [0] * n_seq_max  # first tokens of each sequence that can only be kept or forgotten together
         self._states = None if self.can_trim else States(self._ctx, name, self._n_past)
         self.n_rollback = self._states.n_rollback if self._states else 0
         self._n_logits = 0
@@ -214,7 +216,9 @@ class LlamaBackend:
         return self._n_past[seq]
 
     def reach(self, seq: int, n_past: int) -> int:
-        return self._states.reach(seq, n_past) if self._states else n_past
+        if self._states:
+            return self._states.reach(seq, n_past)
+        return n_past if n_past >= self._n_whole[seq] else 0
 
     def checkpoint(self, seq: int, *, lasting: bool) -> None:
         if self._states:
@@ -226,37 +230,43 @@ class LlamaBackend:
         elif not lib.llama_memory_seq_rm(self._memory, seq, n_past, -1):
             raise DecodeError(f"{self.name}: this model cannot forget part of a text")
         self._n_past[seq] = n_past
+        self._n_whole[seq] = min(self._n_whole[seq], n_past)
 
     def copy(self, source: int, target: int, n_past: int) -> None:
         if self.has_streams:
             # llama_memory_seq_cp would copy the whole stream, and not before the next decode.
-            self._restore(target, self._saved(source))
+            self._restore(target, self._n_past[source], self.save(source))
             self.trim(target, n_past)
         else:
             if self._states:
                 self._states.copy(source, target, n_past)
             else:
                 lib.llama_memory_seq_cp(self._memory, source, target, 0, n_past)
-            self._n_past[target] = n_past
+            self._n_past[target], self._n_whole[target] = n_past, self._n_whole[source]
 
     def swap(self, a: int, b: int) -> None:
-        saved = self._saved(a), self._saved(b)
-        for seq, state in zip((b, a), saved, strict=True):
+        saved = [(self._n_past[seq], self.save(seq)) for seq in (a, b)]
+        for seq, (n_past, state) in zip((b, a), saved, strict=True):
             self.trim(seq, 0)
-            self._restore(seq, state)
+            self._restore(seq, n_past, state)
 
-    def _saved(self, seq: int) -> tuple[int, Any]:
-        """Positions that `seq` holds, and llama.cpp's copy of its cache."""
-        state = (ctypes.c_uint8 * lib.llama_state_seq_get_size(self._ctx, seq))()
-        lib.llama_state_seq_get_data(self._ctx, state, len(state), seq)
-        return self._n_past[seq], state
-
-    def _restore(self, seq: int, saved: tuple[int, Any]) -> None:
-        """Put the saved cache of any sequence into `seq`, which must be empty."""
-        n_past, state = saved
-        if n_past and not lib.llama_state_seq_set_data(self._ctx, state, len(state), seq):
+    def _restore(self, seq: int, n_past: int, state: State) -> None:
+        if n_past and not self.load(seq, n_past, state):
             raise DecodeError(f"{self.name}: llama.cpp does not take back what its KV cache held")
-        self._n_past[seq] = n_past
+
+    def save(self, seq: int) -> State:
+        state = np.empty(lib.llama_state_seq_get_size(self._ctx, seq), np.uint8)
+        if lib.llama_state_seq_get_data(self._ctx, address(state), state.size, seq) != state.size:
+            raise DecodeError(f"{self.name}: llama.cpp does not give what its KV cache holds")
+        return state
+
+    def load(self, seq: int, n_past: int, state: State) -> bool:
+        # llama.cpp returns the bytes that it has read, and 0 where it could not use them.
+        if lib.llama_state_seq_set_data(self._ctx, address(state), state.size, seq) != state.size:
+            lib.llama_memory_seq_rm(self._memory, seq, -1, -1)
+            return False
+        self._n_past[seq], self._n_whole[seq] = n_past, 0 if self.can_cut else n_past
+        return True
 
     def close(self) -> None:
         if self._ctx:

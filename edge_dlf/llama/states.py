@@ -116,14 +116,15 @@ class States:
 
     def _read(self, seq: int) -> npt.NDArray[np.uint8]:
         state = np.empty(lib.llama_state_seq_get_size_ext(self._ctx, seq, _STATE), np.uint8)
-        if lib.llama_state_seq_get_data_ext(self._ctx, _address(state), state.size, seq, _STATE) != state.size:
+        if lib.llama_state_seq_get_data_ext(self._ctx, address(state), state.size, seq, _STATE) != state.size:
             raise DecodeError(f"{self._name}: llama.cpp does not give its state")
         return state
 
     def _write(self, seq: int, state: npt.NDArray[np.uint8]) -> None:
-        if not lib.llama_state_seq_set_data_ext(self._ctx, _address(state), state.size, seq, _STATE):
+        if not lib.llama_state_seq_set_data_ext(self._ctx, address(state), state.size, seq, _STATE):
             raise DecodeError(f"{self._name}: llama.cpp does not take its state back")
 
 
-def _address(state: npt.NDArray[np.uint8]) -> Any:
+def address(state: npt.NDArray[np.uint8]) -> Any:
+    """Return a state as llama.cpp takes it."""
     return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
