@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from edge_dlf import FusedLlama, ModelFileError
 from edge_dlf.families import guard
-from edge_dlf.families.guard import Trial, require_runs, try_model
+from edge_dlf.families.guard import RUNS, Trial, require_adapters_run, require_runs, try_model
 from edge_dlf.gguf.info import read_info
 from edge_dlf.system import remembered
 
@@ -68,6 +69,13 @@ def test_batches_that_are_asked_for_are_timed(model: Path, cache: Path) -> None:
     assert min(found.batch_s) > 0
 
 
+def test_the_architectures_that_are_known_to_run_are_those_of_the_table() -> None:
+    page = Path(__file__).parents[1] / "docs" / "models.md"
+    (row,) = [line for line in page.read_text("utf-8").splitlines() if line.endswith("| yes | yes | yes | yes |")]
+    assert {*re.findall("`([^`]+)`", row)} == RUNS
+    assert f"{len(RUNS)} architectures do all" in page.read_text("utf-8")
+
+
 def test_what_llama_cpp_refuses_is_the_reason(tmp_path: Path) -> None:
     found = try_model([tiny_model(tmp_path / "nan.gguf", nan=True)])
     assert found == Trial(False, "its logits are not numbers")
@@ -102,7 +110,7 @@ def test_a_process_that_dies_or_hangs(
 class TestRemembering:
     @pytest.fixture
     def untried(self, tmp_path: Path) -> Path:
-        """A model of an architecture that the header rules were not tested with."""
+        """A model of an architecture that is not known to run."""
         return tiny_model(tmp_path / "untried.gguf", arch="nonesuch")
 
     @staticmethod
@@ -157,12 +165,27 @@ class TestRemembering:
         self.check(untried)
         assert python.n_runs == 2
 
-    def test_only_an_architecture_without_rules_is_tried(self, untried: Path, model: Path, python: FakePython) -> None:
+    @pytest.mark.parametrize("arch", ["llama", "lfm2", "granitehybrid", "qwen35"])
+    def test_an_architecture_that_is_known_to_run_starts_no_process(
+        self, arch: str, untried: Path, tmp_path: Path, python: FakePython
+    ) -> None:
         python.does("kill -SEGV $$")
-        self.check(model)
+        known = tiny_model(tmp_path / "known.gguf", arch=arch)
+        self.check(known)
         assert python.n_runs == 0
         with pytest.raises(ModelFileError, match=r"as a try in another process showed: llama.cpp crashed \(SIGSEGV\)"):
+            require_adapters_run(read_info(known), {"expert": [(tiny_lora(tmp_path / "lora.gguf"), 1.0)]}, -1)
+        assert python.n_runs == 1
+        with pytest.raises(ModelFileError, match=r"as a try in another process showed: llama.cpp crashed \(SIGSEGV\)"):
             self.check(untried)
+
+    def test_a_hybrid_family_is_loaded_without_a_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        started: list[object] = []
+        monkeypatch.setattr(guard, "_run", lambda *question: started.append(question) or Trial(False))
+        files = [tiny_model(tmp_path / f"{n}.gguf", arch="lfm2", seed=n) for n in range(3)]
+        with FusedLlama(files[0], files[1], {"tuned": files[2]}, n_ctx=256, n_threads=1) as llm:
+            assert next(llm.stream("Hi")).id >= 0
+        assert not started
 
     def test_a_family_is_not_loaded_before_the_trial(self, untried: Path, tiny: Path, python: FakePython) -> None:
         python.does("kill -SEGV $$")

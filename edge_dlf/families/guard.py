@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from ..engine.backend import PLAIN_TOKENS, Run
 from ..errors import EdgeDLFError, ModelFileError
 from ..gguf.info import MERGE, GGUFInfo, read_info
-from ..gguf.rules import TRIED
 from ..llama import gpus, system_info
 from ..system.child import python_command
 from ..system.remembered import recall, remember, states
@@ -30,6 +29,21 @@ if TYPE_CHECKING:
 
 Adapters = Sequence[tuple[Path, float]]
 
+RUNS = frozenset((
+    "afmoe", "apertus", "arcee", "arctic", "arwkv7", "baichuan", "bailingmoe", "bailingmoe2", "bailingmoe3",
+    "bitnet", "bloom", "chatglm", "codeshell", "cohere2", "cohere2moe", "command-r", "dbrx", "deci", "deepseek",
+    "deepseek2", "deepseek2-ocr", "dots1", "ernie4_5", "ernie4_5-moe", "exaone", "exaone-moe", "exaone4", "falcon",
+    "falcon-h1", "gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "glm4", "glm4moe", "gpt-oss", "gpt2", "gptneox",
+    "granite", "granite_swa", "granitehybrid", "granitemoe", "grok", "grovemoe", "hunyuan-dense", "hunyuan-moe",
+    "hunyuan_vl", "hy_v3", "internlm2", "jais", "jais2", "jamba", "kimi-linear", "lfm2", "lfm2moe", "llama",
+    "llama4", "maincoder", "mamba", "mamba2", "maple", "mellum", "mimo2", "minicpm", "minicpm3", "minimax-m2",
+    "mistral3", "mistral4", "mpt", "muse-glimmer", "nanbeige", "nemotron", "nemotron_h", "nemotron_h_moe", "olmo",
+    "olmo2", "olmoe", "openelm", "orion", "paddleocr", "pangu-embedded", "phi2", "phi3", "phimoe", "plamo",
+    "plamo2", "plamo3", "qwen", "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen35", "qwen35moe", "qwen3moe",
+    "qwen3next", "qwen3vl", "qwen3vlmoe", "refact", "rwkv6", "rwkv6qwen2", "rwkv7", "seed_oss", "smallthinker",
+    "smollm3", "spark2_5", "stablelm", "starcoder", "starcoder2", "step35", "talkie", "xverse",
+))  # fmt: skip
+"""Architectures of which this version of llama.cpp runs models, as `tests/architectures.py` found."""
 _COLLECTION = "trials"
 _PATIENCE_S = 120.0
 _SLOWEST_DISK = 20e6  # bytes a second
@@ -57,12 +71,12 @@ class Trial:
 
 
 def require_runs(info: GGUFInfo, n_gpu_layers: int, split: Sequence[float] = ()) -> None:
-    """Try a model whose architecture `gguf.rules` was not tested with, its layers on the GPUs that `Model` will use.
+    """Try a model whose architecture is none of `RUNS`, its layers on the GPUs that `Model` will use.
 
     The result of an earlier trial holds as long as the files and the build of llama.cpp are the same.
     Raises ModelFileError if the model does not run.
     """
-    if info.architecture in TRIED:
+    if info.architecture in RUNS:
         return
     found = _remembered(info.shards) or try_model(info.shards, n_gpu_layers=n_gpu_layers, split=split)
     if not found.ok:
