@@ -234,12 +234,12 @@ class Ensemble:
         """Make `seq` hold what the prompt cache has of `tokens`, if that is worth it beside what is known. Returns
         their number, or 0."""
         kept, member, cache = self.prompt_cache, self.members[name], self._caches[name]
-        if kept is None or len(tokens) < (n_worth := self.n_known(name, tokens) + WORTH_READING):
+        if kept is None or len(tokens) < (n_known := self.n_known(name, tokens)) + WORTH_READING:
             return 0
         key, own = self._state_keys[name], self._own_ids(name, tokens)
         n_room = min(member.n_ctx, member.n_cells - cache.n_used + cache.n_alone(seq))
         while found := kept.find(key, own, can_cut=member.can_cut, n_most=n_room):
-            if found.n_common < n_worth:
+            if found.n_common - n_known < max(WORTH_READING, len(found.tokens) // 32):
                 break
             if (state := kept.read(key, found)) is None:
                 continue

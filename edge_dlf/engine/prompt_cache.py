@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.int32]
 
-MAX_BYTES = 8 * 2**30
+MAX_BYTES = 8 * 10**9
 """Most bytes of all files together. Those used longest ago are removed."""
 WORTH_KEEPING = 256
 """Tokens by which a text must be longer than what is kept of it, to be kept by itself."""
