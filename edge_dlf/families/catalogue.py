@@ -13,7 +13,7 @@ from .spec import FamilySpec, ModelSource, read_toml
 
 SURENESS = {
     "checked": "commit, size and sha256 of every file are known, and the tokenizers have one origin",
-    "card": "as model cards have it",
+    "card": "unverified, as model cards have it",
 }
 """How sure an entry is -> what that means. Whatever it says, `pull` checks that the files fit together."""
 
