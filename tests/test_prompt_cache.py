@@ -127,6 +127,7 @@ class TestFiles:
             assert line.endswith("and is ignored")
             kept(cache, text)
             assert path.read_bytes() == good
+            assert found(cache, text) == (text.tolist(), 50)
 
     def test_what_is_no_file_of_it_is_left_alone(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         cache = PromptCache(tmp_path)

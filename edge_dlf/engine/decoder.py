@@ -203,15 +203,17 @@ class Decoder:
     def _make_checkpoints(self, generation: Generation, drafts: Drafts) -> None:
         """Let members keep the states to which they may have to go back: those at which they pause, and the one before
         a draft that they have to verify and could not take back otherwise."""
+        pausing = []
         for name in generation.members:
             member, pauses = self.ensemble.members[name], generation.pauses[name]
             while pauses and pauses[0] <= self.ensemble.n_held(name, generation.seq):
                 member.checkpoint(generation.seq, lasting=True)
-                self.ensemble.keep([name], generation.seq)
+                pausing.append(name)
                 del pauses[0]
             draft = drafts.each.get(generation)
             if draft and drafts.drafter != name and len(draft.ahead) > member.n_rollback:
                 member.checkpoint(generation.seq, lasting=False)
+        self.ensemble.keep(pausing, generation.seq)
 
     def _add_prompt(self, runs: dict[str, list[Run]], generation: Generation, n_most: int) -> None:
         """Add a part of a prompt, but not its last token, which belongs to the step that picks."""

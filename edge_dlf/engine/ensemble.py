@@ -264,7 +264,7 @@ class Ensemble:
         for name in names:
             self._repair(name)
             member, key, own = self.members[name], self._state_keys[name], self._own_ids(name, self.held(name, seq))
-            if len(own) - kept.n_kept(key, own, can_cut=member.can_cut) >= n_new:
+            if len(own) >= n_new and len(own) - kept.n_kept(key, own, can_cut=member.can_cut) >= n_new:
                 try:
                     texts.append((key, own, member.save(seq), member.can_cut))
                 except DecodeError as error:

@@ -155,6 +155,8 @@ class PromptCache:
         if self._job and (failure := self._job.result()):
             self._can_write = False
             self.note(f"prompts are not kept: {failure}")
+        for text in self._in_work:
+            self._known.get(text.key, {}).pop(text.name, None)  # what was damaged may be good now
         self._job, self._in_work = None, ()
 
     def close(self) -> None:
@@ -227,7 +229,7 @@ class PromptCache:
                 self._remove_oldest({text.name for text in texts})
         except Timeout:
             return f"another process holds {self.folder / _LOCK}"
-        except (OSError, EdgeDLFError) as error:
+        except (OSError, NotImplementedError, EdgeDLFError) as error:
             return str(error)
         return None
 
