@@ -32,6 +32,9 @@ class ScriptedDecoder:
     def begin(self, generation: Generation, waiting: Iterable[Generation] = ()) -> None:
         pass
 
+    def keep(self, generation: Generation) -> None:
+        pass
+
     def n_due(self, generation: Generation) -> int:
         return 1
 
