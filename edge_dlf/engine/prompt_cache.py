@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
 
 from ..errors import EdgeDLFError, InvalidParameterError
 from ..system.durable import new_name, replacing
@@ -214,6 +213,8 @@ class PromptCache:
 
     def _write(self, texts: Sequence[Kept]) -> str | None:
         """Write files, and remove those that are too many. Returns why that failed. Runs in a thread of its own."""
+        from filelock import FileLock, Timeout  # which takes as long to import as a prompt of a few tokens
+
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with FileLock(self.folder / _LOCK, timeout=_PATIENCE_S):
