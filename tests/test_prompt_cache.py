@@ -19,6 +19,7 @@ from edge_dlf.engine.ensemble import Ensemble
 from edge_dlf.engine.prompt_cache import WORTH_KEEPING, WORTH_READING, PromptCache
 from edge_dlf.engine.token_map import TokenMap
 from edge_dlf.fusion.fuser import Fuser
+from edge_dlf.system.machine import Machine
 
 from .fake_backend import FakeBackend
 from .test_decode import N_VOCAB, begin, family, generate, step
@@ -181,6 +182,16 @@ class TestFiles:
         assert len(caplog.records) == 1
         kept(cache, ids(3))
         assert len(files(tmp_path)) == 1
+
+    def test_a_state_for_which_there_is_no_memory_is_not_read(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        cache = PromptCache(tmp_path)
+        kept(cache, ids(1, 2, 3))
+        monkeypatch.setattr(prompt_cache, "this_machine", lambda: Machine(100))
+        assert found(cache, ids(1, 2, 3)) is found(cache, ids(1, 2, 3)) is None
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert line.endswith("is too large for the memory and is ignored")
 
     def test_what_a_killed_process_left_half_written_goes(self, tmp_path: Path) -> None:
         cache = PromptCache(tmp_path)

@@ -18,7 +18,8 @@ from edge_dlf import FusedLlama, InvalidParameterError
 from edge_dlf.cli import main
 from edge_dlf.engine import ensemble
 from edge_dlf.engine.backend import Run
-from edge_dlf.llama import LlamaBackend, Model
+from edge_dlf.llama import LlamaBackend, Model, context
+from edge_dlf.system.machine import Machine
 
 from .test_states import STATEFUL
 from .tiny import tiny_lora, tiny_model, weighted_family
@@ -190,6 +191,17 @@ def test_whatever_shapes_a_state_is_part_of_its_key(tiny: Path, tmp_path: Path, 
     assert answer(folder)[1] == n_prompt
     os.utime(folder / "large.gguf", ns=(1, 1))
     assert answer(folder)[1] == n_prompt
+
+
+def test_a_text_for_which_there_is_no_memory_is_not_kept(
+    tiny: Path, tmp_path: Path, answer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(context, "this_machine", lambda: Machine(1000))
+    assert answer(tiny) == answer(tiny, plain=True)
+    assert not [*(tmp_path / "cache").glob("*.state")]
+    said = {record.getMessage() for record in caplog.records}
+    assert "prompts are not kept: base: no memory for a copy of what its KV cache holds" in said
 
 
 def test_damaged_files_change_no_answer(

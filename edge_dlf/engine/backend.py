@@ -95,7 +95,7 @@ class Backend(Protocol):
 
     def save(self, seq: int) -> State:
         """Return a copy of what `seq` holds, which `load` takes, in this process or in another one with the same model
-        and settings."""
+        and settings. Raises OutOfMemoryError or DecodeError."""
 
     def load(self, seq: int, n_past: int, state: State) -> bool:
         """Let `seq`, which must be empty, hold the `n_past` tokens that were saved. Returns whether that was possible;

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from ..errors import DecodeError, InvalidParameterError
+from ..errors import EdgeDLFError, InvalidParameterError
 from ..params import METHODS, FusionParams, Overlap, check_names
 from .backend import N_ROWS, Backend, Logits, Run
 from .cache_index import CacheIndex, common_prefix
@@ -267,7 +267,7 @@ class Ensemble:
             if len(own) >= n_new and len(own) - kept.n_kept(key, own, can_cut=member.can_cut) >= n_new:
                 try:
                     texts.append((key, own, member.save(seq), member.can_cut))
-                except DecodeError as error:
+                except EdgeDLFError as error:
                     kept.note(f"prompts are not kept: {error}")
         if texts:
             kept.keep(texts)

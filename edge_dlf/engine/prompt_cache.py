@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from ..errors import EdgeDLFError, InvalidParameterError
 from ..system.durable import new_name, replacing
+from ..system.machine import this_machine
 from ..system.paths import expanded
 from .backend import State
 
@@ -121,6 +122,8 @@ class PromptCache:
         try:
             with path.open("rb") as file:
                 head, n_bytes = file.read(_HEAD.size), os.fstat(file.fileno()).st_size
+                if n_bytes > this_machine().free_bytes:
+                    raise MemoryError
                 body = np.empty(max(0, min(n_bytes, MAX_BYTES) - _HEAD.size), np.uint8)
                 is_whole = file.readinto(body.data) == len(body) and not file.read(1)
             magic, checksum, n_tokens = _HEAD.unpack(head)

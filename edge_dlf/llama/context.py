@@ -21,6 +21,7 @@ from ..errors import (
     RequestInterruptedError,
 )
 from ..gguf.header import cache_type
+from ..system.machine import this_machine
 from .model import Model
 from .runtime import Interrupt, default_n_threads, initialise
 from .states import States, address
@@ -255,7 +256,10 @@ class LlamaBackend:
             raise DecodeError(f"{self.name}: llama.cpp does not take back what its KV cache held")
 
     def save(self, seq: int) -> State:
-        state = np.empty(lib.llama_state_seq_get_size(self._ctx, seq), np.uint8)
+        n_bytes = lib.llama_state_seq_get_size(self._ctx, seq)
+        if n_bytes > this_machine().free_bytes // 2:
+            raise OutOfMemoryError(f"{self.name}: no memory for a copy of what its KV cache holds")
+        state = np.empty(n_bytes, np.uint8)
         if lib.llama_state_seq_get_data(self._ctx, address(state), state.size, seq) != state.size:
             raise DecodeError(f"{self.name}: llama.cpp does not give what its KV cache holds")
         return state
