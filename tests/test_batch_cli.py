@@ -186,7 +186,7 @@ class TestErrors:
         result = run(FakeLlama(), "in", "-o", "out")
         assert result.exit_code == 1
         failure, done = result.stderr.splitlines()
-        assert failure.startswith("line 1 failed first: not JSON: Unterminated string")
+        assert failure.startswith("line 1 failed first: not JSON: ")
         assert failure.endswith('; a row is an object such as {"prompt": "…"}')
         assert done.startswith("done: 9 rows · 6 failed · 6 tokens in ")
         assert result.stderr.endswith("; --retry-errors runs what failed again\n")

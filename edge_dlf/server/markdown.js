@@ -6,7 +6,7 @@ const FENCE = /^(`{3,}|~{3,})/, HEADING = /^(#{1,6})[ \t]+/, RULE = /^([-*_])([ 
 const ITEM = /^([-*+]|\d{1,9}[.)])[ \t]+/, COLUMNS = /^\|?[ \t]*:?-+:?[ \t]*(\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 const TAGS = {"*": ["em"], _: ["em"], "**": ["strong"], __: ["strong"], "***": ["strong", "em"], "~~": ["del"]};
 // An escape; a piece of code; or strong, slanted or struck-out words. `2**3`, `a*b*c` and `snake_case` are none of them.
-const INLINE = /\\[\\`*_~|#]|(`+)(?!`)[^]{1,2000}?(?<!`)\1(?!`)|(?<![\w)\]*~])(\*{1,3}|_{1,2}|~~)(?!\s|\2)[^]{0,1000}?[^\s*~\\]\2(?![\d([*~]|(?<=_)\w)/g;
+const INLINE = /\\[\\`*_~|#]|(?<!`)(`+)(?!`)[^]{1,2000}?(?<!`)\1(?!`)|(?<![\w)\]*~])(\*{1,3}|_{1,2}|~~)(?!\s|\2)[^]{0,1000}?[^\s*~\\]\2(?![\d([*~]|(?<=_)\w)/g;
 
 function lineOf(text, at) {
   const end = text.indexOf("\n", at) + 1 || text.length, line = text.slice(at, end).trimEnd(), body = line.trimStart();
