@@ -1,4 +1,5 @@
-"""Pictures of the documents, drawn anew from real runs on the family that ships: python docs/pictures.py
+"""Pictures of the documents, drawn anew from real runs on the family that ships and from the documents' tables:
+python docs/pictures.py
 
 Needs pip install '.[docs,test]' and Chromium. Writes into docs/pictures/. Texts are as the commands print them.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import pyte
 from playwright.sync_api import Browser, Page, sync_playwright
+from plots import draw_plots
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
@@ -183,6 +185,7 @@ def _ask(page: Page, question: str) -> None:
 
 def main() -> None:
     PICTURES.mkdir(exist_ok=True)
+    draw_plots()
     draw_terminal()
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
         path = next(filter(None, map(shutil.which, CHROMIUM)), None)

@@ -185,7 +185,10 @@ class TestErrors:
             file.write(b'{"id": "\xff"}\n{"id": "d\x00"}\n{"id": "last"}')
         result = run(FakeLlama(), "in", "-o", "out")
         assert result.exit_code == 1
-        assert result.stderr.startswith("done: 9 rows · 6 failed · 6 tokens in ")
+        failure, done = result.stderr.splitlines()
+        assert failure.startswith("line 1 failed first: not JSON: ")
+        assert failure.endswith('; a row is an object such as {"prompt": "…"}')
+        assert done.startswith("done: 9 rows · 6 failed · 6 tokens in ")
         assert result.stderr.endswith("; --retry-errors runs what failed again\n")
         found = answers("out")
         assert {key: row["line"] for key, row in found.items() if isinstance(row, dict)} == {
@@ -491,7 +494,7 @@ class TestProgress:
     def finish(self, shown: ProgressLine, n_rows: int) -> None:
         """Rows of 20 tokens; the first of them fails."""
         body = {"usage": {"prompt_tokens": 3, "completion_tokens": 20}}
-        shown.add({"error": {"code": "c"}, "response": None})
+        shown.add({"error": {"code": "c", "message": "no", "line": 2}, "response": None})
         for _ in range(n_rows - 1):
             shown.add({"error": None, "response": {"body": body}})
 

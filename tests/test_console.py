@@ -47,7 +47,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "models" / 
 FENCED = re.compile(r"^(?:<!-- ([^\n]*) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 NOT_RUN = {
-    r"(CMAKE_ARGS=.*)?(pip|pipx|uv tool) install ": "it changes what is installed",
+    r"(CMAKE_ARGS=.*)?(pip|pipx|uv tool) (un)?install |python3 -m venv ": "it changes what is installed",
     r"edge-dlf new .*\$\(edge-dlf pull": "it downloads models; test_hub.py pulls from a hub of its own",
     r"(path=\$\()?edge-dlf pull ": "it downloads models; test_hub.py pulls from a hub of its own",
     r"edge-dlf serve ": "it ends when it is stopped; test_serve_cli.py starts and stops it",
@@ -59,7 +59,20 @@ NOT_RUN = {
     r"cat \w+\.yaml": "it shows a file of the reader's own, for lm_eval",
     r"\.ci/run": "it runs this test",
 }
-RECORDED = ("edge-dlf", "python", "pip", "pipx", "uv", "torchrun", "cat", "tar", "cmake", ".ci/run", "pytest")
+RECORDED = (
+    "edge-dlf",
+    "python",
+    "python3",
+    "pip",
+    "pipx",
+    "uv",
+    "torchrun",
+    "cat",
+    "tar",
+    "cmake",
+    ".ci/run",
+    "pytest",
+)
 """Programs that only note their arguments, each call in a file of its own, where a command is not run."""
 INSTALLERS = ("pip", "pipx", "uv")
 """Programs that no test may run: they are not there where commands are run."""
@@ -145,6 +158,8 @@ def desk(tmp_path: Path, block: Block) -> Path:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shaped.get(name, rows)))
     (tmp_path / "banking77_train.csv").write_text("text,category\n" + "".join(f"Why {n}?,why\n" for n in range(1200)))
     (tmp_path / "schema.json").write_text("{}")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
     return tmp_path
 
 
@@ -185,9 +200,12 @@ def in_shell(desk: Path, lines: list[str]) -> list[str]:
 
 
 def prints(shown: str, printed: str) -> bool:
-    """Whether a command printed what is shown, but for white space; `…` stands for anything."""
-    pattern = "".join(".*?" if part == "…" else re.escape(part) for part in re.split("(…)", " ".join(shown.split())))
-    return re.search(pattern, " ".join(printed.split())) is not None
+    """Whether a command printed what is shown, but for white space; `…` stands for anything. A long line of output may
+    be shown as several lines."""
+    parts = re.findall(r"…|\s+|[^…\s]+", shown.strip())
+    matches = {"…": ".*?", " ": r"\s+"}
+    pattern = "".join(r"\s*" if "\n" in part else matches.get(part[0], re.escape(part)) for part in parts)
+    return re.search(pattern, printed, re.DOTALL) is not None
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
@@ -202,11 +220,11 @@ def test_commands_run_as_they_stand(block: Block, desk: Path) -> None:
             pytest.skip("needs curl")
         with FusedLlama.from_family("demo", n_ctx=512, n_threads=1) as llm, serving(llm, Rules({})) as server:
             address = str(server.base_url).rstrip("/")
-            (printed, _) = in_shell(desk, [line.replace("http://127.0.0.1:8080", address) for line in lines])
-        assert json.loads(printed)["choices"]
-    elif run:
-        for (command, shown), printed in zip(run, in_shell(desk, lines), strict=False):
-            assert prints(shown, printed), f"$ {command}{printed}"
+            outputs = in_shell(desk, [line.replace("http://127.0.0.1:8080", address) for line in lines])
+    else:
+        outputs = in_shell(desk, lines) if run else []
+    for (command, shown), printed in zip(run, outputs, strict=False):
+        assert prints(shown, printed), f"$ {command}{printed}"
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")

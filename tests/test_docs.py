@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import click
 import pytest
@@ -29,6 +32,7 @@ SNIPPETS = [
     for number, (comment, code) in enumerate(PYTHON.findall(page.read_text("utf-8")))
 ]
 ROWS = [{"prompt": f"What is {n} plus 40?", "answer": f"The answer is {n + 40}."} for n in range(30, 42)]
+PLOTS = runpy.run_path(str(ROOT / "docs" / "plots.py"), run_name="plots")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -104,6 +108,19 @@ def test_the_checks_see_what_is_wrong() -> None:
 
 def test_the_readme_fits_on_a_few_screens() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("plot", PLOTS["PLOTS"], ids=lambda plot: plot.name)
+def test_a_plot_shows_the_numbers_of_its_table(plot: Any) -> None:
+    root = ElementTree.parse(PLOTS["path_of"](plot)).getroot()
+    shown = {
+        group.get("id"): "".join(group.itertext()).strip()
+        for group in root.iter("{http://www.w3.org/2000/svg}g")
+        if group.get("id", "").startswith("number-")
+    }
+    assert shown == plot.numbers(), "run `python docs/pictures.py`"
+    texts = {"".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {row.label for row in plot.rows()} | {name for _, name, _ in plot.series} <= texts
 
 
 @pytest.mark.parametrize(("code", "needs_server"), SNIPPETS)

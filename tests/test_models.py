@@ -390,7 +390,9 @@ class TestNew:
     def test_files_by_their_path(self, hub: HubServer, run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tiny)
         files = ["--large", "large.gguf", "--base", "base.gguf", "--expert", "a=lora.gguf", "--expert", "b=tuned.gguf"]
-        path = run("new", "mine", *files).stdout.rstrip("\n")
+        result = run("new", "mine", *files)
+        path = result.stdout.rstrip("\n")
+        assert result.stderr == "`edge-dlf chat mine` talks with it\n"
         monkeypatch.chdir("/")
         spec = FamilySpec.load("mine")
         assert (spec.name, spec.large.path) == ("mine", tiny / "large.gguf")

@@ -110,7 +110,12 @@ def test_a_message_is_answered_in_the_colours_of_the_experts(page: Any, server: 
     whole = server.post(CHAT, json=body).json()
     assert answer == whole["choices"][0]["message"]["content"]
     (tokens,) = whole["edge_dlf"]["trace"]
-    shown = page.query_selector_all(".answer .token")
+    shown, pieces = [], iter(page.query_selector_all(".answer .token"))  # markup cuts a token into pieces
+    for text in page.evaluate("talk.turns[0].answers[0][0].tokens.map(({text}) => text)"):
+        shown.append(next(pieces))
+        done = shown[-1].text_content()
+        while done != text:
+            done += next(pieces).text_content()
     assert [node.get_attribute("data-alpha") is not None for node in shown] == [bool(t["expert"]) for t in tokens]
     assert [
         "changed" in node.get_attribute("class") for node, token in zip(shown, tokens, strict=True) if token["expert"]
@@ -276,23 +281,110 @@ def test_an_answer_is_stopped_and_what_came_is_kept(page: Any) -> None:
     assert answers(page)[1] != ""
 
 
-def test_what_a_model_says_is_text_and_never_markup(page: Any) -> None:
-    said = "<img src=x onerror=alert(1)><b>bold</b> {{colours}}"
-    token = {
-        "alpha": 1.0,
-        "expert": "lora",
-        "logprob": -0.1,
-        "changed": True,
-        "large": {"choice": "<i>", "logprob": None},
-    }
-    chunk = {"choices": [{"delta": {"content": said}, "finish_reason": None}], "edge_dlf": token}
+def let_a_model_say(page: Any, *tokens: str) -> None:
+    """Answer what the page asks from now on with these tokens, each of them changed by an expert."""
+    how = {"alpha": 1.0, "expert": "lora", "logprob": -0.1, "changed": True}
+    how["large"] = {"choice": "<i>", "logprob": None}
+    chunks = [{"choices": [{"delta": {"content": text}, "finish_reason": None}], "edge_dlf": how} for text in tokens]
     end = {"choices": [{"delta": {}, "finish_reason": "stop"}], "edge_dlf": {"generation_tps": 1.0}}
-    events = "".join(f"data: {json.dumps(each)}\n\n" for each in (chunk, end)) + "data: [DONE]\n\n"
+    events = "".join(f"data: {json.dumps(each)}\n\n" for each in (*chunks, end)) + "data: [DONE]\n\n"
     page.route(f"**{CHAT}", lambda route: route.fulfill(content_type="text/event-stream", body=events))
+
+
+def test_what_a_model_says_is_text_and_never_html(page: Any) -> None:
+    said = "<img src=x onerror=alert(1)><b>bold</b> {{colours}}"
+    let_a_model_say(page, said)
     assert ask(page, "<b>Who?</b>") == [said]
     assert page.locator(".log b, .log img, .log i").count() == 0
     assert 'which would have said "<i>"' in page.get_attribute(".answer .token", "title")
     assert page.text_content("#talks li") == "<b>Who?</b>×"
+
+
+MARKDOWN = """
+# A title
+Some **strong** and *slanted* words, `a | b`, ~~none~~, \\*a star\\*, 2**3 = 8, a*b*c, snake_case_name.
+
+3. third:
+   ```python
+   for n in numbers:
+       print(n)
+   ```
+4. fourth
+   - within
+     - deeper
+
+   still the fourth
+- another list
+
+| name | what **it** is |
+|---|:--:|
+| `x` | |
+| y \\| z | *second* |
+
+> said
+
+---
+<b>none</b> **open
+```
+**code**
+"""
+DRAWN = {
+    "h3": ["A title"],
+    "strong": ["strong", "it"],
+    "em": ["slanted", "second"],
+    ".text > p": [
+        "Some strong and slanted words, a | b, none, *a star*, 2**3 = 8, a*b*c, snake_case_name.",
+        "<b>none</b> **open",
+    ],
+    "ol > li > pre code": ["for n in numbers:\n    print(n)"],
+    "ol > li > ul > li > ul": ["deeper"],
+    "ol > li > p": ["still the fourth"],
+    ".text > ul": ["another list"],
+    "th": ["name", "what it is"],
+    "td": ["x", "", "y | z", "second"],
+    "blockquote": ["said"],
+    ".text > pre": ["**code**"],
+}
+
+
+def test_markdown_is_drawn(page: Any) -> None:
+    let_a_model_say(page, *(MARKDOWN[n : n + 3] for n in range(0, len(MARKDOWN), 3)))
+    assert ask(page, "Show me") == [MARKDOWN]
+    for selector, texts in DRAWN.items():
+        assert page.locator(f".answer {selector}").all_inner_texts() == texts, selector
+    assert page.evaluate("[...document.querySelectorAll('ol > li')].map(({value}) => value)") == [3, 4]
+    assert page.locator(".answer .rule").count() == 1
+    assert page.locator(".answer code .token[data-alpha]").count() > 0
+    shoot(page, "markdown")
+    page.set_viewport_size(PHONE)
+    assert fits(page)
+
+
+def test_no_character_of_markdown_is_lost_whatever_it_is_and_however_it_comes(page: Any) -> None:
+    """Drawn token by token, each of up to four pieces of markup."""
+    wrong = page.evaluate(
+        """(sample) => {
+          const pieces = ["*", "**", "_", "`", "```", "~~", "\\n", "\\n\\n", "- ", "1. ", "  ", "# ", "> ", "|", "---",
+            "|-|-|", "\\\\", "a", "b c", ""];
+          let seed = 1;
+          const random = (n) => (seed = seed * 48271 % 2147483647) % n;
+          const soups = Array.from({length: 300}, () => Array.from({length: 30}, () =>
+            Array.from({length: random(4)}, () => pieces[random(pieces.length)]).join("")));
+          for (const texts of [...soups, sample]) {
+            const given = {tokens: []}, box = document.createElement("div"), write = markdownOf(given, box);
+            for (const text of texts) {
+              given.tokens.push({text});
+              write();
+              if (box.textContent !== textOf(given)) return [textOf(given), box.textContent];
+            }
+            const again = document.createElement("div");
+            markdownOf(given, again)();
+            if (texts === sample && again.innerHTML !== box.innerHTML) return [again.innerHTML, box.innerHTML];
+          }
+        }""",
+        [*MARKDOWN],
+    )
+    assert wrong is None
 
 
 def test_on_a_phone_the_conversations_cover_the_page_until_it_is_touched(page: Any) -> None:

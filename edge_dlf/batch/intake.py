@@ -107,7 +107,7 @@ def _request(line: Line) -> tuple[str, dict[str, Any]]:
     except ValueError as error:
         if not line.is_whole:
             raise _RowError(INCOMPLETE, f"{error}; no line break ends it, so it is read again next time") from None
-        raise _RowError("invalid_json", str(error)) from None
+        raise _RowError("invalid_json", f'{error}; a row is an object such as {{"prompt": "…"}}') from None
     name = "custom_id" if "custom_id" in request or is_openai(request) else "id"
     id = request.get(name)
     if id == "" or not (id is None or is_id(id)):

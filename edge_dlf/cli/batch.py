@@ -106,10 +106,16 @@ def batch(
             names = {"output": str(targets.output or output), "errors": targets.errors and str(targets.errors)}
             click.echo(dumps({**progress.report(status), **names}, ensure_ascii=False), err=targets.output is None)
     if not quiet:
-        again = "; --retry-errors runs what failed again" if progress.n_failed and targets.can_resume else ""
-        screen.say(f"done: {progress.summary()}{again}")
+        _say_done(screen, progress, targets.can_resume)
     if progress.n_failed:
         ctx.exit(1)
+
+
+def _say_done(screen: Screen, progress: ProgressLine, can_resume: bool) -> None:
+    if progress.first_failure:
+        screen.say(progress.first_failure)
+    again = "; --retry-errors runs what failed again" if progress.n_failed and can_resume else ""
+    screen.say(f"done: {progress.summary()}{again}")
 
 
 def _settings(options: Options, *, raw: bool, ordered: bool, exact: bool) -> dict[str, Any]:

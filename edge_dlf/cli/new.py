@@ -43,3 +43,4 @@ def new(name: str, **files: Any) -> None:
             screen.say(f"warning: {warning}")
     if correctors:
         screen.say(f"{' and '.join(correctors)}: added to the large model without the base")
+    screen.say(f"`edge-dlf chat {name}` talks with it")

@@ -24,6 +24,7 @@ class ProgressLine(Progress):
     unit = "rows"
     _say: Callable[[str], None] | None = None
     _said_s = 0.0
+    first_failure = ""
 
     def figures(self) -> str:
         """Rows, failures, speed and time left, on one line."""
@@ -53,6 +54,8 @@ class ProgressLine(Progress):
 
     def add(self, row: Mapping[str, Any]) -> None:
         super().add(row)
+        if row["error"] and not self.first_failure:
+            self.first_failure = f"line {row['error']['line']} failed first: {row['error']['message']}"
         self.tell()
 
     def tell(self) -> None:

@@ -52,5 +52,5 @@ def serve(
         rules = Rules(settings, n_waiting=queue, timeout_s=timeout, api_key=api_key, hosts=hosts)
         with open_family(options, screen) as llm:
             n_parallel = llm.driver.n_parallel
-            ready = f"{llm.name} at {address.url} · {n_parallel} answers at once · Ctrl-C ends"
-            run(llm, address, rules, lambda: screen.say(ready))
+            ready = f"{llm.name} at {address.url} · OpenAI's API at {address.url}/v1 · {n_parallel} answers at once"
+            run(llm, address, rules, lambda: screen.say(f"{ready} · Ctrl-C ends"))

@@ -246,7 +246,8 @@ def find_family(family: str | Path) -> Path:
         raise FamilyError(f"{family}: is not a regular file")
     if family in catalogue_names():
         raise FamilyError(f"{family} is in the catalogue and not yet on this machine: `edge-dlf pull {family}`")
-    raise FamilyError(f"{family}: no such family; looked for {', '.join(map(str, candidates))}")
+    looked = ", ".join(map(str, candidates))
+    raise FamilyError(f"{family}: no such family; looked for {looked}; `edge-dlf list` names those that are here")
 
 
 def catalogue_names() -> list[str]:

@@ -35,7 +35,7 @@ _MASKED = np.array([[[0.0, 1.0]], [[0.0, 1.0]], [[1.0, -np.inf]]], np.float32)
 
 def ready_fuser(n_vocab: int, n_threads: int, lacking: Mapping[str, Int64Array]) -> Fuser:
     """Load the kernels and return a fuser that uses up to `n_threads` threads. Compiling is announced in the log."""
-    notice = "compiling kernels for this machine; they are kept, so later starts are quick"
+    notice = "compiling kernels for this machine, for ten seconds or more; they are kept, so later starts are quick"
     timer = threading.Timer(_PATIENCE_S, logger.warning, [notice])
     timer.daemon = True
     timer.start()

@@ -117,16 +117,18 @@ async function answer(s) {  // once more, where the last turn has an answer alre
   history.replaceState(null, "", `#${talk.id}`);
   const log = $(".log", panes()[s]);
   log.scrollTop = log.scrollHeight;
-  await receive(given, bodyOf(side, messages), control.signal, (token) => {
+  await receive(given, bodyOf(side, messages), control.signal, onFrame(() => {
     const isNear = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-    showToken(nodes.get(given), token, true);
+    nodes.get(given).write();
     if (isNear) log.scrollTop = log.scrollHeight;
-  });
+  }));
   running.delete(given);
   save(from);
   if (shownOf(turn, s) === given) nodes.get(given).replaceWith(answerNode(given, turn, s));
   refresh();
 }
+
+function onFrame(work) { let asked = 0; return () => { asked ||= requestAnimationFrame(() => { asked = 0; work(); }); }; }
 
 function again() { if (talk.turns.length && !answering()) talk.sides.forEach((_, s) => answer(s)); }
 
@@ -250,8 +252,9 @@ function answerNode(given, turn, s) {
   const node = document.createElement("div"), isLive = running.has(given);
   node.className = "answer";
   nodes.set(given, node);
-  make("div", node, undefined, {className: "text"});
-  given.tokens.forEach((token) => showToken(node, token, isLive));
+  node.ariaBusy = isLive;
+  node.write = writerOf(given, node, isLive);
+  node.write();
   if (given.error) make("div", node, given.error, {className: "wrong"});
   const tools = make("div", node, undefined, {className: "tools"}), all = turn.answers[s], n = turn.shown[s];
   const n_changed = !isLive && given.tokens.filter(({instead}) => instead !== undefined).length;
@@ -269,21 +272,30 @@ function answerNode(given, turn, s) {
   return node;
 }
 
-function showToken(node, token, isLive = false) {  // thinking goes into a fold, which closes once the answer begins
-  let fold = $("details", node);
-  if (token.thought && !fold) {
-    node.prepend(fold = document.createElement("details"));
-    make("summary", fold, "Thinking");
-    fold.open = isLive;
-  }
-  if (token.thought) span(fold, {...token, text: token.thought});
-  if (token.text && fold && !node.dataset.begun) fold.open = !(node.dataset.begun = true);
-  if (token.text || !token.thought) span($(".text", node), token);
+function writerOf(given, node, isLive) {  // thinking goes into a fold, which closes once the answer begins
+  const write = markdownOf(given, make("div", node, undefined, {className: "text"}));
+  let fold, n = 0;
+  return () => {
+    for (const token of given.tokens.slice(n)) {
+      if (token.thought) span(fold ??= foldOf(node, isLive), token, token.thought);
+      if (token.text && fold && !node.dataset.begun) fold.open = !(node.dataset.begun = true);
+    }
+    n = given.tokens.length;
+    write();
+  };
 }
 
-function span(parent, token) {
-  const node = make("span", parent, token.text, {className: "token"});
-  if (!token.expert) return;
+function foldOf(node, isOpen) {
+  const fold = document.createElement("details");
+  make("summary", fold, "Thinking");
+  fold.open = isOpen;
+  node.prepend(fold);
+  return fold;
+}
+
+function span(parent, token, text) {
+  const node = make("span", parent, text, {className: "token"});
+  if (!token.expert) return node;
   const percent = (part) => `${(100 * part).toFixed(1)}%`, alone = token.alone === null ? "less" : percent(token.alone ?? 0);
   node.dataset.alpha = token.alpha;
   node.dataset.gain = token.alone === undefined ? 0 : Math.max(0, token.chance - (token.alone ?? 0));
@@ -293,6 +305,7 @@ function span(parent, token) {
   node.classList.toggle("changed", token.instead !== undefined);
   node.style.setProperty("--hue", hueOf(token.expert));
   paint(node);
+  return node;
 }
 
 function hueOf(expert) { return COLOURS[Math.max(0, experts.indexOf(expert)) % COLOURS.length].join(" "); }

@@ -126,7 +126,7 @@ def _arithmetic_scale(results: Results) -> float:
 
 
 def render(build: Build) -> str:
-    """The tables in Markdown; a cell that has not been run is a dash."""
+    """The tables in Markdown; a cell that has not been run is a dash, and a row of such cells is left out."""
     results = Results(build.path("results.jsonl"))
 
     def score(*parts: str) -> Score | None:
@@ -174,6 +174,7 @@ def render(build: Build) -> str:
         for title, label in (("large alone", "large"), ("tuned, the family's own method", "default"))
     ]
     single_tuned, multi_tuned = ("single", "tuned"), ("multi", "tuned")
+    summed = gap("arithmetic", "dynamic", multi_tuned)
     unseen = ", ".join(f"{task}*" for task in UNSEEN)
     return "\n\n".join(
         [
@@ -186,8 +187,8 @@ def render(build: Build) -> str:
             "sorting met extremes in other words)",
             _table(["", *(task if task in SEEN else f"{task}*" for task in _ALL), "mean"], multis),
             f"Gap closed: dynamic {gap('multi', 'dynamic', multi_tuned)}, "
-            f"static {gap('multi', 'static', multi_tuned)}, "
-            f"dynamic with the summed adapters {gap('arithmetic', 'dynamic', multi_tuned)}.",
+            f"static {gap('multi', 'static', multi_tuned)}"
+            + (f", dynamic with the summed adapters {summed}." if summed != "–" else "."),
             "**As people type** (wordings of `recipe/casual.py`; questions of `recipe/newcomer.txt`)",
             _table(["", *SEEN, NEWCOMER], typed),
             "**Examples in the prompt**",
@@ -208,5 +209,5 @@ def _cell(score: Score | None) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [head, ["---"] * len(head), *(row for row in rows if set(row[1:]) != {"–"})]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
