@@ -271,10 +271,5 @@ class TestCommands:
 
     def test_save_keeps_what_was_read(self, tiny: Path, tmp_path: Path) -> None:
         file = tmp_path / "saved.json"
-        result = self.run(
-            tiny, "chat", "--prompt-cache", str(tmp_path / "c"), stdin=f"{DOCUMENT[:150]}\n/save {file}\n"
-        )
-        assert "and what was read of them in the prompt cache" in result.stderr
+        self.run(tiny, "chat", "--prompt-cache", str(tmp_path / "c"), stdin=f"{DOCUMENT[:150]}\n/save {file}\n")
         assert len(list((tmp_path / "c").glob("*.state"))) == 4
-        result = self.run(tiny, "chat", stdin=f"Hi\n/save {file}\n")
-        assert "prompt cache" not in result.stderr

@@ -245,11 +245,10 @@ class Driver:
         with self._alone():
             self.decoder.ensemble.forget()
 
-    def keep(self) -> bool:
-        """Let the prompt cache keep whatever the KV caches hold. Returns whether there is one."""
+    def keep(self) -> None:
+        """Let the prompt cache, if there is one, keep whatever the KV caches hold."""
         with self._alone():
             self.decoder.ensemble.keep_all()
-            return self.decoder.ensemble.prompt_cache is not None
 
     @property
     def n_active(self) -> int:

@@ -112,8 +112,8 @@ def _save(session: Session, file: str) -> None:
     require(file, "usage: /save FILE")
     session.conversation.save(Path(file), session.llm.name, session.settings)
     n_messages = _count(len(session.conversation.messages), "message")
-    kept = ", and what was read of them in the prompt cache" if session.llm.driver.keep() else ""
-    session.screen.say(f"saved {n_messages} and the settings in {file}{kept}")
+    session.screen.say(f"saved {n_messages} and the settings in {file}")
+    session.llm.driver.keep()
 
 
 def _load(session: Session, file: str) -> None:
