@@ -257,6 +257,22 @@ def test_the_small_models_go_to_the_gpu_first(tiny: Path, tmp_path: Path) -> Non
     assert rows == sorted(rows)
 
 
+def test_a_gpu_computes_for_models_on_the_host_where_it_has_room(files: FamilyFiles) -> None:
+    names, on_host = ("large", "base", "lora", "tuned"), {"n_gpu_layers": 0}
+    roomy = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)), **on_host)
+    assert roomy.splits == dict.fromkeys(names, (1.0,))
+    own = {name: footprint(info) for name, info in files.models.items()}
+    lent = {name: max(each.widest, *(int(512 * kv) for kv in each.kv)) for name, each in own.items()}
+    needed = [each.compute(512, N_ROWS) + lent[name] for name, each in own.items()]
+    assert roomy.each_gpu_bytes == (sum(needed),)
+    with_heads = [each.compute(512, 32) + max(lent[name], each.output) for name, each in own.items()]
+    many = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)), n_seqs=32, **on_host)
+    assert many.each_gpu_bytes == (sum(with_heads),)
+    full = planned(files, Machine(8 * GB, gpus=(gpu(400_000_000),)), **on_host)
+    assert full.splits == dict.fromkeys(names, (0.0,))
+    assert full.each_gpu_bytes == (0,)
+
+
 def test_a_gpu_that_uses_the_hosts_memory_counts_there_too(files: FamilyFiles) -> None:
     apart = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)))
     shared = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB, shares_host=True),)))
@@ -307,7 +323,7 @@ def several(*free: int) -> Machine:
 def test_of_several_gpus_a_model_gets_one_that_holds_it(tiny: Path, tmp_path: Path) -> None:
     files = of_sizes(tiny, tmp_path)
     one = planned(files, several(8 * GB))
-    large, base = (Planner(files, several(8 * GB), n_gpu_layers=layers) for layers in ({"base": 0}, {"large": 0}))
+    large, base = (Planner(files, several(8 * GB), names=names) for names in (["large"], ["base", "lora"]))
     large_bytes, base_bytes = (sum(planner.plan(512).each_gpu_bytes) for planner in (large, base))
     assert sum(one.each_gpu_bytes) == large_bytes + base_bytes
     two = planned(files, several(400_000_000 + large_bytes, 400_000_000 + base_bytes))

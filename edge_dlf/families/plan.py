@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..engine.backend import N_ROWS
+from ..engine.backend import N_LENT, N_ROWS
 from ..errors import OutOfMemoryError
 from ..system.machine import Machine
 from .files import FamilyFiles
@@ -92,7 +92,10 @@ class Plan:
 
 
 class _Layout(NamedTuple):
-    """Where one model is: layers on GPUs, the share of each GPU, and bytes on the host and on each GPU."""
+    """Where one model is: layers on GPUs, the share of each GPU, and bytes on the host and on each GPU.
+
+    Without any layer there, a GPU with a share computes long batches.
+    """
 
     n_gpu: int
     split: tuple[float, ...]
@@ -119,21 +122,27 @@ class _Model:
         return len(self.size.layers) + 1
 
     def layout(self, n_gpu: int, split: Sequence[float], n_cells: int, n_rows: int, n_seqs: int) -> _Layout:
-        """Put the head and the last n_gpu - 1 layers on GPUs, divided by `split`."""
+        """Put the head and the last n_gpu - 1 layers on GPUs, divided by `split`.
+
+        What has many rows is computed there all the same: llama.cpp lends it weights and caches of the host one by one.
+        """
         own, n_members = self.size, len(self.members)
         n_low = len(own.layers) - max(n_gpu - 1, 0)
         cells = rounded(n_cells)
         caches = [int(kv * cells) + own.states(n_seqs) // len(own.layers) for kv in own.kv]
         layers = [w + n_members * cache for w, cache in zip(own.layers, caches, strict=True)]
         host = own.input + own.vocabulary + sum(layers[:n_low]) + n_members * own.checkpoints
-        if not n_gpu:
-            compute = own.compute(n_cells, n_rows)
-            host += self.lora_bytes + (0 if own.is_tied else own.output) + n_members * compute
-            return _Layout(0, tuple(split), host, (0,) * len(split))
         n_used = sum(share > 0 for share in split)
-        compute = own.compute(n_cells, n_rows, n_copies=_PIPELINE_COPIES if n_used > 1 else 1)
+        compute = own.compute(n_cells, n_rows, n_copies=_PIPELINE_COPIES if n_used > 1 and n_gpu else 1)
         host += n_members * (compute if n_low else 4 * n_rows * own.n_vocab)
-        each = [n_members * compute + self.lora_bytes if share > 0 else 0 for share in split]
+        lent = max(own.widest, *caches) if n_low else 0
+        if not n_gpu and n_rows >= N_LENT:
+            lent = max(lent, own.output)
+        loras = self.lora_bytes if n_gpu else 0
+        each = [n_members * (compute + lent) + loras if share > 0 else 0 for share in split]
+        if not n_gpu:
+            host += self.lora_bytes + (0 if own.is_tied else own.output)
+            return _Layout(0, tuple(split), host, tuple(each))
         for number, n_bytes in enumerate([*layers[n_low:], own.output]):
             each[gpu_of_layer(number, n_gpu, split)] += n_bytes
         return _Layout(n_gpu, tuple(split), host, tuple(each))
@@ -256,7 +265,7 @@ class Planner:
 
     def _layouts(self, model: _Model, n_wanted: int, left: Sequence[int], n_cells: int) -> Iterator[_Layout]:
         """Layouts of a model, best first: the most layers on GPUs; as asked for, or on one GPU, the fullest first, so
-        that a larger model finds an empty one, or spread by the memory that is left."""
+        that a larger model finds an empty one, or spread by the memory that is left. The last uses no GPU."""
         numbers = range(len(left))
         splits = [model.split] if model.split else [_only(n, len(left)) for n in sorted(numbers, key=left.__getitem__)]
         if not model.split and len(left) > 1 and sum(room > 0 for room in left) > 1:
@@ -264,6 +273,8 @@ class Planner:
         for n_gpu in [n_wanted] if n_wanted >= 0 else range(model.n_layers, -1, -1):
             for split in (splits if n_gpu else splits[-1:]) or [()]:
                 yield model.layout(n_gpu, split, n_cells, self._n_rows, self._n_seqs)
+        if left and n_wanted <= 0:
+            yield model.layout(0, (0.0,) * len(left), n_cells, self._n_rows, self._n_seqs)
 
     def _member(self, name: str, model: _Model, layout: _Layout, n_cells: int) -> MemberPlan:
         own, shares = model.size, model.members[0] if name != model.members[0] else None
