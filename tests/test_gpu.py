@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,11 @@ from click.testing import CliRunner
 from edge_dlf import FusedLlama, RequestInterruptedError
 from edge_dlf.cli import main
 from edge_dlf.engine.backend import Run
-from edge_dlf.families.files import check_files
+from edge_dlf.families import members
 from edge_dlf.families.footprint import footprint
-from edge_dlf.families.plan import Planner
-from edge_dlf.families.spec import FamilySpec
 from edge_dlf.gguf.info import read_info
 from edge_dlf.llama import Interrupt, LlamaBackend, Model, gpus
 from edge_dlf.llama.runtime import initialise
-from edge_dlf.system.machine import this_machine
 
 from . import lossless
 from .feed import feed
@@ -45,7 +43,12 @@ ROUNDING = 0.05
 CPU_ROUNDING = 0.3
 """The same for quantized weights: what they are multiplied by is rounded to 8 bits on the CPU, and not on a GPU."""
 MIB = 2**20
-PLACES = {"whole": -1, "part": {"large": 2, "base": 2, "tuned": 1}, "large on the CPU": {"large": 0}}
+PLACES = {
+    "whole": -1,
+    "part": {"large": 2, "base": 2, "tuned": 1},
+    "large on the CPU": {"large": 0},
+    "all on the CPU": 0,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -212,22 +215,32 @@ def test_layers_and_caches_lie_where_the_plan_has_them(
     assert buffers(lines, "KV", on_gpu=False) == pytest.approx(sum(own.kv[:low]) * 4096, abs=0.02 * MIB)
 
 
+@pytest.mark.parametrize("n_parallel", [1, 32])
 @pytest.mark.parametrize("place", PLACES)
-def test_no_more_is_taken_of_the_device_than_planned(family: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = check_files(FamilySpec.load(family))
-    plan = Planner(files, this_machine(gpus()), n_gpu_layers=PLACES[place]).plan(4096)  # type: ignore[arg-type]
+def test_no_more_is_taken_of_the_device_than_planned(
+    family: Path, place: str, n_parallel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, asked = said(monkeypatch), {"n_gpu_layers": PLACES[place], "n_parallel": n_parallel}
+    with FusedLlama.from_family(family, n_ctx=512, n_threads=1, overlap="off", **asked) as llm:
+        plan, groups = llm._members.plan, llm._ensemble.groups
+    layers = {member.name: (member.n_gpu_layers, member.n_layers) for member in plan.members}
+    loaded = [tuple(map(int, found)) for found in re.findall(r"offloaded (\d+)/(\d+) layers", "".join(lines))]
+    assert loaded == [layers["large"], layers["base"], layers["tuned"]]
+    whole = {(name,) for name, (n_gpu, n_layers) in layers.items() if n_gpu == n_layers}
+    assert whole == {group for group in groups if set(group) <= plan.on_gpu}
+    taken = sum(buffers(lines, kind, on_gpu=True) for kind in ("model", "KV", "LoRA", "compute"))
+    assert 0 < taken <= sum(plan.each_gpu_bytes)
+
+
+def test_a_full_device_is_left_alone(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not even what a model on the host would compute there has room, nothing is asked of it."""
+    full = [replace(gpu, free_bytes=0) for gpu in gpus()]
+    monkeypatch.setattr(members, "gpus", lambda: full)
     lines = said(monkeypatch)
-    with FusedLlama.from_family(family, n_ctx=4096, n_threads=1, n_gpu_layers=PLACES[place], overlap="off") as llm:
-        layers = {member.name: (member.n_gpu_layers, member.n_layers) for member in plan.members}
-        n_models = [tuple(map(int, found)) for found in re.findall(r"offloaded (\d+)/(\d+) layers", "".join(lines))]
-        assert n_models == [layers["large"], layers["base"], layers["tuned"]]
-        whole = {name for name, (n_gpu, n_layers) in layers.items() if n_gpu == n_layers}
-        assert {group[0] for group in llm._ensemble.groups if len(group) == 1} >= whole
-        assert {name for group in llm._ensemble.groups if len(group) > 1 for name in group}.isdisjoint(whole)
-    taken = {kind: buffers(lines, kind, on_gpu=True) for kind in ("model", "KV", "LoRA", "compute")}
-    print(place, taken, plan.each_gpu_bytes)
-    assert all(taken.values())
-    assert sum(taken.values()) <= sum(plan.each_gpu_bytes)
+    with FusedLlama.from_family(family, n_ctx=256, n_threads=1) as llm:
+        assert not llm._members.plan.on_gpu
+        assert llm.create_completion("Once", max_tokens=2)["choices"]
+    assert [buffers(lines, kind, on_gpu=True) for kind in ("model", "KV", "LoRA", "compute")] == [0] * 4
 
 
 @pytest.mark.parametrize(("place", "overlap"), [("whole", "off"), ("whole", "queue"), ("part", "queue")])
@@ -308,23 +321,26 @@ def test_a_plan_that_the_device_cannot_hold(family: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_bytes", "n_ctx", "words"),
+    ("large", "n_bytes", "n_ctx", "words"),
     [
-        (MIB // 64, 256, "large.gguf: not enough memory for its weights"),
-        (MIB, 65536, "large: no memory for a context of 65536"),
-        (MIB // 16, 256, "large: no memory for a context of 256"),  # for what it computes
+        ("deep", MIB, 256, "deep.gguf: not enough memory for its weights"),
+        ("large", MIB, 65536, "large: no memory for a context of 65536"),
+        ("large", MIB // 16, 256, "large: no memory for a context of 256"),  # for what it computes
     ],
 )
-def test_a_device_that_is_full(family: Path, device: str, n_bytes: int, n_ctx: int, words: str) -> None:
+def test_a_device_that_is_full(family: Path, device: str, large: str, n_bytes: int, n_ctx: int, words: str) -> None:
     """What was free when the plan was made is not there any more: no buffer may be larger than `n_bytes`."""
     if not device.startswith("Vulkan"):
         pytest.skip("only Vulkan's memory can be limited")
-    command = [sys.executable, "-m", "edge_dlf", "generate", "-f", str(family), "--ctx-size", str(n_ctx)]
+    if large == "deep":
+        tiny_model(family / "deep.gguf", n_embd=64, n_layer=12)
+    files = [f"--large={family}/{large}.gguf", f"--base={family}/base.gguf", f"--expert=tuned={family}/tuned.gguf"]
+    command = [sys.executable, "-m", "edge_dlf", "generate", *files, "--ctx-size", str(n_ctx), "--threads", "1", "Hi"]
     env = {**os.environ, "GGML_VK_FORCE_MAX_BUFFER_SIZE": str(n_bytes)}
-    done = subprocess.run([*command, "--threads", "1", "--max-tokens", "2", "Hi"], capture_output=True, env=env)
-    assert done.returncode == 4, done.stderr.decode()
-    assert words in done.stderr.decode()
-    assert b"Traceback" not in done.stderr
+    done = subprocess.run(command, capture_output=True, env=env, text=True)
+    assert done.returncode == 4, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_doctor_says_what_goes_where(family: Path) -> None:
