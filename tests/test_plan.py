@@ -273,6 +273,19 @@ def test_a_gpu_computes_for_models_on_the_host_where_it_has_room(files: FamilyFi
     assert full.each_gpu_bytes == (0,)
 
 
+def test_part_of_a_model_leaves_larger_ones_room_for_their_prompts(tiny: Path, tmp_path: Path) -> None:
+    large, base = (tiny_model(tmp_path / f"{n}.gguf", n_embd=n, n_layer=6) for n in (1024, 512))
+    files = check_files(FamilySpec.from_files(large, base, {"tuned": base}))
+    whole = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)), names=["base", "tuned"])
+    plan = planned(files, Machine(8 * GB, gpus=(gpu(400_000_000 + sum(whole.each_gpu_bytes) - 1),)))
+    assert 0 < plan.layers["base"] < 7
+    assert plan.layers["large"] < 7
+    assert plan.splits["large"] == (1.0,)
+    small = planned(files, Machine(8 * GB, gpus=(gpu(400_000_000 + sum(whole.each_gpu_bytes)),)))
+    assert small.on_gpu == {"base", "tuned"}  # a whole model comes first
+    assert small.splits["large"] == (0.0,)
+
+
 def test_a_gpu_that_uses_the_hosts_memory_counts_there_too(files: FamilyFiles) -> None:
     apart = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)))
     shared = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB, shares_host=True),)))
@@ -334,8 +347,8 @@ def test_of_several_gpus_a_model_gets_one_that_holds_it(tiny: Path, tmp_path: Pa
 
 def test_a_model_that_no_gpu_holds_alone_is_spread_over_them(tiny: Path, tmp_path: Path) -> None:
     files = of_sizes(tiny, tmp_path)
-    large_bytes = sum(planned(files, several(8 * GB), n_gpu_layers={"base": 0}).each_gpu_bytes)
-    plan = planned(files, several(*[400_000_000 + large_bytes - 1] * 2), n_gpu_layers={"base": 0})
+    large_bytes = sum(planned(files, several(8 * GB), names=["large"]).each_gpu_bytes)
+    plan = planned(files, several(*[400_000_000 + large_bytes - 1] * 2), names=["large"])
     assert all(plan.splits["large"])
     assert plan.layers["large"] == -1
     assert 0 < min(plan.each_gpu_bytes) < max(plan.each_gpu_bytes) < large_bytes

@@ -238,15 +238,20 @@ class Planner:
     def _arranged(self, n_cells: int, n_wanted: int | None = None) -> Plan:
         """Give GPUs what is asked for, then whole models from the smallest on, then the layers for which there is room.
 
+        Layers of a part of a model leave larger models room to compute their prompts there.
         n_wanted: in place of what is asked for.
         """
         wanted = {model: model.wanted if n_wanted is None else n_wanted for model in self._models}
         left = [max(0, gpu.free_bytes - _GPU_RESERVE_BYTES) for gpu in self.machine.gpus]
         layouts: dict[_Model, _Layout] = {}
-        for model in sorted(self._models, key=lambda m: (wanted[m] < 0, sum(m.size.layers) + m.size.output)):
+        order = sorted(self._models, key=lambda m: (wanted[m] < 0, sum(m.size.layers) + m.size.output))
+        for number, model in enumerate(order):
+            lent = sum(sum(self._lent(larger, left, n_cells).each_gpu_bytes) for larger in order[number + 1 :])
             for layout in self._layouts(model, wanted[model], left, n_cells):
                 layouts[model] = layout
-                if all(n_bytes <= room for n_bytes, room in zip(layout.each_gpu_bytes, left, strict=True)):
+                is_part = wanted[model] < 0 < layout.n_gpu < model.n_layers
+                rooms = [room - lent * (is_part and room == max(left)) for room in left]
+                if all(n_bytes <= room for n_bytes, room in zip(layout.each_gpu_bytes, rooms, strict=True)):
                     break
             left = [room - taken for room, taken in zip(left, layouts[model].each_gpu_bytes, strict=True)]
         each = tuple(map(sum, zip(*(layout.each_gpu_bytes for layout in layouts.values()), strict=True)))
@@ -271,10 +276,16 @@ class Planner:
         if not model.split and len(left) > 1 and sum(room > 0 for room in left) > 1:
             splits.append(tuple(float(max(0, room)) for room in left))
         for n_gpu in [n_wanted] if n_wanted >= 0 else range(model.n_layers, -1, -1):
-            for split in (splits if n_gpu else splits[-1:]) or [()]:
+            for split in splits if n_gpu else ():
                 yield model.layout(n_gpu, split, n_cells, self._n_rows, self._n_seqs)
-        if left and n_wanted <= 0:
+        if n_wanted <= 0:
+            yield self._lent(model, left, n_cells)
             yield model.layout(0, (0.0,) * len(left), n_cells, self._n_rows, self._n_seqs)
+
+    def _lent(self, model: _Model, left: Sequence[int], n_cells: int) -> _Layout:
+        """The layout of a model without layers on GPUs, of which one computes long batches: the emptiest."""
+        split = model.split or _only(max(range(len(left)), key=left.__getitem__, default=0), len(left))
+        return model.layout(0, split, n_cells, self._n_rows, self._n_seqs)
 
     def _member(self, name: str, model: _Model, layout: _Layout, n_cells: int) -> MemberPlan:
         own, shares = model.size, model.members[0] if name != model.members[0] else None
