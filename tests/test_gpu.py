@@ -28,7 +28,7 @@ from edge_dlf.engine.backend import Run
 from edge_dlf.families import members
 from edge_dlf.families.footprint import footprint
 from edge_dlf.gguf.info import read_info
-from edge_dlf.llama import Interrupt, LlamaBackend, Model, gpus
+from edge_dlf.llama import Interrupt, LlamaBackend, Model, applied_tensors, gpus
 from edge_dlf.llama.runtime import initialise
 
 from . import lossless
@@ -147,9 +147,12 @@ def test_caches_of_other_types(tmp_path: Path, types: str) -> None:
     np.testing.assert_allclose(found, expected, atol=CPU_ROUNDING if types == "q8_0" else ROUNDING)
 
 
-@pytest.mark.parametrize("layers", [-1, 2])
+@pytest.mark.parametrize("layers", [-1, 2, 1])
 def test_a_lora_is_added_on_the_device(family: Path, layers: int) -> None:
     loras = [(family / "lora.gguf", 1.0)]
+    model = Model(family / "base.gguf", layers)
+    assert applied_tensors(model, family / "lora.gguf") > read_info(family / "lora.gguf").tensors.keys()
+    model.close()
     alone, tuned = rows(family / "base.gguf", layers), rows(family / "base.gguf", layers, loras=loras)
     np.testing.assert_allclose(tuned, rows(family / "base.gguf", 0, loras=loras), atol=ROUNDING)
     assert np.abs(np.subtract(alone, tuned)).max() > 0.1
