@@ -23,8 +23,8 @@ from edge_dlf.families.plan import Plan, Planner, gpu_of_layer
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.gguf.header import CACHE_TYPES, Array
 from edge_dlf.gguf.info import GGUFInfo, read_info
-from edge_dlf.llama import LlamaBackend, Model
-from edge_dlf.llama.runtime import gpus, initialise
+from edge_dlf.llama import LlamaBackend, Model, gpus
+from edge_dlf.llama.runtime import initialise
 from edge_dlf.system.machine import GPU, Machine, cgroup_bytes, this_machine
 
 from .tiny import HYBRIDS, tiny_model
@@ -33,7 +33,7 @@ GB = 1_000_000_000
 
 
 def allocated(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, float]:
-    """Bytes of each kind of buffer that llama.cpp says it allocates for a context over the model in `path`."""
+    """Bytes of each kind of buffer that llama.cpp says it allocates on the CPU for a context over a model."""
     lines: list[str] = []
 
     @llama_cpp.llama_log_callback
@@ -41,7 +41,7 @@ def allocated(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> d
         lines.append(text.decode())
 
     monkeypatch.setattr(initialise(), "_listen", keep)
-    model = Model(path)
+    model = Model(path, 0, [0.0] * len(gpus()))
     LlamaBackend(model, "base", **settings).close()
     model.close()
     found: dict[str, float] = {}
@@ -147,9 +147,9 @@ def test_what_a_cpu_computes_with_is_counted(tmp_path: Path, n_ubatch: int | Non
     program = f"""
 import psutil
 from edge_dlf.engine.backend import Run
-from edge_dlf.llama import LlamaBackend, Model
+from edge_dlf.llama import LlamaBackend, Model, gpus
 
-rss, model = psutil.Process().memory_info, Model({str(path)!r})
+rss, model = psutil.Process().memory_info, Model({str(path)!r}, 0, [0.0] * len(gpus()))
 for n_ctx in 256, 1280:  # the first also pays for what a process pays once
     before = rss().rss
     member = LlamaBackend(model, "base", n_ctx=n_ctx, n_ubatch={n_ubatch}, n_threads=1)
