@@ -510,6 +510,7 @@ main()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited so on Linux only")
+@pytest.mark.skipif(bool(gpus()), reason="a GPU's driver takes address space of its own")
 def test_under_ulimit_the_context_that_the_error_names_runs(tiny: Path) -> None:
     def generate(n_ctx: int) -> subprocess.CompletedProcess[str]:
         arguments = ["generate", "--family", str(tiny), "--ctx-size", str(n_ctx), "--threads", "1", "--max-tokens", "4"]
