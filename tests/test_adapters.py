@@ -21,7 +21,7 @@ from edge_dlf.families import guard
 from edge_dlf.families.files import check_files
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.gguf.info import read_info
-from edge_dlf.llama import Model, applied_tensors
+from edge_dlf.llama import Model, adapters, applied_tensors
 from edge_dlf.system import remembered
 
 from .tiny import tiny_lora, tiny_model
@@ -169,6 +169,14 @@ def test_a_quantized_adapter_works(folder: Path, tmp_path: Path, kind: gguf.GGML
 
 def test_the_tensors_that_take_part(folder: Path, tmp_path: Path) -> None:
     model, lora = Model(folder / "base.gguf"), tiny_lora(tmp_path / "lora.gguf")
+    assert read_info(lora).tensors.keys() <= applied_tensors(model, lora)
+    model.close()
+
+
+def test_parts_that_are_copied_to_another_device_are_applied(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    lora, call = adapter(tmp_path / "lora.gguf", {"blk.0.attn_q.weight": QUERY}), adapters.call
+    monkeypatch.setattr(adapters, "call", lambda *given: b"CUDA0#%s#0" % call(*given))
+    model = Model(folder / "base.gguf")
     assert read_info(lora).tensors.keys() <= applied_tensors(model, lora)
     model.close()
 

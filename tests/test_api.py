@@ -28,7 +28,7 @@ from edge_dlf import (
 )
 from edge_dlf.engine.backend import Run
 from edge_dlf.families import members
-from edge_dlf.llama import LlamaBackend, Model
+from edge_dlf.llama import LlamaBackend, Model, gpus
 from edge_dlf.system.machine import Machine
 
 from . import naive
@@ -46,7 +46,7 @@ def text(result: object) -> str:
 def test_greedy_equals_a_plain_loop_with_the_oracle(tiny: Path, tiny_llm: FusedLlama) -> None:
     large, base, tuned = (Model(tiny / f"{name}.gguf") for name in ("large", "base", "tuned"))
     members = [
-        LlamaBackend(model, name, n_ctx=256, n_ubatch=64, n_threads=1, loras=loras)
+        LlamaBackend(model, name, n_ctx=256, n_ubatch=None if gpus() else 64, n_threads=1, loras=loras)
         for name, model, loras in (
             ("large", large, ()),
             ("base", base, ()),

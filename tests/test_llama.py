@@ -22,8 +22,9 @@ from edge_dlf import (
     OutOfMemoryError,
     RequestInterruptedError,
 )
-from edge_dlf.engine.backend import Run
-from edge_dlf.llama import N_BATCH, Interrupt, LlamaBackend, Model, copy_bytes_s
+from edge_dlf.engine.backend import N_LENT, Run
+from edge_dlf.llama import N_BATCH, Interrupt, LlamaBackend, Model, context, copy_bytes_s
+from edge_dlf.llama.runtime import Log
 
 from .feed import feed
 from .tiny import tiny_lora, tiny_model
@@ -91,7 +92,7 @@ def test_what_is_asked_of_llama_cpp_for_gpus(tiny: Path, monkeypatch: pytest.Mon
         return load(path, params)
 
     monkeypatch.setattr(lib, "llama_model_load_from_file", without_gpu)
-    for split in ((), (1.0,), (0.0, 1.0, 0.0), (3.0, 1.0, 0.0)):
+    for split in ((), (1.0,), (0.0, 1.0, 0.0), (3.0, 1.0, 0.0), (0.0,), (0.0, 0.0)):
         model = Model(tiny / "base.gguf", -1, split)
         backend(model).close()
         model.close()
@@ -101,8 +102,9 @@ def test_what_is_asked_of_llama_cpp_for_gpus(tiny: Path, monkeypatch: pytest.Mon
         assert params.flash_attn_type == lib.LLAMA_FLASH_ATTN_TYPE_AUTO
     layers = {"n_gpu_layers": -1, "split_mode": lib.LLAMA_SPLIT_MODE_LAYER, "main_gpu": 0}
     alone = {**layers, "split_mode": lib.LLAMA_SPLIT_MODE_NONE, "main_gpu": 1}
-    assert [seen for seen, _ in models] == [layers, layers, alone, layers]
-    assert models[0][1] is models[2][1] is None
+    no_gpu = {**alone, "main_gpu": -1}
+    assert [seen for seen, _ in models] == [layers, layers, alone, layers, no_gpu, no_gpu]
+    assert models[0][1] is models[2][1] is models[4][1] is None
     assert models[3][1] == [3.0, 1.0, 0.0]
 
 
@@ -119,6 +121,32 @@ def test_plain_attention_is_asked_for(
     assert (params.flash_attn_type == lib.LLAMA_FLASH_ATTN_TYPE_AUTO) is flash
     assert (params.flash_attn_type == lib.LLAMA_FLASH_ATTN_TYPE_DISABLED) is not flash
     assert (params.n_batch, params.n_ubatch) == (N_BATCH, n_ubatch or N_BATCH)
+
+
+@pytest.mark.parametrize(
+    ("n_seqs", "is_beside_a_gpu", "has_flash", "asked"),
+    [
+        (N_LENT - 1, True, True, ["AUTO"]),
+        (N_LENT, False, True, ["AUTO"]),
+        (N_LENT, True, True, ["AUTO", "ENABLED"]),
+        (N_LENT, True, False, ["AUTO", "AUTO"]),
+    ],
+)
+def test_many_sequences_attend_as_one_does(
+    base: Model, n_seqs: int, is_beside_a_gpu: bool, has_flash: bool, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a step of 32, llama.cpp itself would say that a GPU lacks flash attention where layers are on the host."""
+    made, make = [], lib.llama_init_from_model
+    monkeypatch.setattr(
+        lib, "llama_init_from_model", lambda handle, params: made.append(params) or make(handle, params)
+    )
+    monkeypatch.setattr(context, "gpus", lambda: ["a GPU"] if is_beside_a_gpu else [])
+    monkeypatch.setattr(Log, "says", lambda *_: not has_flash)
+    backend(base, n_ctx=64, n_seq_max=n_seqs).close()
+    assert [params.flash_attn_type for params in made] == [
+        getattr(lib, f"LLAMA_FLASH_ATTN_TYPE_{name}") for name in asked
+    ]
+    assert [params.n_seq_max for params in made] == [1, n_seqs][-len(asked) :]
 
 
 def test_how_fast_a_device_moves_bytes() -> None:

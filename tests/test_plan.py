@@ -23,8 +23,8 @@ from edge_dlf.families.plan import Plan, Planner, gpu_of_layer
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.gguf.header import CACHE_TYPES, Array
 from edge_dlf.gguf.info import GGUFInfo, read_info
-from edge_dlf.llama import LlamaBackend, Model
-from edge_dlf.llama.runtime import gpus, initialise
+from edge_dlf.llama import LlamaBackend, Model, gpus
+from edge_dlf.llama.runtime import initialise
 from edge_dlf.system.machine import GPU, Machine, cgroup_bytes, this_machine
 
 from .tiny import HYBRIDS, tiny_model
@@ -33,7 +33,7 @@ GB = 1_000_000_000
 
 
 def allocated(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, float]:
-    """Bytes of each kind of buffer that llama.cpp says it allocates for a context over the model in `path`."""
+    """Bytes of each kind of buffer that llama.cpp says it allocates on the CPU for a context over a model."""
     lines: list[str] = []
 
     @llama_cpp.llama_log_callback
@@ -41,7 +41,7 @@ def allocated(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> d
         lines.append(text.decode())
 
     monkeypatch.setattr(initialise(), "_listen", keep)
-    model = Model(path)
+    model = Model(path, 0, [0.0] * len(gpus()))
     LlamaBackend(model, "base", **settings).close()
     model.close()
     found: dict[str, float] = {}
@@ -147,9 +147,9 @@ def test_what_a_cpu_computes_with_is_counted(tmp_path: Path, n_ubatch: int | Non
     program = f"""
 import psutil
 from edge_dlf.engine.backend import Run
-from edge_dlf.llama import LlamaBackend, Model
+from edge_dlf.llama import LlamaBackend, Model, gpus
 
-rss, model = psutil.Process().memory_info, Model({str(path)!r})
+rss, model = psutil.Process().memory_info, Model({str(path)!r}, 0, [0.0] * len(gpus()))
 for n_ctx in 256, 1280:  # the first also pays for what a process pays once
     before = rss().rss
     member = LlamaBackend(model, "base", n_ctx=n_ctx, n_ubatch={n_ubatch}, n_threads=1)
@@ -257,6 +257,35 @@ def test_the_small_models_go_to_the_gpu_first(tiny: Path, tmp_path: Path) -> Non
     assert rows == sorted(rows)
 
 
+def test_a_gpu_computes_for_models_on_the_host_where_it_has_room(files: FamilyFiles) -> None:
+    names, on_host = ("large", "base", "lora", "tuned"), {"n_gpu_layers": 0}
+    roomy = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)), **on_host)
+    assert roomy.splits == dict.fromkeys(names, (1.0,))
+    own = {name: footprint(info) for name, info in files.models.items()}
+    lent = {name: max(each.widest, *(int(512 * kv) for kv in each.kv)) for name, each in own.items()}
+    needed = [each.compute(512, N_ROWS) + lent[name] for name, each in own.items()]
+    assert roomy.each_gpu_bytes == (sum(needed),)
+    with_heads = [each.compute(512, 32) + max(lent[name], each.output) for name, each in own.items()]
+    many = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)), n_seqs=32, **on_host)
+    assert many.each_gpu_bytes == (sum(with_heads),)
+    full = planned(files, Machine(8 * GB, gpus=(gpu(400_000_000),)), **on_host)
+    assert full.splits == dict.fromkeys(names, (0.0,))
+    assert full.each_gpu_bytes == (0,)
+
+
+def test_part_of_a_model_leaves_larger_ones_room_for_their_prompts(tiny: Path, tmp_path: Path) -> None:
+    large, base = (tiny_model(tmp_path / f"{n}.gguf", n_embd=n, n_layer=6) for n in (1024, 512))
+    files = check_files(FamilySpec.from_files(large, base, {"tuned": base}))
+    whole = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)), names=["base", "tuned"])
+    plan = planned(files, Machine(8 * GB, gpus=(gpu(400_000_000 + sum(whole.each_gpu_bytes) - 1),)))
+    assert 0 < plan.layers["base"] < 7
+    assert plan.layers["large"] < 7
+    assert plan.splits["large"] == (1.0,)
+    small = planned(files, Machine(8 * GB, gpus=(gpu(400_000_000 + sum(whole.each_gpu_bytes)),)))
+    assert small.on_gpu == {"base", "tuned"}  # a whole model comes first
+    assert small.splits["large"] == (0.0,)
+
+
 def test_a_gpu_that_uses_the_hosts_memory_counts_there_too(files: FamilyFiles) -> None:
     apart = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB),)))
     shared = planned(files, Machine(8 * GB, gpus=(gpu(8 * GB, shares_host=True),)))
@@ -307,7 +336,7 @@ def several(*free: int) -> Machine:
 def test_of_several_gpus_a_model_gets_one_that_holds_it(tiny: Path, tmp_path: Path) -> None:
     files = of_sizes(tiny, tmp_path)
     one = planned(files, several(8 * GB))
-    large, base = (Planner(files, several(8 * GB), n_gpu_layers=layers) for layers in ({"base": 0}, {"large": 0}))
+    large, base = (Planner(files, several(8 * GB), names=names) for names in (["large"], ["base", "lora"]))
     large_bytes, base_bytes = (sum(planner.plan(512).each_gpu_bytes) for planner in (large, base))
     assert sum(one.each_gpu_bytes) == large_bytes + base_bytes
     two = planned(files, several(400_000_000 + large_bytes, 400_000_000 + base_bytes))
@@ -318,8 +347,8 @@ def test_of_several_gpus_a_model_gets_one_that_holds_it(tiny: Path, tmp_path: Pa
 
 def test_a_model_that_no_gpu_holds_alone_is_spread_over_them(tiny: Path, tmp_path: Path) -> None:
     files = of_sizes(tiny, tmp_path)
-    large_bytes = sum(planned(files, several(8 * GB), n_gpu_layers={"base": 0}).each_gpu_bytes)
-    plan = planned(files, several(*[400_000_000 + large_bytes - 1] * 2), n_gpu_layers={"base": 0})
+    large_bytes = sum(planned(files, several(8 * GB), names=["large"]).each_gpu_bytes)
+    plan = planned(files, several(*[400_000_000 + large_bytes - 1] * 2), names=["large"])
     assert all(plan.splits["large"])
     assert plan.layers["large"] == -1
     assert 0 < min(plan.each_gpu_bytes) < max(plan.each_gpu_bytes) < large_bytes
@@ -481,6 +510,7 @@ main()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited so on Linux only")
+@pytest.mark.skipif(bool(gpus()), reason="a GPU's driver takes address space of its own")
 def test_under_ulimit_the_context_that_the_error_names_runs(tiny: Path) -> None:
     def generate(n_ctx: int) -> subprocess.CompletedProcess[str]:
         arguments = ["generate", "--family", str(tiny), "--ctx-size", str(n_ctx), "--threads", "1", "--max-tokens", "4"]

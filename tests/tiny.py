@@ -206,6 +206,7 @@ def tiny_model(
     seed: int = 0,
     drift: float = 0.0,
     n_embd: int = 32,
+    head_dim: int = 16,
     n_layer: int = 2,
     n_ctx: int = 512,
     spread: float = 2.5,
@@ -225,6 +226,7 @@ def tiny_model(
 
     pre: llama.cpp's pre-tokenizer of a BPE vocabulary. seed: of the weights.
     drift: adds noise of this relative size to them: a model fine-tuned from the one without.
+    head_dim: width of an attention head of "llama" and "qwen2".
     spread: standard deviation of the logits, in nats. pad_vocab: entries that only lengthen the vocabulary.
     tokens: id -> text that replaces that entry of the vocabulary. control: control tokens at its end.
     order: id -> id of the token that stands there instead, with its weights. renamed: text -> text of a token that is
@@ -267,16 +269,16 @@ def tiny_model(
         layer_shapes = _hybrid_shapes(arch, n_embd)
     else:
         writer.add_feed_forward_length(2 * n_embd)
-        writer.add_head_count(n_embd // 16)
+        writer.add_head_count(n_embd // head_dim)
         writer.add_head_count_kv(1)
         if arch in ("qwen3", "gemma3"):
             writer.add_key_length(16)
             writer.add_value_length(16)
         else:
-            writer.add_rope_dimension_count(16)
+            writer.add_rope_dimension_count(head_dim)
         if arch == "gemma3":
             writer.add_sliding_window(64)
-        layer_shapes = [transformer_shapes(arch, n_embd, 16, 2 * n_embd)]
+        layer_shapes = [transformer_shapes(arch, n_embd, head_dim, 2 * n_embd)]
     add_tokenizer(writer, tokenizer, vocabulary, types, chat_template, pre, renamed)
 
     shapes = {

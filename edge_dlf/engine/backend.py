@@ -27,6 +27,8 @@ N_ROLLBACK = 4
 """Tokens of a batch whose states llama.cpp keeps, where it can and a member has a single sequence: most drafts are no
 longer, and each state is kept beside the present one."""
 
+N_LENT = 32
+"""Rows of a product, or tokens of a batch, from which llama.cpp computes on a GPU what lies on the host."""
 N_ROWS = 16
 """Rows of logits that one batch may ask for at least; a member of more sequences, one for each."""
 

@@ -41,6 +41,7 @@ class Footprint:
     input: token embeddings, which stay on the host.
     output: the head; a copy of the embeddings if it has no weights of its own (is_tied).
     read: weights that decoding one token reads.
+    widest: the largest weight of a layer.
     repacked: weights that a CPU build keeps a second copy of.
     vocabulary: llama.cpp's own token tables.
     kv: KV cache of one cell in each layer.
@@ -56,6 +57,7 @@ class Footprint:
     output: int
     is_tied: bool
     read: int
+    widest: int
     repacked: int
     vocabulary: int
     kv: tuple[float, ...]
@@ -121,13 +123,14 @@ def footprint(info: GGUFInfo, type_k: str | None = None, type_v: str | None = No
     """
     n_layers = max(_number(info, "block_count") - _number(info, "nextn_predict_layers"), 1)
     layers, top = [0] * n_layers, {"input": 0, "output": 0}
-    repacked = in_experts = 0
+    repacked = in_experts = widest = 0
     for name, tensor in info.tensors.items():
         match = _LAYER.match(name)
         if not match:
             top["input" if name.startswith(("token_embd", "per_layer_token_embd")) else "output"] += tensor.n_bytes
         elif int(match[1]) < n_layers:
             layers[int(match[1])] += tensor.n_bytes
+            widest = max(widest, tensor.n_bytes)
             in_experts += tensor.n_bytes if "_exps." in name else 0
         repacked += tensor.n_bytes if tensor.type in _REPACKED and not name.startswith("token_embd") else 0
     is_tied = "output.weight" not in info.tensors
@@ -143,6 +146,7 @@ def footprint(info: GGUFInfo, type_k: str | None = None, type_v: str | None = No
         output=top["output"] + tied_bytes,
         is_tied=is_tied,
         read=sum(layers) + top["output"] + tied_bytes - idle,
+        widest=widest,
         repacked=repacked,
         vocabulary=_TOKEN_BYTES * (info.n_vocab or 0),
         kv=_kv(info, n_layers, type_k, type_v),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..engine.backend import N_ROWS
+from ..engine.backend import N_LENT, N_ROWS
 from ..errors import OutOfMemoryError
 from ..system.machine import Machine
 from .files import FamilyFiles
@@ -92,7 +92,10 @@ class Plan:
 
 
 class _Layout(NamedTuple):
-    """Where one model is: layers on GPUs, the share of each GPU, and bytes on the host and on each GPU."""
+    """Where one model is: layers on GPUs, the share of each GPU, and bytes on the host and on each GPU.
+
+    Without any layer there, a GPU with a share computes long batches.
+    """
 
     n_gpu: int
     split: tuple[float, ...]
@@ -119,21 +122,27 @@ class _Model:
         return len(self.size.layers) + 1
 
     def layout(self, n_gpu: int, split: Sequence[float], n_cells: int, n_rows: int, n_seqs: int) -> _Layout:
-        """Put the head and the last n_gpu - 1 layers on GPUs, divided by `split`."""
+        """Put the head and the last n_gpu - 1 layers on GPUs, divided by `split`.
+
+        What has many rows is computed there all the same: llama.cpp lends it weights and caches of the host one by one.
+        """
         own, n_members = self.size, len(self.members)
         n_low = len(own.layers) - max(n_gpu - 1, 0)
         cells = rounded(n_cells)
         caches = [int(kv * cells) + own.states(n_seqs) // len(own.layers) for kv in own.kv]
         layers = [w + n_members * cache for w, cache in zip(own.layers, caches, strict=True)]
         host = own.input + own.vocabulary + sum(layers[:n_low]) + n_members * own.checkpoints
-        if not n_gpu:
-            compute = own.compute(n_cells, n_rows)
-            host += self.lora_bytes + (0 if own.is_tied else own.output) + n_members * compute
-            return _Layout(0, tuple(split), host, (0,) * len(split))
         n_used = sum(share > 0 for share in split)
-        compute = own.compute(n_cells, n_rows, n_copies=_PIPELINE_COPIES if n_used > 1 else 1)
+        compute = own.compute(n_cells, n_rows, n_copies=_PIPELINE_COPIES if n_used > 1 and n_gpu else 1)
         host += n_members * (compute if n_low else 4 * n_rows * own.n_vocab)
-        each = [n_members * compute + self.lora_bytes if share > 0 else 0 for share in split]
+        lent = max(own.widest, *caches) if n_low else 0
+        if not n_gpu and n_rows >= N_LENT:
+            lent = max(lent, own.output)
+        loras = self.lora_bytes if n_gpu else 0
+        each = [n_members * (compute + lent) + loras if share > 0 else 0 for share in split]
+        if not n_gpu:
+            host += self.lora_bytes + (0 if own.is_tied else own.output)
+            return _Layout(0, tuple(split), host, tuple(each))
         for number, n_bytes in enumerate([*layers[n_low:], own.output]):
             each[gpu_of_layer(number, n_gpu, split)] += n_bytes
         return _Layout(n_gpu, tuple(split), host, tuple(each))
@@ -229,15 +238,20 @@ class Planner:
     def _arranged(self, n_cells: int, n_wanted: int | None = None) -> Plan:
         """Give GPUs what is asked for, then whole models from the smallest on, then the layers for which there is room.
 
+        Layers of a part of a model leave larger models room to compute their prompts there.
         n_wanted: in place of what is asked for.
         """
         wanted = {model: model.wanted if n_wanted is None else n_wanted for model in self._models}
         left = [max(0, gpu.free_bytes - _GPU_RESERVE_BYTES) for gpu in self.machine.gpus]
         layouts: dict[_Model, _Layout] = {}
-        for model in sorted(self._models, key=lambda m: (wanted[m] < 0, sum(m.size.layers) + m.size.output)):
+        order = sorted(self._models, key=lambda m: (wanted[m] < 0, sum(m.size.layers) + m.size.output))
+        for number, model in enumerate(order):
+            lent = sum(sum(self._lent(larger, left, n_cells).each_gpu_bytes) for larger in order[number + 1 :])
             for layout in self._layouts(model, wanted[model], left, n_cells):
                 layouts[model] = layout
-                if all(n_bytes <= room for n_bytes, room in zip(layout.each_gpu_bytes, left, strict=True)):
+                is_part = wanted[model] < 0 < layout.n_gpu < model.n_layers
+                rooms = [room - lent * (is_part and room == max(left)) for room in left]
+                if all(n_bytes <= room for n_bytes, room in zip(layout.each_gpu_bytes, rooms, strict=True)):
                     break
             left = [room - taken for room, taken in zip(left, layouts[model].each_gpu_bytes, strict=True)]
         each = tuple(map(sum, zip(*(layout.each_gpu_bytes for layout in layouts.values()), strict=True)))
@@ -256,14 +270,22 @@ class Planner:
 
     def _layouts(self, model: _Model, n_wanted: int, left: Sequence[int], n_cells: int) -> Iterator[_Layout]:
         """Layouts of a model, best first: the most layers on GPUs; as asked for, or on one GPU, the fullest first, so
-        that a larger model finds an empty one, or spread by the memory that is left."""
+        that a larger model finds an empty one, or spread by the memory that is left. The last uses no GPU."""
         numbers = range(len(left))
         splits = [model.split] if model.split else [_only(n, len(left)) for n in sorted(numbers, key=left.__getitem__)]
         if not model.split and len(left) > 1 and sum(room > 0 for room in left) > 1:
             splits.append(tuple(float(max(0, room)) for room in left))
         for n_gpu in [n_wanted] if n_wanted >= 0 else range(model.n_layers, -1, -1):
-            for split in (splits if n_gpu else splits[-1:]) or [()]:
+            for split in splits if n_gpu else ():
                 yield model.layout(n_gpu, split, n_cells, self._n_rows, self._n_seqs)
+        if n_wanted <= 0:
+            yield self._lent(model, left, n_cells)
+            yield model.layout(0, (0.0,) * len(left), n_cells, self._n_rows, self._n_seqs)
+
+    def _lent(self, model: _Model, left: Sequence[int], n_cells: int) -> _Layout:
+        """The layout of a model without layers on GPUs, of which one computes long batches: the emptiest."""
+        split = model.split or _only(max(range(len(left)), key=left.__getitem__, default=0), len(left))
+        return model.layout(0, split, n_cells, self._n_rows, self._n_seqs)
 
     def _member(self, name: str, model: _Model, layout: _Layout, n_cells: int) -> MemberPlan:
         own, shares = model.size, model.members[0] if name != model.members[0] else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from pathlib import Path
 
 import llama_cpp as lib
@@ -14,6 +15,8 @@ from .runtime import initialise
 
 _SOURCES_OFFSET, _N_SOURCES = 152, 10
 """Where `src` lies in `struct ggml_tensor`, and its length."""
+_COPY = re.compile(r"[^#]+#(.+)#\d+")
+"""Name of the copy of a tensor on another device, as "CUDA0#blk.0.attn_q.weight.lora_a#0"."""
 
 
 def applied_tensors(model: Model, lora: Path) -> set[str]:
@@ -22,7 +25,9 @@ def applied_tensors(model: Model, lora: Path) -> set[str]:
 
     def see(node: int, _ask: bool, _data: object) -> bool:
         sources = (ctypes.c_void_p * _N_SOURCES).from_address(node + _SOURCES_OFFSET)
-        names.update(call("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p(s)).decode() for s in sources if s)
+        for name in (call("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p(s)).decode() for s in sources if s):
+            copy = _COPY.fullmatch(name)
+            names.add(copy[1] if copy else name)
         return False
 
     initialise()

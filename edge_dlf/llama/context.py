@@ -11,7 +11,7 @@ import llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.backend import N_BATCH, N_ROLLBACK, N_ROWS, Logits, Run, State
+from ..engine.backend import N_BATCH, N_LENT, N_ROLLBACK, N_ROWS, Logits, Run, State
 from ..errors import (
     ContextOverflowError,
     DecodeError,
@@ -23,7 +23,7 @@ from ..errors import (
 from ..gguf.header import cache_type
 from ..system.machine import this_machine
 from .model import Model
-from .runtime import Interrupt, default_n_threads, initialise
+from .runtime import Interrupt, default_n_threads, gpus, initialise
 from .states import States, address
 
 _FAILURES = {
@@ -120,6 +120,8 @@ class LlamaBackend:
         params.no_perf = True
         params.abort_callback = self._interrupt.asked
         params.abort_callback_data = self._interrupt.address
+        if params.flash_attn_type == flash and self.n_seq_max >= N_LENT and gpus() and self._has_flash(params):
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         adapters = [(model.adapter(path), scale) for path, scale in self.loras]
         with log.listening():
             context = lib.llama_init_from_model(model.handle, params)
@@ -132,6 +134,21 @@ class LlamaBackend:
             scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
             lib.llama_set_adapters_lora(context, handles, len(adapters), scales)
         return context
+
+    def _has_flash(self, params: Any) -> bool:
+        """Whether every device that holds a layer has flash attention.
+
+        llama.cpp's own choice looks at a step of all sequences. From `N_LENT` of them on, a GPU computes it for layers
+        on the host too, which llama.cpp takes for a device that lacks it. So it is asked for one sequence.
+        """
+        one = type(params).from_buffer_copy(params)
+        one.n_ctx, one.n_batch, one.n_ubatch, one.n_seq_max, one.n_outputs_max = 256, 1, 1, 1, 1
+        log = initialise()
+        with log.listening():
+            context = lib.llama_init_from_model(self.model.handle, one)
+        if context:
+            lib.llama_free(context)
+        return bool(context) and not log.says("Flash Attention not supported")
 
     def _allocate_batch(self) -> None:
         """Make one `llama_batch` over NumPy arrays, which every call reuses."""

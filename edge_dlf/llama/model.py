@@ -30,7 +30,8 @@ class Model:
 
     path: the file; of a split model its first shard.
     n_gpu_layers: layers to offload, -1 for all.
-    split: share of these layers for each GPU of `gpus()`; empty leaves the choice to llama.cpp.
+    split: share of these layers for each GPU of `gpus()`; empty leaves the choice to llama.cpp. A GPU with a share also
+        computes long batches whose weights are on the host; where no GPU has one, none is used at all.
     weights: tensors of the file, which are needed to repack them where AMX is off.
     vocab_only: whether to leave the weights out; such a model can have no context.
     Raises ModelFileError or OutOfMemoryError.
@@ -50,7 +51,9 @@ class Model:
         params.n_gpu_layers = n_gpu_layers
         params.vocab_only = vocab_only
         used = [number for number, share in enumerate(split) if share > 0]
-        if len(used) == 1 < len(split):
+        if split and not used:
+            params.split_mode, params.main_gpu = lib.LLAMA_SPLIT_MODE_NONE, -1
+        elif len(used) == 1 < len(split):
             params.split_mode, params.main_gpu = lib.LLAMA_SPLIT_MODE_NONE, used[0]
         elif used:
             shares = (ctypes.c_float * max(lib.llama_max_devices(), len(split)))(*split)

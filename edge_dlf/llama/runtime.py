@@ -78,8 +78,12 @@ class Log:
         head, _, tail = line.partition(": ")
         return " ".join((tail if tail and " " not in head else line).split())
 
+    def says(self, *words: str) -> bool:
+        """Whether a warning has any of these words."""
+        return any(word in line for line in self._lines for word in words)
+
     def says_memory(self) -> bool:
-        return any(word in line for line in self._lines for word in _ALLOCATION_FAILURES)
+        return self.says(*_ALLOCATION_FAILURES)
 
 
 @functools.cache
