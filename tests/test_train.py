@@ -223,6 +223,25 @@ class TestThrough:
         assert few == pytest.approx(whole, rel=0.005)
         assert (few_gradient - whole_gradient).norm() < 0.02 * whole_gradient.norm()
 
+    def test_tokens_that_answers_are_made_of_are_kept_exactly(self, tmp_path: Path) -> None:
+        """Training lifts them, though the large model finds them unlikely."""
+        folder = shipped_dir() / "demo"
+        large, base = folder / "large-q8_0.gguf", folder / "base-q8_0.gguf"
+        labels = range(700, 720)
+        with FusedLlama(large, base, {"e": base}, n_ctx=64, n_threads=1, n_parallel=4) as llm:
+            examples = [Example(tuple(llm.tokenize(f"What is {a}?")), (label, 5), "") for a, label in enumerate(labels)]
+            few, whole = (
+                np.stack(constant_rows(llm, {"large": 1.0}, examples, n_kept, 1, tmp_path / "rows"))[:, 0]
+                for n_kept in (128, llm.n_vocab)
+            )
+        assert [*few[:, 1, 0]] == [*labels]
+        losses = []
+        for rows in (few, whole):
+            constants, ids, log_weights = rows.transpose(1, 0, 2)
+            trained = constants + 20 * np.isin(ids, labels)
+            losses.append(np.logaddexp.reduce(trained + log_weights, axis=1) - trained[:, 0])
+        assert np.abs(losses[0] - losses[1]).max() < 0.05
+
 
 class TestStopped:
     def settings(self, large: Path) -> tuple[object, ...]:
