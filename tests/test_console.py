@@ -60,6 +60,7 @@ NOT_RUN = {
     r"\.ci/run": "it runs this test",
 }
 RECORDED = (
+    "apt-get",
     "edge-dlf",
     "python",
     "python3",
@@ -74,7 +75,7 @@ RECORDED = (
     "pytest",
 )
 """Programs that only note their arguments, each call in a file of its own, where a command is not run."""
-INSTALLERS = ("pip", "pipx", "uv")
+INSTALLERS = ("apt-get", "pip", "pipx", "uv")
 """Programs that no test may run: they are not there where commands are run."""
 RECORDER = """#!/bin/bash
 printf '%s\\0' "${0##*/}" "$@" > "$(mktemp "$RECORD/XXXXXX")"
@@ -156,6 +157,8 @@ def desk(tmp_path: Path, block: Block) -> Path:
     written = {*re.findall(r"(?:-o|>|--trace) ([\w-]+)\.jsonl", text)}
     for name in {*re.findall(r"(?<![\w-])([\w-]+)\.jsonl", text)} - written:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shaped.get(name, rows)))
+    for name in re.findall(r"< (\w+\.txt)", text):
+        (tmp_path / name).write_text("What is 35 plus 40?\n")
     (tmp_path / "banking77_train.csv").write_text("text,category\n" + "".join(f"Why {n}?,why\n" for n in range(1200)))
     (tmp_path / "schema.json").write_text("{}")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
