@@ -14,7 +14,7 @@ import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from .errors import InvalidParameterError, require
@@ -239,7 +239,8 @@ def _row(default: _T, kind: Kind, places: frozenset[Place], help: str) -> _T:
 def _check(params: FusionParams | SamplingParams) -> None:
     """Set every field to what its row of SETTINGS reads. Raises InvalidParameterError."""
     for field in dataclasses.fields(params):
-        object.__setattr__(params, field.name, SETTINGS[field.name].read(getattr(params, field.name)))
+        if (value := getattr(params, field.name)) is not field.default:
+            object.__setattr__(params, field.name, SETTINGS[field.name].read(value))
 
 
 @dataclass(frozen=True)
@@ -359,7 +360,8 @@ FUSION = frozenset(field.name for field in dataclasses.fields(FusionParams))
 SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 
-def settable(place: Place) -> dict[str, Setting]:
+@cache
+def settable(place: Place) -> Mapping[str, Setting]:
     """Return the settings that may be given at `place`, by name."""
     return {row.name: row for row in _ROWS if place in row.places}
 

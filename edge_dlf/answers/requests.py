@@ -100,7 +100,7 @@ def parse_line(line: Any) -> Request:
         for name in columns:
             if meant := get_close_matches(name, _used() - _ELSEWHERE, 1, 0.8):
                 raise InvalidParameterError(f"unknown field {name!r:.60}; is {meant[0]} meant?")
-        request = parse_body({name: value for name, value in line.items() if name in _used().difference(_OF_ROW)})
+        request = parse_body({name: value for name, value in line.items() if name in _used() and name not in _OF_ROW})
         return replace(request, columns=columns)
     require(is_id(line.get("custom_id")), "custom_id must be text")
     require(line.get("method", "POST") == "POST", f"method must be POST, not {line.get('method')!r:.60}")

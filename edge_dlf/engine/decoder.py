@@ -62,11 +62,12 @@ class _Ready:
         n = len(self.ahead) + 1
         return range(self.next, n if self.draft is None or self.draft.rows is None else min(n, len(self.draft.rows)))
 
-    def rows(self, name: str, logits: Mapping[str, Logits]) -> Logits | Sequence[Logits]:
-        """The K rows of a member at these positions."""
+    def rows(self, name: str, logits: Logits | None) -> Logits | Sequence[Logits]:
+        """The K rows of a member at these positions. logits: those that the step's batch gave."""
         start, stop = self.next, self.positions.stop
         if name in self.first:
-            return logits[name][self.first[name] + start : self.first[name] + stop]
+            assert logits is not None
+            return logits[self.first[name] + start : self.first[name] + stop]
         assert self.draft is not None
         assert self.draft.rows is not None
         return self.draft.rows[start:stop]
@@ -94,7 +95,7 @@ class Decoder:
             self.ensemble.begin(name, generation.seq, text)
             if pauses:
                 partings.add(self.ensemble.kept_parting(name, text))
-            generation.pauses[name] = self._pauses(name, generation, partings) if pauses else []
+                generation.pauses[name] = self._pauses(name, generation, partings)
         generation.counts.n_prefilled += self.n_due(generation)
 
     def _pauses(self, name: str, generation: Generation, partings: Collection[int]) -> list[int]:
@@ -141,10 +142,11 @@ class Decoder:
             generation.advance_constraint()
         drafts = Drafts()
         try:
-            picking = sorted(filter(self._may_draft, generations), key=attrgetter("seq"))
+            due = {generation: self.n_due(generation) for generation in generations}
+            picking = sorted((each for each in generations if _may_draft(each, due[each])), key=attrgetter("seq"))
             n_room = min(self.ensemble.n_free(), self.ensemble.n_batch, self.ensemble.n_rows) - len(generations)
             drafts = self.drafting.draft(picking, n_room, on_decode)
-            runs, ready = self._plan(generations, drafts, n_prefill)
+            runs, ready = self._plan(due, drafts, n_prefill)
             logits = self.ensemble.decode(runs, on_decode)
             results = {generation: StepResult(generation) for generation in generations}
             while ready:
@@ -166,12 +168,16 @@ class Decoder:
         return list(results.values())
 
     def _plan(
-        self, generations: Sequence[Generation], drafts: Drafts, n_prefill: int | None
+        self, due: Mapping[Generation, int], drafts: Drafts, n_prefill: int | None
     ) -> tuple[dict[str, list[Run]], list[_Ready]]:
-        """Return the tokens that each member evaluates, and the generations that can be picked for then."""
-        for generation in generations:
-            self._make_checkpoints(generation, drafts)
-        due, n_drafted = {generation: self.n_due(generation) for generation in generations}, drafts.n_verified
+        """Return the tokens that each member evaluates, and the generations that can be picked for then.
+
+        due: the most tokens that a member has to evaluate, by generation.
+        """
+        for generation in due:
+            if generation.pauses or generation in drafts.each:
+                self._make_checkpoints(generation, drafts)
+        n_drafted = drafts.n_verified
         left = self.ensemble.n_batch - sum(n == 1 for n in due.values()) - n_drafted
         left = left if n_prefill is None else max(0, min(left, n_prefill - n_drafted))
         runs: dict[str, list[Run]] = defaultdict(list)
@@ -194,18 +200,12 @@ class Decoder:
             self._add_text(runs, each, n_rows, drafts.drafter)
         return runs, ready
 
-    def _may_draft(self, generation: Generation) -> bool:
-        """Whether members have no more to read than drafts go with: what they took back of the answer, they read again
-        beside the next draft, unless that is much."""
-        n_most = 1 + (_MAX_LAG if generation.n_picked else 0)
-        return self.n_due(generation) <= n_most and not any(generation.pauses.values())
-
     def _make_checkpoints(self, generation: Generation, drafts: Drafts) -> None:
         """Let members keep the states to which they may have to go back: those at which they pause, and the one before
         a draft that they have to verify and could not take back otherwise."""
         pausing = []
         for name in generation.members:
-            member, pauses = self.ensemble.members[name], generation.pauses[name]
+            member, pauses = self.ensemble.members[name], generation.pauses.get(name, [])
             while pauses and pauses[0] <= self.ensemble.n_held(name, generation.seq):
                 member.checkpoint(generation.seq, lasting=True)
                 pausing.append(name)
@@ -219,7 +219,7 @@ class Decoder:
         """Add a part of a prompt, but not its last token, which belongs to the step that picks."""
         for name in generation.members:
             n_held = self.ensemble.n_held(name, generation.seq)
-            stop = min([n_held + n_most, generation.n_text(name) - 1, *generation.pauses[name]])
+            stop = min([n_held + n_most, generation.n_text(name) - 1, *generation.pauses.get(name, [])])
             if stop > n_held:
                 runs[name].append(Run(generation.seq, generation.text(name, n_held, stop), 0))
 
@@ -241,10 +241,7 @@ class Decoder:
         for group in _fused_alike(ready):
             roles = group[0].generation.request.roles
             places = [(each.generation, each.ahead[each.next : k]) for each in group for k in each.positions]
-            rows: list[Logits | Sequence[Logits]] = []
-            for name in roles.members:
-                own = [each.rows(name, logits) for each in group]
-                rows.append(own[0] if len(own) == 1 else [row for each in own for row in each])
+            rows = [_rows(group, name, logits.get(name), len(places)) for name in roles.members]
             found = iter(self._select(places, rows, roles))
             for each in group:
                 picks[each.generation] = [next(found) for _ in each.positions]
@@ -271,8 +268,10 @@ class Decoder:
         for k, (generation, ahead) in enumerate(places):
             if generation in stopped:
                 picks[k] = picks[k]._replace(error=StillComputingError())
-            picks[k], banned = self._judged(generation, ahead, picks[k])
-            own = [member[k : k + 1] for member in rows]
+            banned = None
+            if generation.is_constrained:
+                picks[k], banned = self._judged(generation, ahead, picks[k])
+            own = [member[k : k + 1] for member in rows] if banned is not None or generation.request.traced else []
             if banned is not None:
                 found, draw = picks[k], dataclasses.replace(draws[k], banned=banned)
                 again = dataclasses.replace(fusion, method="static") if found.choice else fusion
@@ -289,7 +288,7 @@ class Decoder:
 
         All picks of a step share the time that they wait for constraints: those that take longer are picked later.
         """
-        if pick.error or not generation.is_constrained:
+        if pick.error:
             return pick, None
         # What cannot be taken back cannot be picked again.
         can_wait = all(self.ensemble.members[name].can_trim for name in generation.members)
@@ -356,6 +355,26 @@ class Decoder:
         for name in {*generation.members, drafter}:
             if name in self.ensemble.members:
                 self.ensemble.shorten(name, generation.seq, generation.n_text(name) - 1)
+
+
+def _may_draft(generation: Generation, n_due: int) -> bool:
+    """Whether members have no more to read than drafts go with: what they took back of the answer, they read again
+    beside the next draft, unless that is much."""
+    return n_due <= 1 + (_MAX_LAG if generation.n_picked else 0) and not any(generation.pauses.values())
+
+
+def _rows(group: Sequence[_Ready], name: str, logits: Logits | None, n_rows: int) -> Logits | Sequence[Logits]:
+    """Return the `n_rows` rows of a member at the positions of these generations: in one piece where they lie so, which
+    the kernels take faster.
+
+    logits: those that the step's batch gave.
+    """
+    first, last = group[0], group[-1]
+    if logits is not None and name in first.first and name in last.first:
+        start, stop = first.first[name] + first.next, last.first[name] + last.positions.stop
+        if stop - start == n_rows:
+            return logits[start:stop]
+    return [row for each in group for row in each.rows(name, logits)]
 
 
 def _fused_alike(ready: Sequence[_Ready]) -> list[list[_Ready]]:

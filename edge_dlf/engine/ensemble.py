@@ -326,7 +326,7 @@ class Ensemble:
 
     def n_held(self, name: str, seq: int) -> int:
         """Count them."""
-        return len(self.held(name, seq))
+        return len(self._caches[name].tokens.get(seq, ()))
 
     def n_common(self, name: str, seq: int, tokens: Sequence[int]) -> int:
         """Return the length of the longest common prefix of `tokens` and what `seq` of the member `name` holds."""

@@ -119,8 +119,8 @@ class Generation:
         """Return tokens `start` to `stop` of the member's prompt and all picks."""
         prompt = self.request.prompts[member]
         shift = self.n_prompt - len(prompt)
-        stop = self.n_text(member) if stop is None else stop
-        return [*prompt[start:stop], *self.tokens[max(start + shift, self.n_prompt) : max(stop + shift, self.n_prompt)]]
+        last = None if stop is None else max(stop + shift, self.n_prompt)
+        return [*prompt[start:stop], *self.tokens[max(start + shift, self.n_prompt) : last]]
 
     def unscored(self) -> tuple[int, ...]:
         """Return the forced tokens that have not been picked yet."""

@@ -96,12 +96,15 @@ class Fuser:
         picks, top_tokens, top_logprobs = self._choose(addresses, terms, factors, draws)
         results = []
         for k, (token, logprob, member, fault, n_top) in enumerate(picks.tolist()):
-            error = errors.get(k) or _error(names, member, fault, token, draws[k])
-            if error:
+            is_picked = not fault and token >= 0 and k not in errors
+            if not is_picked:
+                error = errors.get(k) or _error(names, member, fault, draws[k])
                 results.append(Pick(-1, -math.inf, (), tuple(weights[k]), choices[k], error))
             else:
-                top = tuple(zip(top_tokens[k, :n_top].tolist(), top_logprobs[k, :n_top].tolist(), strict=True))
-                results.append(Pick(token, logprob, top, tuple(weights[k]), choices[k]))
+                top = (
+                    zip(top_tokens[k, :n_top].tolist(), top_logprobs[k, :n_top].tolist(), strict=True) if n_top else ()
+                )
+                results.append(Pick(token, logprob, tuple(top), tuple(weights[k]), choices[k]))
         return results
 
     def weighed(self, members: Sequence[Rows], names: Sequence[str]) -> Sequence[Rows]:
@@ -133,7 +136,7 @@ class Fuser:
         n_recent = n_biases = 0
         for k, draw in enumerate(draws):
             x = draw.sampling
-            tokens = draw.recent[draw.recent < self.n_vocab]
+            tokens = draw.recent[draw.recent < self.n_vocab] if len(draw.recent) else draw.recent
             biased, values = _biases(draw, self.n_vocab)
             records[k] = (
                 x.temperature, x.top_p, x.min_p, x.repeat_penalty, x.frequency_penalty, x.presence_penalty,
@@ -168,30 +171,29 @@ def _difference_terms(n_members: int) -> Int64Array:
     return np.array([(0, -1, 0), *((t, 1, 1) for t in range(2, n_members))], np.int64)
 
 
-def _error(names: Sequence[str], member: int, fault: int, token: int, draw: Draw) -> EdgeDLFError | None:
-    """The reason why nothing can be picked from a row, if there is one."""
+def _error(names: Sequence[str], member: int, fault: int, draw: Draw) -> EdgeDLFError:
+    """The reason why nothing can be picked from a row."""
     if fault and member < 0:
         return DecodeError("no token is possible for every member with a positive weight")
     if fault:
         return non_finite(names[member], fault)
-    if token < 0:
-        what = "logit_bias" if draw.banned is None else "what the answer must look like"
-        return InvalidParameterError(f"{what} bans every token")
-    return None
+    what = "logit_bias" if draw.banned is None else "what the answer must look like"
+    return InvalidParameterError(f"{what} bans every token")
 
 
 def _biases(draw: Draw, n_vocab: int) -> tuple[Int64Array, Float64Array]:
     """Tokens of logit_bias and banned tokens, ascending, and what is added to their logits."""
     own, values = draw.sampling.biases
+    if not len(own):
+        return (own, values) if draw.banned is None else (draw.banned, np.full(len(draw.banned), -np.inf))
     n_known = int(np.searchsorted(own, n_vocab))
     own, values = own[:n_known], values[:n_known]
     if draw.banned is None:
         return own, values
-    tokens = np.union1d(draw.banned, own) if n_known else draw.banned
+    tokens = np.union1d(draw.banned, own)
     added = np.full(len(tokens), -np.inf)
-    if n_known:
-        is_free = ~np.isin(own, draw.banned, assume_unique=True)
-        added[np.searchsorted(tokens, own[is_free])] = values[is_free]
+    is_free = ~np.isin(own, draw.banned, assume_unique=True)
+    added[np.searchsorted(tokens, own[is_free])] = values[is_free]
     return tokens, added
 
 
