@@ -33,11 +33,12 @@ class CacheIndex:
     def shorten(self, seq: int, n_tokens: int) -> None:
         if seq in self.tokens:
             for cell in self._cells[seq][n_tokens:]:
-                if self._sharers[cell]:
-                    self._sharers[cell] -= 1
-                else:
-                    del self._sharers[cell]
+                if cell not in self._sharers:
                     self.n_used -= 1
+                elif self._sharers[cell] == 1:
+                    del self._sharers[cell]
+                else:
+                    self._sharers[cell] -= 1
             del self.tokens[seq][n_tokens:], self._cells[seq][n_tokens:]
 
     def copy(self, source: int, target: int, n_tokens: int) -> None:
@@ -51,7 +52,7 @@ class CacheIndex:
 
     def n_alone(self, seq: int) -> int:
         """Count the cells that no other sequence shares."""
-        return sum(not self._sharers[cell] for cell in self._cells.get(seq, ()))
+        return sum(cell not in self._sharers for cell in self._cells.get(seq, ()))
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -117,11 +117,18 @@ class Scheduler:
         """Whether the whole text fits, and the others can grow a bit, once idle texts that are in the way are gone, of
         which the one that this text begins with goes last."""
         n_others = sum(self.decoder.n_due(active) for active in self._active) + HEADROOM * (len(self._active) + 1)
+        n_longest = max(map(generation.n_text, generation.members))
+
+        def fits() -> bool:
+            n_left = self._ensemble.n_free() - n_others
+            return n_longest <= n_left or self.decoder.n_new(generation) <= n_left
+
+        if fits():
+            return True
         begun = self._begun_in(generation)
-        for seq in [None, *(seq for seq in self._idle if seq != begun), begun]:
-            if seq is not None:
-                self._ensemble.forget([seq])
-            if n_others + self.decoder.n_new(generation) <= self._ensemble.n_free():
+        for seq in [*(seq for seq in self._idle if seq != begun), begun]:
+            self._ensemble.forget([seq])
+            if fits():
                 return True
         return False
 
