@@ -373,7 +373,7 @@ def _rows(group: Sequence[_Ready], name: str, logits: Logits | None, n_rows: int
     if logits is not None and name in first.first and name in last.first:
         start, stop = first.first[name] + first.next, last.first[name] + last.positions.stop
         if stop - start == n_rows:
-            return logits[start:stop]
+            return logits if n_rows == len(logits) else logits[start:stop]
     return [row for each in group for row in each.rows(name, logits)]
 
 

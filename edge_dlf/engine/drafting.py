@@ -120,8 +120,10 @@ class Drafting:
 
     def learn(self, drafts: Drafts, results: Iterable[StepResult], seconds: float | None) -> None:
         """Note which guesses were right, and what the step took; `seconds` is None where it did other work too."""
+        if not (drafts.each or drafts.rivals or drafts.length):
+            return
         results = [result for result in results if result.picks]
-        if not results or not (drafts.each or drafts.rivals or drafts.length):
+        if not results:
             return
         experience = self._experience[results[0].generation.members]
         for each in (drafts, *drafts.rivals):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -45,6 +46,8 @@ class Fuser:
         self._candidates: Int64Array = np.empty((n_threads, n_vocab), np.int64)
         self._threads = Threads(n_threads)
         self._search = AlphaSearch(n_vocab, self._threads)
+        self._members: tuple[Rows, ...] = ()
+        self._addresses: Int64Array = np.empty((0, 0), np.int64)
 
     def pick(
         self,
@@ -80,7 +83,7 @@ class Fuser:
         is_weighted = len(weights[0]) == len(members)
         if is_weighted:
             members = self.weighed(members, names)
-        addresses = row_addresses(members, len(draws), self.n_vocab)
+        addresses = self._addresses_of(members, len(draws))
         choices: list[AlphaChoice | None] = [None] * len(draws)
         errors: dict[int, EdgeDLFError] = {}
         if params.method == "dynamic" and len(members) > 1:
@@ -112,6 +115,14 @@ class Fuser:
         if not self._lacking:
             return members
         return with_the_large_models(members, names, self._lacking, self.n_vocab)
+
+    def _addresses_of(self, members: Sequence[Rows], n_rows: int) -> Int64Array:
+        """As `row_addresses`; those of the last call where the arrays are the same, as they are step after step."""
+        is_known = len(members) == len(self._members) and all(map(operator.is_, members, self._members))
+        if not is_known or len(self._addresses) != n_rows:
+            self._addresses = row_addresses(members, n_rows, self.n_vocab)
+            self._members = tuple(members) if all(isinstance(rows, np.ndarray) for rows in members) else ()
+        return self._addresses
 
     def _choose(
         self, addresses: Int64Array, terms: Int64Array, factors: Float64Array, draws: Sequence[Draw]
