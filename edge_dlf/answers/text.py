@@ -34,6 +34,8 @@ class StopStrings:
         """Add text. Returns what can be shown now."""
         if self.stopped:
             return ""
+        if not self._stop:
+            return text
         self.held += text
         starts = [start for stop in self._stop if (start := self.held.find(stop)) >= 0]
         if starts:

@@ -200,8 +200,9 @@ class Ensemble:
     def _decode_group(self, names: Sequence[str], runs: Mapping[str, Sequence[Run]]) -> None:
         """Decode the members of one group, one after the other."""
         for name in names:
-            self._repair(name)
             cache = self._caches[name]
+            if cache.unsure:
+                self._repair(name)
             cache.unsure.update(run.seq for run in runs[name])
             ids = self.maps.get(name)
             self.members[name].decode(ids.runs(runs[name]) if ids else runs[name])
