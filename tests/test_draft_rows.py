@@ -53,7 +53,7 @@ def together(
             assert result.error is None
             if result.generation.n_left == 0:
                 scheduler.remove(result.generation)
-    return [generation.tokens[generation.n_prompt :] for generation in generations], generations
+    return [list(generation.tokens[generation.n_prompt :]) for generation in generations], generations
 
 
 @pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: fusion.method)
@@ -100,7 +100,7 @@ def test_one_batch_of_each_member_verifies_the_drafts_of_all_rows() -> None:
     assert [[len(run.tokens) for run in call] for call in guessing] == [[1] * 4] * (n_draft + 1)
     assert [row.counts.n_accepted for row in rows] == [n_draft] * 4
     for member in members.values():
-        assert [member.cache[n] for n in range(4)] == [row.tokens[:-1] for row in rows]
+        assert [member.cache[n] for n in range(4)] == [list(row.tokens[:-1]) for row in rows]
 
 
 def test_drafts_leave_room_for_the_rows_of_prompts_that_end_in_the_same_step() -> None:
@@ -128,7 +128,9 @@ def test_a_row_is_drafted_for_while_another_reads_its_prompt() -> None:
     assert [len(result.picks) for result in results] == [4, 0]
     while second.n_picked < 6:
         decoder.step([first, second], n_prefill=20)
-    assert second.tokens[39:45] == [pick.token for pick in generate(alike(1, 1.0), prompt, 6, FusionParams(), sampling)]
+    assert list(second.tokens[39:45]) == [
+        pick.token for pick in generate(alike(1, 1.0), prompt, 6, FusionParams(), sampling)
+    ]
 
 
 def test_a_row_that_fails_leaves_the_others_their_drafts() -> None:
@@ -164,12 +166,12 @@ def test_an_interrupt_amid_drafts_leaves_no_trace(member: str, n_calls: int) -> 
         try:
             decoder.step(rows)
         except KeyboardInterrupt:
-            assert [row.tokens for row in rows] == before
+            assert [list(row.tokens) for row in rows] == before
         members[member].fail_at = None
         decoder.step(rows)
     for n, row in enumerate(rows):
         alone = generate(alike(1, 0.95), PROMPTS[n], row.n_picked, FusionParams(), sampling, constraint=EachThird())
-        assert row.tokens[row.n_prompt :] == [pick.token for pick in alone][: row.n_picked]
+        assert list(row.tokens[row.n_prompt :]) == [pick.token for pick in alone][: row.n_picked]
 
 
 def tokens_a_second(costs: str, common: float, n_draft: int | None, n_rows: int, n_tokens: int = 80) -> float:

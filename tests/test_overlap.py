@@ -74,7 +74,7 @@ def answers(ensemble: Ensemble, n: int, n_draft: int | None, n_tokens: int = 8) 
     while any(job.n_picked < n_tokens for job in jobs):
         scheduler.step()
     ensemble.close()
-    return [job.tokens[job.n_prompt :][:n_tokens] for job in jobs]
+    return [list(job.tokens[job.n_prompt :][:n_tokens]) for job in jobs]
 
 
 @functools.cache

@@ -263,7 +263,7 @@ class TestDecoding:
                 step(decoder, generation)
             decoder.keep(generation)
             decoder.ensemble.close()
-            return generation.tokens[generation.n_prompt :][:9]
+            return list(generation.tokens[generation.n_prompt :][:9])
 
         return answer
 
@@ -364,7 +364,7 @@ class TestDecoding:
         generation = begin(decoder, dict.fromkeys(members, TEXT[:300]), FusionParams(), SAMPLINGS[0])
         while generation.n_picked < 9:
             step(decoder, generation)
-        assert generation.tokens[300:] == expected
+        assert list(generation.tokens[300:]) == expected
         assert members["base"].n_loaded == 2
 
     def test_a_state_for_which_there_is_no_room_is_not_loaded(self, answer: Callable[..., list[int]]) -> None:

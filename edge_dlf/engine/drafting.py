@@ -80,13 +80,14 @@ class Drafting:
         asks for another length than the first one is decoded plainly meanwhile.
         """
         asking = [generation for generation in generations if generation.request.n_draft != 0]
-        if not asking or (len(generations) > 1 and not self._are_alike(generations)):
+        no_room = n_room < len(generations)
+        if not asking or no_room or (len(generations) > 1 and not self._are_alike(generations)):
             return Drafts()
         fixed, length = asking[0].request.n_draft, self._length(asking[0].members, len(generations))
-        asking = [generation for generation in asking if generation.request.n_draft == fixed]
         best, best_rate, rivals = Drafts(), 0.0, []
-        if n_room >= len(generations) and (fixed is not None or length.drafts):
+        if fixed is not None or length.drafts:
             n_most = MAX_DRAFT if fixed is None else fixed
+            asking = [generation for generation in asking if generation.request.n_draft == fixed]
             for name in TEXT_DRAFTERS:
                 drafts = self._drafts_by_text(asking, name, n_most, n_room)
                 rate, n = length.best(name, drafts.each.values()) if fixed is None else (0.0, n_most)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -85,7 +86,7 @@ class Generation:
     def __init__(self, request: GenerationRequest, constraint: Constraint | None = None, seq: int = 0) -> None:
         self.request = request
         self.seq = seq
-        self.tokens = list(request.prompts[request.roles.members[0]])
+        self.tokens = array("i", request.prompts[request.roles.members[0]])  # prompt lookup searches its bytes
         self.n_prompt = len(self.tokens)
         roles = request.roles
         self.strength = dict(zip(roles.experts, roles.alphas(), strict=False))
@@ -163,7 +164,7 @@ class Generation:
         """Whether a pick has to wait for the constraint, which is given so long to come to an end."""
         return self._constraint is not None and self._constraint.is_computing(patience_s)
 
-    def _unconstrained(self) -> list[int]:
+    def _unconstrained(self) -> Sequence[int]:
         return self.tokens[self.n_prompt + self._n_constrained :]
 
     def append(self, pick: Pick) -> None:
