@@ -247,10 +247,45 @@ def test_a_form_that_is_ended_while_it_is_needed_is_an_interrupted_request(
     with monkeypatch.context() as patch:
         patch.setattr(Connection, "receive", ended_meanwhile)
         with pytest.raises(RequestInterruptedError, match="the request was interrupted"):
-            forms.grammar('root ::= "ab"')
+            forms.grammar('root ::= "cd"')
     with pytest.raises(RequestInterruptedError, match="the request was interrupted"):
         form.banned([97], 98, None)
     forms.close()
+
+
+class TestManyAnswersOfOneForm:
+    """A form is read once for all answers that keep to it at a time."""
+
+    @pytest.fixture
+    def reads(self, forms: Forms, monkeypatch: pytest.MonkeyPatch) -> list[Connection]:
+        readers, worker = [], forms._workers.worker
+        monkeypatch.setattr(forms._workers, "worker", lambda: readers.append(worker()) or readers[-1])
+        return readers
+
+    def test_it_is_read_once_and_each_has_a_state_of_its_own(self, forms: Forms, reads: list[Connection]) -> None:
+        first = forms.grammar('root ::= "ab" | "cd"')
+        first.accept(ord("a"))
+        assert first.banned([], ord("b"), None) is None
+        others = [forms.grammar('root ::= "ab" | "cd"') for _ in range(20)]
+        assert len(reads) == 1
+        del first
+        for form in others:
+            take(form, "cd")
+        forms.schema({"const": 1})
+        forms.grammar('root ::= "ab"')
+        assert len(reads) == 3
+
+    def test_one_that_was_killed_is_read_again(self, forms: Forms, reads: list[Connection]) -> None:
+        form = forms.grammar('root ::= "ab"')
+        reads[0].close()
+        take(forms.grammar('root ::= "ab"'), "ab")
+        assert len(reads) == 2
+        take(form, "ab")
+
+
+def test_settings_of_llguidance_cannot_make_what_is_no_json(forms: Forms) -> None:
+    with pytest.raises(InvalidParameterError, match="x-guidance"):
+        forms.schema({"type": "array", "x-guidance": {"item_separator": ";"}})
 
 
 def test_the_process_that_forks_is_started_again(forms: Forms) -> None:

@@ -1,15 +1,20 @@
-"""Answers that keep to a form, JSON of a schema or a GBNF grammar: each is kept to it by a process of its own."""
+"""Answers that keep to a form, JSON of a schema or a GBNF grammar: each is kept to it by a process of its own.
+
+A form is read once for all answers that keep to it at a time, such as the choices of a request or the rows of a batch.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from ..engine.constraint import StillComputingError, Tokens
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, require
 from ..system.workers import Connection, WorkerEndedError, Workers
 from .form_worker import ERROR, MEMORY_BYTES, NO, READING_S, TOKEN_S, YES, prepare
 from .gbnf import OPTIONS
@@ -22,7 +27,8 @@ _PREPARE = f"{prepare.__module__}:{prepare.__name__}"
 
 def json_grammar(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return llguidance's grammar of JSON of a schema."""
-    return {"json_schema": {"x-guidance": {"whitespace_pattern": _WHITESPACE}, **schema}}
+    require("x-guidance" not in schema, "x-guidance of a JSON schema is not offered: it could make what is no JSON")
+    return {"json_schema": {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}}
 
 
 _Question: TypeAlias = tuple[tuple[int, ...], int]
@@ -40,6 +46,8 @@ class Forms:
         self._n_vocab = len(pieces)
         material = {"pieces": [piece.hex() for piece in pieces], "ends": list(ends)}
         self._workers = Workers(_PREPARE, json.dumps(material).encode())
+        self._read: WeakValueDictionary[tuple[str, str], Connection] = WeakValueDictionary()
+        """Processes that have read a form, by its kind and text, as long as an answer keeps to it."""
 
     def grammar(self, text: str) -> Form:
         """Return the form of a GBNF grammar. Raises InvalidParameterError for one that cannot be kept to."""
@@ -59,34 +67,37 @@ class Forms:
 
     def end(self) -> None:
         """End all forms, those that are being read too. Their answers fail; later ones are kept to."""
+        self._read.clear()
         self._workers.end()
 
     def close(self) -> None:
         """End the process that they come from. Calling it twice is no error."""
+        self._read.clear()
         self._workers.close()
 
     def _form(self, kind: str, text: str) -> Form:
-        worker = self._workers.worker()
+        if (known := self._read.get((kind, text))) is not None:
+            with suppress(WorkerEndedError):
+                return Form(kind, known, self._n_vocab)
         try:
-            worker.send(kind.encode(), text.encode("utf-8", "replace"))
-            reply = worker.receive()
+            reader = self._workers.worker()
+            reader.send(kind.encode(), text.encode("utf-8", "replace"))
+            if (reply := reader.receive()).startswith(ERROR):
+                raise InvalidParameterError(f"the {kind} cannot be used: {reply[1:].decode()}")
+            self._read[kind, text] = reader
+            return Form(kind, reader, self._n_vocab)
         except WorkerEndedError:
-            worker.close()
             raise InvalidParameterError(
                 f"the {kind} cannot be used: it is nested too deeply, or takes more than {READING_S:g} s or "
                 f"{MEMORY_BYTES >> 20} MiB to read"
             ) from None
-        if reply.startswith(ERROR):
-            worker.close()
-            raise InvalidParameterError(f"the {kind} cannot be used: {reply[1:].decode()}")
-        return Form(kind, worker, self._n_vocab)
 
 
 class Form:
-    """A `Constraint` that another process keeps to, with the state of one answer."""
+    """A `Constraint` that another process keeps to, with the state of one answer. reader: what has read the form."""
 
-    def __init__(self, kind: str, worker: Connection, n_vocab: int) -> None:
-        self._kind, self._worker, self._n_vocab = kind, worker, n_vocab
+    def __init__(self, kind: str, reader: Connection, n_vocab: int) -> None:
+        self._kind, self._reader, self._worker, self._n_vocab = kind, reader, reader.fork(), n_vocab
         self._told: list[int] = []
         """Tokens of the answer, of which the worker knows `_n_told`."""
         self._n_told = 0
