@@ -7,7 +7,7 @@ from pathlib import Path
 
 import platformdirs
 
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, shown
 
 CATALOGUE = "catalogue.toml"
 
@@ -27,7 +27,7 @@ def expanded(path: str | Path) -> Path:
     except RuntimeError as error:
         raise InvalidParameterError(f"{path}: there is no such home folder") from error
     except TypeError:
-        raise InvalidParameterError(f"a path must be text, not {path!r:.60}") from None
+        raise InvalidParameterError(f"a path must be text, not {shown(path)}") from None
 
 
 def shipped_dir() -> Path:
