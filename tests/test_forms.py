@@ -288,6 +288,36 @@ def test_settings_of_llguidance_cannot_make_what_is_no_json(forms: Forms) -> Non
         forms.schema({"type": "array", "x-guidance": {"item_separator": ";"}})
 
 
+@pytest.mark.parametrize(
+    ("bounds", "allowed", "refused"),
+    [
+        ({"minimum": 2**53 + 1}, 2**53 + 2, 2**53),
+        ({"maximum": 2**60 + 1}, 2**60, 2**60 + 2),
+        ({"minimum": -(2**63), "maximum": 2**63 - 1}, -(2**63) + 1024, -(2**63) - 1),
+        ({"minimum": -(10**400), "exclusiveMaximum": 10**400}, 2**62, 2**63),
+        ({"exclusiveMinimum": -(2**63)}, -(2**62), -(2**63)),
+    ],
+)
+def test_bounds_beyond_doubles_are_kept_to(forms: Forms, bounds: dict[str, int], allowed: int, refused: int) -> None:
+    schema = {"type": "object", "properties": {"const": {"type": "integer", **bounds}}, "required": ["const"]}
+    take(forms.schema(schema), f'{{"const":{allowed}}}')
+    with pytest.raises(AssertionError):
+        take(forms.schema(schema), f'{{"const":{refused}}}')
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": 2**53 + 1}, {"enum": [1, {"a": [-(2**63)]}]}, {"minimum": 2**63}, {"exclusiveMaximum": -(10**30)},
+        {"anyOf": [{"properties": {"id": {"enum": [1234567890123456789]}}}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_would_be_others_are_refused(forms: Forms, schema: dict[str, object]) -> None:
+    with pytest.raises(InvalidParameterError, match="64 bits|beyond 2"):
+        forms.schema(schema)
+
+
 def test_the_process_that_forks_is_started_again(forms: Forms) -> None:
     forms.grammar('root ::= "ab"')
     process = forms._workers._process

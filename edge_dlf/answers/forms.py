@@ -6,6 +6,7 @@ A form is read once for all answers that keep to it at a time, such as the choic
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
@@ -14,7 +15,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from ..engine.constraint import StillComputingError, Tokens
-from ..errors import InvalidParameterError, require
+from ..errors import InvalidParameterError, require, shown
 from ..system.workers import Connection, WorkerEndedError, Workers
 from .form_worker import ERROR, MEMORY_BYTES, NO, READING_S, TOKEN_S, YES, prepare
 from .gbnf import OPTIONS
@@ -22,13 +23,50 @@ from .gbnf import OPTIONS
 _START = {"name": "start", "lark_grammar": f"{OPTIONS}start: @json"}
 _WHITESPACE = r"\x20|\n[\x20\t]{0,20}"
 """Between the parts of JSON: without a bound, a model may go on with it for ever."""
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+"""What maps names to schemas, which may be named as a keyword is."""
+_EXACT, _MOST = 2**53, 2**63 - 1024
+"""Whole numbers up to which a double tells all apart, and the largest double of 64 bits."""
 _PREPARE = f"{prepare.__module__}:{prepare.__name__}"
 
 
 def json_grammar(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return llguidance's grammar of JSON of a schema."""
     require("x-guidance" not in schema, "x-guidance of a JSON schema is not offered: it could make what is no JSON")
-    return {"json_schema": {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}}
+    return {"json_schema": {**_held(schema), "x-guidance": {"whitespace_pattern": _WHITESPACE}}}
+
+
+def _held(schema: Any) -> Any:
+    """Return a schema whose numbers llguidance, which reads them as doubles, holds: bounds beyond what a double tells
+    apart are moved inwards to the next one. Raises InvalidParameterError for a constant that it would change."""
+    if isinstance(schema, Mapping):
+        return {key: _held_under(key, value) for key, value in schema.items()}
+    return [*map(_held, schema)] if isinstance(schema, list | tuple) else schema
+
+
+def _held_under(key: str, value: Any) -> Any:
+    if key in _NAMED and isinstance(value, Mapping):
+        return {name: _held(schema) for name, schema in value.items()}
+    if key in ("const", "enum"):
+        _require_exact(value)
+        return value
+    is_lower = key in ("minimum", "exclusiveMinimum")
+    is_bound = (is_lower or key in ("maximum", "exclusiveMaximum")) and isinstance(value, int | float)
+    if not is_bound or not abs(value) > _EXACT:
+        return _held(value)
+    sign = 1 if is_lower else -1
+    require(sign * value <= _MOST, f"no whole number of 64 bits keeps to {key} {shown(value)}")
+    inwards = float(max(sign * value, -_MOST))
+    return sign * int(inwards if inwards >= sign * value else math.nextafter(inwards, math.inf))
+
+
+def _require_exact(value: Any) -> None:
+    """Raise InvalidParameterError for a constant that holds a whole number which is no double."""
+    if isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            _require_exact(part)
+    is_exact = not isinstance(value, int) or abs(value) <= _EXACT
+    require(is_exact, f"the JSON schema cannot be used: {shown(value)} is beyond 2**53; give it as text")
 
 
 _Question: TypeAlias = tuple[tuple[int, ...], int]
