@@ -49,7 +49,7 @@ class _Beginning(Repr):
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 4, 4, 4
-        self.maxstring = self.maxlong = self.maxother = 80
+        self.maxstring = self.maxlong = self.maxother = 60
 
     def repr_dict(self, x: Mapping[Any, Any], level: int) -> str:  # the inherited one sorts all keys
         return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
@@ -61,7 +61,7 @@ _BEGINNING = _Beginning()
 def shown(value: object) -> str:
     """Return a value as an error shows it: as Python would write it, cut where it is long."""
     try:
-        return f"{_BEGINNING.repr(value):.80}".replace("\n", " ")
+        return f"{_BEGINNING.repr(value):.60}".replace("\n", " ")
     except Exception:  # of a caller's own class, or of an integer with thousands of digits
         return f"<{type(value).__name__}>"
 

@@ -16,12 +16,18 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 OTHER_NAMES = {"max_completion_tokens": "max_tokens"}
 """OpenAI's newer names of settings."""
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+IGNORED = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+)  # fmt: skip
 """Fields that OpenAI's clients send, and that change nothing here."""
 _SKIPPED = ("model", *IGNORED)
 OF_TEMPLATE = ("tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs")
 """Fields of a chat that its template uses."""
-NOTHING: Mapping[str, Any] = {"echo": False, "best_of": 1, "suffix": "", "modalities": ["text"]}
+NOTHING: Mapping[str, Any] = {
+    "echo": False, "best_of": 1, "suffix": "", "modalities": ["text"], "functions": [], "function_call": "none",
+    "verbosity": "medium", "ignore_eos": False, "min_tokens": 0, "repetition_penalty": 1, "typical_p": 1,
+    "use_beam_search": False, "skip_special_tokens": True,
+}  # fmt: skip
 """Fields that are not offered, with the value by which clients ask for nothing."""
 _READ = frozenset(("messages", "prompt", "response_format", "grammar", "logprobs", "top_logprobs", "reasoning_effort"))
 _ELSEWHERE = {"audio", "function_call", "functions", "image", "images", "prediction", "stream_options", "verbosity"} | {

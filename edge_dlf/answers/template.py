@@ -19,7 +19,10 @@ Message: TypeAlias = Mapping[str, Any]
 """An OpenAI-shaped chat message: `role`, and `content` as text or as a list of `{"type": "text", "text": …}`."""
 
 _OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
-_MEDIA = ("audio", "file", "files", "image", "image_url", "images", "input_audio", "video", "video_url", "videos")
+_OTHERS = (
+    "audio", "file", "files", "function_call", "image", "image_url", "images", "input_audio", "video", "video_url",
+    "videos",
+)  # fmt: skip
 _ROLES = ("system", "user", "assistant")
 _FIRST_NUMBER = 918_273_000_000
 
@@ -217,10 +220,10 @@ def _with_text_content(message: Message) -> dict[str, Any]:
     """Return a copy whose content is one string. Raises InvalidParameterError for content that is not text."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidParameterError(f"a message must have a role and content, not {shown(message)}")
-    _require_no_media(message)
+    _require_text_alone(message)
     content = message.get("content")
     if content is None and message["role"] == "assistant":
-        content = ""
+        content = message.get("refusal") or ""  # as OpenAI writes an answer that refuses
     if isinstance(content, Sequence) and not isinstance(content, str):
         content = "".join(map(_text_of, content))
     if not isinstance(content, str):
@@ -238,11 +241,11 @@ def _text_of(part: Any) -> str:
     """Return the text of one part of a message's content."""
     if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
         raise InvalidParameterError(f"each part of a message's content must be text, not {shown(part)}")
-    _require_no_media(part)
+    _require_text_alone(part)
     return str(part["text"])
 
 
-def _require_no_media(fields: Mapping[str, Any]) -> None:
-    """Raise InvalidParameterError where something other than text stands beside the text."""
-    for name in _MEDIA:
+def _require_text_alone(fields: Mapping[str, Any]) -> None:
+    """Raise InvalidParameterError where something stands beside the text that would be left out."""
+    for name in _OTHERS:
         require(not fields.get(name), f"messages hold text alone: {name} cannot be used")
