@@ -103,7 +103,7 @@ def test_a_name_that_is_no_utf8(folder: Path, tiny: Path) -> None:
     complaint = "a family.toml is UTF-8, which the name of one of these files is not; rename the file"
     assert (result.exit_code, result.stderr) == (2, f"edge-dlf: {complaint}\n")
     assert not Path("models/mine").exists()
-    manifest = Manifest({"large": [{"file": name}]}, {})
+    manifest = Manifest({"large": [{"file": name, "bytes": 1, "digest": "a"}]}, {})
     manifest.save(Path("manifest"))
     assert Manifest.load(Path("manifest")) == manifest
     Path(f"{name}.jsonl").touch()

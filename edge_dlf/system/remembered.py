@@ -11,6 +11,8 @@ from typing import Any
 
 import platformdirs
 
+from .jsonl import parse_object
+
 
 def recall(name: str, key: str) -> Any:
     """The value of `key` in the collection `name`; None if there is none."""
@@ -38,8 +40,8 @@ def _file(name: str) -> Path:
 
 
 def _read(name: str) -> dict[str, Any]:
+    path = _file(name)
     try:
-        cache = json.loads(_file(name).read_bytes())
+        return parse_object(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError):
         return {}
-    return cache if isinstance(cache, dict) else {}
