@@ -27,7 +27,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_as_if_there_were_none(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remembered.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(remembered, "user_dir", lambda _: tmp_path)
     DAMAGES[damage](tmp_path / "speeds.json")
     assert recall("speeds", "a") is None
     remember("speeds", "a", 2)

@@ -9,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from .jsonl import parse_object
+from .paths import user_dir
 
 
 def recall(name: str, key: str) -> Any:
@@ -36,7 +35,7 @@ def states(paths: Sequence[Path]) -> list[list[int]]:
 
 
 def _file(name: str) -> Path:
-    return Path(platformdirs.user_cache_dir("edge-dlf", appauthor=False)) / f"{name}.json"
+    return user_dir("cache") / f"{name}.json"
 
 
 def _read(name: str) -> dict[str, Any]:
