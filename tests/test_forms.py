@@ -305,6 +305,21 @@ def test_bounds_beyond_doubles_are_kept_to(forms: Forms, bounds: dict[str, int],
         take(forms.schema(schema), f'{{"const":{refused}}}')
 
 
+@pytest.mark.parametrize("name", ["properties", "items", "const", "minimum"])
+def test_a_schema_that_python_nests_too_deeply(forms: Forms, name: str) -> None:
+    schema: dict[str, object] = {}
+    for _ in range(100_000):
+        schema = {name: schema}
+    with pytest.raises(InvalidParameterError, match="nested too deeply"):
+        forms.schema(schema)
+    tools = read_tools([{"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}])
+    assert tools
+    with pytest.raises(InvalidParameterError, match="nested too deeply"):
+        call_grammar(Dialect(calls=HERMES), tools, None, {})
+    while schema:
+        schema = schema.pop(name)  # one after the other: Python ends the process where it drops them all at once
+
+
 @pytest.mark.parametrize(
     "schema",
     [

@@ -31,9 +31,13 @@ _PREPARE = f"{prepare.__module__}:{prepare.__name__}"
 
 
 def json_grammar(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return llguidance's grammar of JSON of a schema."""
+    """Return llguidance's grammar of JSON of a schema. Raises InvalidParameterError for one that it would change."""
     require("x-guidance" not in schema, "x-guidance of a JSON schema is not offered: it could make what is no JSON")
-    return {"json_schema": {**_held(schema), "x-guidance": {"whitespace_pattern": _WHITESPACE}}}
+    try:
+        held = _held(schema)
+    except RecursionError:
+        raise InvalidParameterError("the JSON schema cannot be used: it is nested too deeply") from None
+    return {"json_schema": {**held, "x-guidance": {"whitespace_pattern": _WHITESPACE}}}
 
 
 def _held(schema: Any) -> Any:
@@ -55,7 +59,7 @@ def _held_under(key: str, value: Any) -> Any:
     if not is_bound or not abs(value) > _EXACT:
         return _held(value)
     sign = 1 if is_lower else -1
-    require(sign * value <= _MOST, f"no whole number of 64 bits keeps to {key} {shown(value)}")
+    require(sign * value <= _MOST, f"the JSON schema cannot be used: {key} {shown(value)} is beyond 64 bits")
     inwards = float(max(sign * value, -_MOST))
     return sign * int(inwards if inwards >= sign * value else math.nextafter(inwards, math.inf))
 
@@ -95,7 +99,9 @@ class Forms:
         """Return the form of JSON of a schema. Raises InvalidParameterError for one that cannot be kept to."""
         try:
             text = json.dumps({"grammars": [_START, {**json_grammar(schema), "name": "json"}]})
-        except (ValueError, TypeError, RecursionError) as error:
+        except InvalidParameterError:
+            raise
+        except (TypeError, ValueError) as error:
             raise InvalidParameterError(f"the JSON schema cannot be used: {error}") from None
         return self._form("JSON schema", text)
 
