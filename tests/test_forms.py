@@ -342,6 +342,21 @@ def test_the_process_that_forks_is_started_again(forms: Forms) -> None:
     take(forms.grammar('root ::= "ab"'), "ab")
 
 
+def test_ctrl_c_while_the_process_is_started_leaves_no_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = Forms(PIECES, [END])
+
+    def interrupted(connection: Connection, *messages: bytes) -> None:
+        os.write(connection._fd, b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            forms.grammar('root ::= "ab"')
+    take(forms.grammar('root ::= "ab"'), "ab")
+    forms.close()
+
+
 def test_a_forked_child_has_forms_of_its_own(forms: Forms) -> None:
     take(forms.grammar('root ::= "ab"'), "ab")
     child = multiprocessing.get_context("fork").Process(target=lambda: take(forms.grammar('root ::= "cd"'), "cd"))

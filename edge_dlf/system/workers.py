@@ -178,7 +178,7 @@ class Workers:
     def _start(self) -> Connection:
         self._end()
         ours, theirs = socket.socketpair()
-        self._control = Connection(ours.detach())
+        control = Connection(ours.detach())
         with theirs:
             # Its own session, and so its own group: Ctrl-C in the terminal is meant for this process.
             self._process = subprocess.Popen(
@@ -188,8 +188,9 @@ class Workers:
                 start_new_session=True,
             )
         with suppress(WorkerEndedError):  # a process that has ended is told of by the worker that does not come
-            self._control.send(self._material)
-        return self._control
+            control.send(self._material)
+        self._control = control  # only now: whatever a signal raises before leaves nothing that would be used
+        return control
 
 
 @contextmanager
