@@ -260,6 +260,8 @@ def read_toml(path: Path) -> Table:
     """The file's table. Raises OSError, and InvalidParameterError where it is no TOML."""
     with path.open("rb") as file:
         content = file.read(_MAX_FILE_BYTES + 1)
+    is_model = content.startswith(b"GGUF")
+    require(not is_model, "is a model; a family is made of several: give --large, --base and --expert")
     require(len(content) <= _MAX_FILE_BYTES, "is larger than 1 MiB, so it is no family.toml")
     # A key of so many parts takes Python's parser minutes.
     has_long_key = any(line.count(b".") > _MAX_DOTS for line in content.splitlines())
@@ -282,7 +284,7 @@ def _check_names(names: Sequence[Any]) -> None:
 
 def _known(table: Table, keys: set[str], where: str) -> None:
     unknown = sorted(table.keys() - keys)
-    require(not unknown, f"{where} has the unknown key {', '.join(map(repr, unknown))}")
+    require(not unknown, f"{where} has the unknown key {', '.join(map(shown, unknown[:9]))}")
 
 
 def _text(value: Any, where: str) -> str:
