@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import multiprocessing
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from edge_dlf import FusedLlama, InvalidParameterError, RequestInterruptedError
+from edge_dlf import EdgeDLFError, FusedLlama, InvalidParameterError, RequestInterruptedError
 from edge_dlf.answers.call_grammar import call_grammar
 from edge_dlf.answers.dialects import HERMES, Dialect
 from edge_dlf.answers.forms import Form, Forms
@@ -340,6 +341,20 @@ def test_the_process_that_forks_is_started_again(forms: Forms) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     take(forms.grammar('root ::= "ab"'), "ab")
+
+
+@pytest.mark.parametrize("name", ["socket.socketpair", "subprocess.Popen"])
+def test_a_system_without_room_for_a_process_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    forms = Forms(PIECES, [END])
+    with monkeypatch.context() as patch:
+        patch.setattr(name, full)
+        with pytest.raises(EdgeDLFError, match="no process can be started: too many open files"):
+            forms.grammar('root ::= "ab"')
+    take(forms.grammar('root ::= "ab"'), "ab")
+    forms.close()
 
 
 def test_ctrl_c_while_the_process_is_started_leaves_no_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

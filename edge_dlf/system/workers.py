@@ -47,8 +47,9 @@ class Connection:
 
     def fork(self, was_ended: Callable[[], bool] | None = None) -> Connection:
         """Return the connection to a new fork of the other side, which is in `fork_for_each`. May be called by several
-        threads. Raises WorkerEndedError where the other side has ended."""
-        ours, theirs = socket.socketpair()
+        threads. Raises WorkerEndedError where the other side has ended, EdgeDLFError where there is no room."""
+        with _having_room():
+            ours, theirs = socket.socketpair()
         with ours, theirs:
             try:
                 with socket.socket(fileno=os.dup(self._fd)) as control:
@@ -134,7 +135,7 @@ class Workers:
     def worker(self) -> Connection:
         """Return the connection to a new worker. May be called by several threads, and in a forked child.
 
-        Raises EdgeDLFError after `close`.
+        Raises EdgeDLFError after `close`, and where the system has no room for a process.
         """
         with self._lock:
             if self._is_closed:
@@ -145,7 +146,9 @@ class Workers:
             if self._control is not None:
                 with suppress(WorkerEndedError):
                     return self._control.fork(lambda: self._n_ends != n_ends)
-            return self._start().fork(lambda: self._n_ends != n_ends)
+            with _having_room():
+                control = self._start()
+            return control.fork(lambda: self._n_ends != n_ends)
 
     def close(self) -> None:
         """End the process and all workers, and start none any more. Calling it twice is no error."""
@@ -191,6 +194,15 @@ class Workers:
             control.send(self._material)
         self._control = control  # only now: whatever a signal raises before leaves nothing that would be used
         return control
+
+
+@contextmanager
+def _having_room() -> Iterator[None]:
+    """Raise EdgeDLFError where the system gives no more processes, descriptors or memory."""
+    try:
+        yield
+    except OSError as error:
+        raise EdgeDLFError(f"no process can be started: {(error.strerror or str(error)).lower()}") from error
 
 
 @contextmanager
