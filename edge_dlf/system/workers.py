@@ -48,15 +48,14 @@ class Connection:
     def fork(self, was_ended: Callable[[], bool] | None = None) -> Connection:
         """Return the connection to a new fork of the other side, which is in `fork_for_each`. May be called by several
         threads. Raises WorkerEndedError where the other side has ended, EdgeDLFError where there is no room."""
-        with _having_room():
+        with _having_room(), socket.socket(fileno=os.dup(self._fd)) as control:
             ours, theirs = socket.socketpair()
-        with ours, theirs:
-            try:
-                with socket.socket(fileno=os.dup(self._fd)) as control:
+            with ours, theirs:
+                try:
                     socket.send_fds(control, [b"."], [theirs.fileno()])
-            except OSError:
-                raise self._ended() from None
-            return Connection(ours.detach(), was_ended or self._was_ended)
+                except ConnectionError:
+                    raise self._ended() from None
+                return Connection(ours.detach(), was_ended or self._was_ended)
 
     def fork_for_each(self, work: Callable[[Connection], None]) -> None:
         """Fork a worker for each connection that comes, until whoever sends them has ended."""
