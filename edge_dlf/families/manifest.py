@@ -46,18 +46,16 @@ class Manifest:
         """Read the manifest; None if there is no such file. Raises InvalidParameterError if it cannot be read."""
         try:
             is_endless = path.exists() and not path.is_file()  # a pipe, or a device such as /dev/full
-            match {} if is_endless else parse_object(path.read_bytes()):
-                case {"format": format, "family": {**family}, "parameters": {**parameters}, **others} if (
-                    format == _FORMAT
-                    and all(isinstance(own, list) and all(map(_is_entry, own)) for own in family.values())
-                    and ((input := others.get("input")) is None or isinstance(input["bytes"], int))
-                ):
-                    return cls(family, parameters, input)
+            saved = {} if is_endless else parse_object(path.read_bytes())
+            is_family = all(isinstance(own, list) and all(map(_is_entry, own)) for own in saved["family"].values())
+            is_input = (input := saved.get("input")) is None or isinstance(input["bytes"], int)
+            if saved["format"] == _FORMAT and is_family and is_input and isinstance(saved["parameters"], dict):
+                return cls(saved["family"], saved["parameters"], input)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise file_error(path, error) from error
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             pass
         raise InvalidParameterError(f"{path}: is no manifest that this version of edge-dlf can read")
 
