@@ -20,7 +20,7 @@ from .answers.template import ChatPrompt, Message
 from .answers.tokenizer import Prompt, Tokenizer
 from .engine.decoder import Decoder
 from .engine.prompt_cache import PromptCache
-from .errors import EdgeDLFError, require
+from .errors import EdgeDLFError, require, shown
 from .families.files import FamilyFiles, check_files
 from .families.members import Members, plan_memory
 from .families.spec import FamilySpec
@@ -117,7 +117,7 @@ class FusedLlama:
         prompt_cache: str | Path | None = None,
         **asked: Any,
     ) -> None:
-        require(overlap in ("auto", *OVERLAPS), f"overlap must be auto, {', '.join(OVERLAPS)}, not {overlap!r}")
+        require(overlap in ("auto", *OVERLAPS), f"overlap must be auto, {', '.join(OVERLAPS)}, not {shown(overlap)}")
         n_ctx = None if n_ctx is None else count("n_ctx", n_ctx)
         n_threads = None if n_threads is None else _THREADS.read("n_threads", n_threads) or None
         n_ctx = n_ctx or min(_MAX_OWN_CTX, files.models["large"].n_ctx_train or _MAX_OWN_CTX)
@@ -225,7 +225,7 @@ class FusedLlama:
         The list remembers how an answer to it is taken apart: `stream` tells its thinking from its text.
         """
         if unknown := sorted(set(arguments) - {*OF_TEMPLATE, "think"}):
-            raise TypeError(f"apply_chat_template() got an unexpected keyword argument {unknown[0]!r}")
+            raise TypeError(f"apply_chat_template() got an unexpected keyword argument {shown(unknown[0])}")
         return self._preparer.chat(messages, arguments)
 
     def stream(

@@ -17,8 +17,11 @@ EdgeDLFError                     1  the work failed
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import islice
 from os import PathLike
-from typing import ClassVar
+from reprlib import Repr
+from typing import Any, ClassVar
 
 
 class EdgeDLFError(Exception):
@@ -34,9 +37,33 @@ class InvalidParameterError(EdgeDLFError, ValueError):
 
 
 def require(condition: object, message: str) -> None:
-    """Raise InvalidParameterError with this message, which should cost little to write, unless the condition holds."""
+    """Raise InvalidParameterError with this message, which should cost little to write (`shown`), unless the condition
+    holds."""
     if not condition:
         raise InvalidParameterError(message)
+
+
+class _Beginning(Repr):
+    """Writes the beginning of a value, in no more time however large it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 4, 4, 4
+        self.maxstring = self.maxlong = self.maxother = 60
+
+    def repr_dict(self, x: Mapping[Any, Any], level: int) -> str:  # the inherited one sorts all keys
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
+
+
+_BEGINNING = _Beginning()
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it: as Python would write it, cut where it is long."""
+    try:
+        return f"{_BEGINNING.repr(value):.60}".replace("\n", " ")
+    except Exception:  # of a caller's own class, or of an integer with thousands of digits
+        return f"<{type(value).__name__}>"
 
 
 class LoadError(EdgeDLFError):

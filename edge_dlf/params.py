@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
-from .errors import InvalidParameterError, require
+from .errors import InvalidParameterError, require, shown
 
 METHODS = ("dynamic", "static", "blend", "weighted", "large", "base")
 MAX_DRAFT = 8
@@ -56,9 +56,9 @@ class Text(Kind):
     choices: tuple[str, ...] = ()
 
     def read(self, setting: str, value: Any) -> str:
-        require(isinstance(value, str), f"{setting} must be text, not {value!r:.60}")
+        require(isinstance(value, str), f"{setting} must be text, not {shown(value)}")
         is_known = not self.choices or value in self.choices
-        require(is_known, f"{setting} must be one of {', '.join(self.choices)}, not {value!r:.60}")
+        require(is_known, f"{setting} must be one of {', '.join(self.choices)}, not {shown(value)}")
         return str(value)
 
     def schema(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Texts(Kind):
     def read(self, setting: str, value: Any) -> tuple[str, ...]:
         texts = (value,) if isinstance(value, str) else value
         are_texts = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
-        require(are_texts, f"{setting} must be text or a list of texts, not {value!r:.60}")
+        require(are_texts, f"{setting} must be text or a list of texts, not {shown(value)}")
         require("" not in texts, f"a {setting} string must not be empty")
         require(len(texts) <= 128, f"there are {len(texts)} {setting} strings, more than 128")
         require(all(len(text) <= 4096 for text in texts), f"a {setting} string may have 4096 characters")
@@ -134,8 +134,8 @@ class Number(Kind):
         is_right = is_number and not isinstance(value, bool) and -_FINITE < value < _FINITE
         if is_right and self.low <= value <= self.high and not (self.is_open and value == self.low):
             return int(value) if self.is_whole else float(value)
-        require(is_right or self.words, f"{setting} must be {self.type}, not {value!r:.60}")
-        raise InvalidParameterError(f"{setting} must be {self.range}, not {value!r:.60}")
+        require(is_right or self.words, f"{setting} must be {self.type}, not {shown(value)}")
+        raise InvalidParameterError(f"{setting} must be {self.range}, not {shown(value)}")
 
     def schema(self) -> dict[str, Any]:
         number: dict[str, Any] = {"type": "integer" if self.is_whole else "number"}
@@ -166,10 +166,10 @@ class ByName(Kind):
 
     def read(self, setting: str, value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {str(name): self.number.read(f"{setting} of {name}", number) for name, number in value.items()}
+            return {str(name): self.number.read(f"{setting} of {name!s:.80}", number) for name, number in value.items()}
         wanted = f"{self.number.type} or NAME=NUMBER,…" if self.has_common else "NAME=NUMBER,…"
         is_common = self.has_common and not isinstance(value, str)
-        require(is_common, f"{setting} must be {wanted}, not {value!r:.60}")
+        require(is_common, f"{setting} must be {wanted}, not {shown(value)}")
         return self.number.read(setting, value)
 
     def schema(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class Biases(Kind):
         n_tokens = len(value) if isinstance(value, Mapping) else 0
         require(n_tokens <= self._MOST, f"{setting} names {n_tokens} tokens, more than {self._MOST}")
         is_map = isinstance(value, Mapping) and all(re.fullmatch(self._ID, str(token)) for token in value)
-        require(is_map, f"{setting} must map token ids to numbers, not {value!r:.60}")
+        require(is_map, f"{setting} must map token ids to numbers, not {shown(value)}")
         return {
             int(token): bias if bias == -math.inf else Number().read(f"{setting} of {token}", bias)
             for token, bias in value.items()
@@ -375,7 +375,7 @@ def params_of(settings: Mapping[str, Any]) -> tuple[SamplingParams, FusionParams
 def profile_of(profiles: Mapping[str, Mapping[str, Any]], name: str | None) -> Mapping[str, Any]:
     """Return the settings of the profile `name`; of None, no settings. Raises InvalidParameterError."""
     known = f"there are {', '.join(profiles)}" if profiles else "the family has none"
-    require(name is None or (isinstance(name, str) and name in profiles), f"there is no profile {name!r:.60}; {known}")
+    require(name is None or (isinstance(name, str) and name in profiles), f"there is no profile {shown(name)}; {known}")
     return {} if name is None else profiles[name]
 
 
@@ -383,7 +383,7 @@ def check_settings(settings: Mapping[str, Any], experts: Sequence[str]) -> None:
     """Raise InvalidParameterError where a family with these experts cannot use settings that are right one by one."""
     _, fusion = params_of(settings)
     methods = (*METHODS, *experts)
-    require(fusion.method in methods, f"method must be one of {', '.join(methods)}, not {fusion.method!r}")
+    require(fusion.method in methods, f"method must be one of {', '.join(methods)}, not {shown(fusion.method)}")
     check_names(fusion, experts)
 
 
@@ -391,7 +391,7 @@ def check_names(fusion: FusionParams, experts: Sequence[str]) -> None:
     """Raise InvalidParameterError where `alpha` or `weights` name what a family with these experts has not."""
     alpha = fusion.alpha if isinstance(fusion.alpha, Mapping) else ()
     unknown = [name for name in alpha if name not in experts]
-    require(not unknown, f"alpha names {', '.join(map(repr, unknown))}; the experts are {', '.join(experts)}")
+    require(not unknown, f"alpha names {', '.join(map(shown, unknown[:9]))}; the experts are {', '.join(experts)}")
     members = ("large", "base", *experts)
     unknown = [name for name in fusion.weights or () if name not in members]
-    require(not unknown, f"weights names {', '.join(map(repr, unknown))}; the members are {', '.join(members)}")
+    require(not unknown, f"weights names {', '.join(map(shown, unknown[:9]))}; the members are {', '.join(members)}")

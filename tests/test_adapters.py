@@ -22,7 +22,6 @@ from edge_dlf.families.files import check_files
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.gguf.info import read_info
 from edge_dlf.llama import Model, adapters, applied_tensors
-from edge_dlf.system import remembered
 
 from .tiny import tiny_lora, tiny_model
 
@@ -35,7 +34,7 @@ EMBEDDING: Pair = (N_VOCAB, RANK), (N_EMBD, RANK)
 
 @pytest.fixture(autouse=True)
 def trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(remembered.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
     return tmp_path / "cache" / "trials.json"
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from edge_dlf.llama import amx
-from edge_dlf.system import remembered
 from edge_dlf.system.paths import shipped_dir
 
 MODEL = shipped_dir() / "demo" / "base-q8_0.gguf"
@@ -17,7 +16,7 @@ MODEL = shipped_dir() / "demo" / "base-q8_0.gguf"
 @pytest.fixture(autouse=True)
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A build that says it has AMX, an empty memory; returns the file of what is remembered."""
-    monkeypatch.setattr(remembered.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path))
     monkeypatch.setattr(amx.lib, "llama_print_system_info", lambda: b"CPU : AVX512 = 1 | AMX_INT8 = 1 | ")
     return tmp_path / "amx.json"
 

@@ -13,7 +13,6 @@ from edge_dlf.answers.sandbox import TemplateProcess
 from edge_dlf.families import guard
 from edge_dlf.fusion import ready
 from edge_dlf.llama import amx
-from edge_dlf.system import remembered
 from edge_dlf.system.child import python_command
 from edge_dlf.system.paths import shipped_dir
 
@@ -42,7 +41,7 @@ def trap(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     entries = {"absent": [], "empty": [""], "absolute": [str(tmp_path)]}[request.param]
     monkeypatch.setattr(sys, "path", [*entries, *sys.path])
-    monkeypatch.setattr(remembered.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
     return tmp_path
 
 

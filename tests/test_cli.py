@@ -499,3 +499,18 @@ def test_a_tiny_family_from_end_to_end(tiny: Path) -> None:
     result = CliRunner().invoke(main, [*args, "one two"])
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["usage"]["completion_tokens"] <= 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "--timeout", "nan"], ["serve", "--timeout", "-inf"], ["serve", "--timeout", "0"],
+        ["train", "b", "d", "-o", "o", "--lr", "nan"], ["train", "b", "d", "-o", "o", "--lr", "inf"],
+        ["train", "b", "d", "-o", "o", "--alpha", "NaN"], ["train", "b", "d", "-o", "o", "--seed", str(2**64)],
+    ],
+)  # fmt: skip
+def test_a_number_that_no_work_can_be_done_with_is_refused_with_its_option(arguments: list[str]) -> None:
+    found = CliRunner().invoke(main, arguments)
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert f"{arguments[-2]} must be" in found.stderr
+    assert found.stderr.count("\n") == 1

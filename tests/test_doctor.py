@@ -16,7 +16,7 @@ from edge_dlf.cli import main
 from edge_dlf.evidence import doctor
 from edge_dlf.families import guard
 from edge_dlf.families.guard import Trial
-from edge_dlf.system import install, remembered
+from edge_dlf.system import install
 from edge_dlf.system.machine import GPU, Machine
 
 from .tiny import tiny_model
@@ -26,7 +26,7 @@ from .tiny import tiny_model
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_DLF_MODELS", str(tmp_path / "models"))
     monkeypatch.delenv("EDGE_DLF_FAMILY", raising=False)
-    monkeypatch.setattr(remembered.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
     monkeypatch.setattr(guard, "try_model", lambda *_, **__: Trial(True, tps=12.0))
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
 

@@ -92,6 +92,7 @@ def test_home_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ("content", "expected"),
     [
         ("name = ", "is not valid TOML: "),
+        (b"GGUF\3\0\0\0", "is a model; a family is made of several"),
         ("a = " + "[" * 5000, "is not valid TOML: "),
         (b"name = '\xff'", "is not valid TOML"),
         (b"#" * (1 << 20) + b"#", "is larger than 1 MiB, so it is no family.toml"),

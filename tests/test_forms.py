@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import multiprocessing
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from edge_dlf import FusedLlama, InvalidParameterError, RequestInterruptedError
+from edge_dlf import EdgeDLFError, FusedLlama, InvalidParameterError, RequestInterruptedError
 from edge_dlf.answers.call_grammar import call_grammar
 from edge_dlf.answers.dialects import HERMES, Dialect
 from edge_dlf.answers.forms import Form, Forms
@@ -138,7 +139,7 @@ def test_a_schema_that_overflows_a_stack_is_refused(forms: Forms) -> None:
     with pytest.raises(InvalidParameterError, match="nested too deeply, or takes more than 2 s"):
         forms.schema({"$ref": "#/$defs/r0", "$defs": {**defs, "r20000": {"type": "null"}}})
     deep: dict[str, object] = {"type": "null"}
-    for _ in range(500):
+    for _ in range(200):
         deep = {"type": "array", "items": deep}
     with pytest.raises(InvalidParameterError, match="recursion limit exceeded"):
         forms.schema(deep)
@@ -247,10 +248,91 @@ def test_a_form_that_is_ended_while_it_is_needed_is_an_interrupted_request(
     with monkeypatch.context() as patch:
         patch.setattr(Connection, "receive", ended_meanwhile)
         with pytest.raises(RequestInterruptedError, match="the request was interrupted"):
-            forms.grammar('root ::= "ab"')
+            forms.grammar('root ::= "cd"')
     with pytest.raises(RequestInterruptedError, match="the request was interrupted"):
         form.banned([97], 98, None)
     forms.close()
+
+
+class TestManyAnswersOfOneForm:
+    """A form is read once for all answers that keep to it at a time."""
+
+    @pytest.fixture
+    def reads(self, forms: Forms, monkeypatch: pytest.MonkeyPatch) -> list[Connection]:
+        readers, worker = [], forms._workers.worker
+        monkeypatch.setattr(forms._workers, "worker", lambda: readers.append(worker()) or readers[-1])
+        return readers
+
+    def test_it_is_read_once_and_each_has_a_state_of_its_own(self, forms: Forms, reads: list[Connection]) -> None:
+        first = forms.grammar('root ::= "ab" | "cd"')
+        first.accept(ord("a"))
+        assert first.banned([], ord("b"), None) is None
+        others = [forms.grammar('root ::= "ab" | "cd"') for _ in range(20)]
+        assert len(reads) == 1
+        del first
+        for form in others:
+            take(form, "cd")
+        forms.schema({"const": 1})
+        forms.grammar('root ::= "ab"')
+        assert len(reads) == 3
+
+    def test_one_that_was_killed_is_read_again(self, forms: Forms, reads: list[Connection]) -> None:
+        form = forms.grammar('root ::= "ab"')
+        with socket.socket(fileno=os.dup(reads[0]._fd)) as end:
+            end.shutdown(socket.SHUT_RDWR)
+        take(forms.grammar('root ::= "ab"'), "ab")
+        assert len(reads) == 2
+        take(form, "ab")
+
+
+def test_settings_of_llguidance_cannot_make_what_is_no_json(forms: Forms) -> None:
+    with pytest.raises(InvalidParameterError, match="x-guidance"):
+        forms.schema({"type": "array", "x-guidance": {"item_separator": ";"}})
+
+
+@pytest.mark.parametrize(
+    ("bounds", "allowed", "refused"),
+    [
+        ({"minimum": 2**53 + 1}, 2**53 + 2, 2**53),
+        ({"maximum": 2**60 + 1}, 2**60, 2**60 + 2),
+        ({"minimum": -(2**63), "maximum": 2**63 - 1}, -(2**63) + 1024, -(2**63) - 1),
+        ({"minimum": -(10**400), "exclusiveMaximum": 10**400}, 2**62, 2**63),
+        ({"exclusiveMinimum": -(2**63)}, -(2**62), -(2**63)),
+    ],
+)
+def test_bounds_beyond_doubles_are_kept_to(forms: Forms, bounds: dict[str, int], allowed: int, refused: int) -> None:
+    schema = {"type": "object", "properties": {"const": {"type": "integer", **bounds}}, "required": ["const"]}
+    take(forms.schema(schema), f'{{"const":{allowed}}}')
+    with pytest.raises(AssertionError):
+        take(forms.schema(schema), f'{{"const":{refused}}}')
+
+
+@pytest.mark.parametrize("name", ["properties", "items", "const", "minimum"])
+def test_a_schema_that_python_nests_too_deeply(forms: Forms, name: str) -> None:
+    schema: dict[str, object] = {}
+    for _ in range(100_000):
+        schema = {name: schema}
+    with pytest.raises(InvalidParameterError, match="nested too deeply"):
+        forms.schema(schema)
+    tools = read_tools([{"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}])
+    assert tools
+    with pytest.raises(InvalidParameterError, match="nested too deeply"):
+        call_grammar(Dialect(calls=HERMES), tools, None, {})
+    while schema:
+        schema = schema.pop(name)  # one after the other: Python ends the process where it drops them all at once
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": 2**53 + 1}, {"enum": [1, {"a": [-(2**63)]}]}, {"minimum": 2**63}, {"exclusiveMaximum": -(10**30)},
+        {"anyOf": [{"properties": {"id": {"enum": [1234567890123456789]}}}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_would_be_others_are_refused(forms: Forms, schema: dict[str, object]) -> None:
+    with pytest.raises(InvalidParameterError, match="64 bits|beyond 2"):
+        forms.schema(schema)
 
 
 def test_the_process_that_forks_is_started_again(forms: Forms) -> None:
@@ -260,6 +342,35 @@ def test_the_process_that_forks_is_started_again(forms: Forms) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     take(forms.grammar('root ::= "ab"'), "ab")
+
+
+@pytest.mark.parametrize("name", ["socket.socketpair", "subprocess.Popen"])
+def test_a_system_without_room_for_a_process_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    forms = Forms(PIECES, [END])
+    with monkeypatch.context() as patch:
+        patch.setattr(name, full)
+        with pytest.raises(EdgeDLFError, match="no process can be started: too many open files"):
+            forms.grammar('root ::= "ab"')
+    take(forms.grammar('root ::= "ab"'), "ab")
+    forms.close()
+
+
+def test_ctrl_c_while_the_process_is_started_leaves_no_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = Forms(PIECES, [END])
+
+    def interrupted(connection: Connection, *messages: bytes) -> None:
+        os.write(connection._fd, b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            forms.grammar('root ::= "ab"')
+    take(forms.grammar('root ::= "ab"'), "ab")
+    forms.close()
 
 
 def test_a_forked_child_has_forms_of_its_own(forms: Forms) -> None:

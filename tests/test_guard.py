@@ -14,14 +14,13 @@ from edge_dlf import FusedLlama, ModelFileError
 from edge_dlf.families import guard
 from edge_dlf.families.guard import RUNS, Trial, require_adapters_run, require_runs, try_model
 from edge_dlf.gguf.info import read_info
-from edge_dlf.system import remembered
 
 from .tiny import tiny_lora, tiny_model
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(remembered.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
     return tmp_path / "cache" / "trials.json"
 
 

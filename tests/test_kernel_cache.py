@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,19 @@ def test_a_damaged_file_is_compiled_again(cache: Path, kind: str, damage: Callab
     assert is_found()
     (file,) = cache.rglob(f"*.{kind}")
     file.write_bytes(damage(file.read_bytes()))
+    assert not is_found()
+    assert is_found()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "a device"])
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_what_never_ends_in_the_place_of_a_file_is_not_read(
+    cache: Path, kind: str, make: Callable[[Path], object]
+) -> None:
+    assert not is_found()
+    (file,) = cache.rglob(f"*.{kind}")
+    file.unlink()
+    make(file)
     assert not is_found()
     assert is_found()
 

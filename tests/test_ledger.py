@@ -388,7 +388,19 @@ class TestManifest:
     def test_none(self, tmp_path: Path) -> None:
         assert Manifest.load(tmp_path / "m") is None
 
-    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 2, "family": 1}'])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "", "[]", "{}", '{"format": 1}', '{"format": 2, "family": 1}', "\0\0", "[" * 100_000,
+            '{"format": 1, "family": 1, "parameters": {}}', '{"format": 1, "family": {}, "parameters": [1]}',
+            '{"format": 1, "family": {"large": 1}, "parameters": {}}',
+            '{"format": 1, "family": {"large": [1]}, "parameters": {}}',
+            '{"format": 1, "family": {"large": [{"file": "a", "bytes": "1", "digest": "b"}]}, "parameters": {}}',
+            '{"format": 1, "family": {}, "parameters": {}, "input": 1}',
+            '{"format": 1, "family": {}, "parameters": {}, "input": {"bytes": "1"}}',
+        ],
+        ids=lambda content: content[:60],
+    )  # fmt: skip
     def test_one_that_cannot_be_read(self, tmp_path: Path, content: str) -> None:
         (tmp_path / "m").write_text(content)
         with pytest.raises(InvalidParameterError, match="is no manifest"):

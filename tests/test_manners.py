@@ -79,6 +79,29 @@ def test_a_client_that_ends_amid_its_request_is_left(server: Served, sent: bytes
     assert talk(server, sent) == b""
 
 
+def test_what_is_no_http_after_a_refusal_ends_the_connection_and_logs_no_traceback(
+    server: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_connection((server.base_url.host, server.base_url.port), timeout=30) as client:
+        client.sendall(b"POST /nope HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert client.recv(12) == b"HTTP/1.1 404"
+        client.sendall(b"no number\r\n")
+        while client.recv(65536):
+            pass
+    server.get("/health")
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_client_that_offers_another_protocol_is_answered_in_this_one(
+    server: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Java's does with every request."""
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAA\r\n\r\n"
+    health = talk(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + upgrade)
+    assert health.endswith(b'{"status":"ok"}')
+    assert not caplog.records
+
+
 def test_a_client_that_ends_its_own_direction_and_leaves_later_takes_its_answer_along(server: Served) -> None:
     with socket.create_connection((server.base_url.host, server.base_url.port), timeout=30) as client:
         client.sendall(post(json.dumps(LONG).encode()))

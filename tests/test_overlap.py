@@ -24,7 +24,6 @@ from edge_dlf.families import members
 from edge_dlf.families.plan import Plan
 from edge_dlf.fusion.fuser import Fuser
 from edge_dlf.params import OVERLAPS, Overlap
-from edge_dlf.system import remembered
 from edge_dlf.system.machine import GPU, Machine
 
 from .fake_backend import FakeBackend
@@ -36,7 +35,7 @@ PATIENCE_S = 20.0
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(remembered.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
     return tmp_path / "cache" / "overlap.json"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tracemalloc
 from typing import Any
 
 import jsonschema
@@ -12,6 +13,7 @@ import pytest
 from edge_dlf import FusionParams, InvalidParameterError, SamplingParams
 from edge_dlf.cli import main
 from edge_dlf.cli.screen import show
+from edge_dlf.errors import shown
 from edge_dlf.params import DEFAULTS, FUSION, SAMPLING, SETTINGS, check_settings, settable
 from edge_dlf.server import openapi
 from edge_dlf.server.calls import MAX_CHOICES, MAX_TOP_LOGPROBS
@@ -122,3 +124,35 @@ def test_every_setting_of_a_request_is_in_the_server_s_document(path: str) -> No
 def test_every_setting_of_the_command_line_is_an_option() -> None:
     options = {parameter.name for parameter in main.commands["generate"].params}
     assert settable("command line").keys() <= options
+
+
+class _Unwritable:
+    def __repr__(self) -> str:
+        raise RuntimeError("cannot be written")
+
+
+class TestShown:
+    """An error shows the beginning of a value, which may be a body of megabytes."""
+
+    def test_short_values_are_as_python_writes_them(self) -> None:
+        for value in (5, "a\nb", [1, 2], {"a": [1.5, None]}):
+            assert shown(value) == repr(value)
+
+    @pytest.mark.parametrize("value", [_Unwritable(), [_Unwritable()], -(10**5000)], ids=["own", "in a list", "digits"])
+    def test_what_cannot_be_written_is_an_error_of_this_library(self, value: object) -> None:
+        for name in SETTINGS:
+            with pytest.raises(InvalidParameterError):
+                SETTINGS[name].read(value)
+
+    @pytest.mark.parametrize(
+        "value",
+        ["x" * 10**6, ["x" * 10**6] * 9, {str(n): n for n in range(10**5)}, [{str(n): n for n in range(10**5)}]],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_no_more_of_a_large_value_is_looked_at(self, value: object) -> None:
+        tracemalloc.start()
+        try:
+            assert len(shown(value)) <= 80
+            assert tracemalloc.get_traced_memory()[1] < 20_000
+        finally:
+            tracemalloc.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_a_name_that_is_no_utf8(folder: Path, tiny: Path) -> None:
     complaint = "a family.toml is UTF-8, which the name of one of these files is not; rename the file"
     assert (result.exit_code, result.stderr) == (2, f"edge-dlf: {complaint}\n")
     assert not Path("models/mine").exists()
-    manifest = Manifest({"large": [{"file": name}]}, {})
+    manifest = Manifest({"large": [{"file": name, "bytes": 1, "digest": "a"}]}, {})
     manifest.save(Path("manifest"))
     assert Manifest.load(Path("manifest")) == manifest
     Path(f"{name}.jsonl").touch()
@@ -132,3 +133,23 @@ def test_a_family_that_names_such_a_file(folder: Path, path: str) -> None:
         result = CliRunner().invoke(main, command)
         assert isinstance(result.exception, SystemExit | None), (command, result.exception)
         assert result.stderr.count("edge-dlf:") <= 1
+
+
+def test_a_user_without_a_name_and_a_home(folder: Path, tiny: Path) -> None:
+    """As in a container that runs under a number of its own: nothing can be kept, and everything works."""
+    program = (
+        "import pwd, sys\n"
+        "def getpwuid(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = getpwuid\n"
+        "from edge_dlf.cli import main\n"
+        "main(sys.argv[1:])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HOME" and not name.startswith("XDG_")}
+    environment.pop("EDGE_DLF_MODELS", None)
+    for arguments, code in {("list",): 0, ("chat", str(tiny), "--max-tokens", "2"): 0, ("show", "nope"): 3}.items():
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            input="Hi\n", capture_output=True, text=True, env=environment, timeout=120,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr.count("Traceback")) == (code, 0), done.stderr
+    assert not any(folder.glob("~*"))

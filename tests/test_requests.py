@@ -133,6 +133,9 @@ def test_ids(line: Any, identity: str) -> None:
     [
         {"echo": False},
         {"best_of": 1},
+        {"functions": [], "function_call": "none", "verbosity": "medium", "prompt_cache_retention": "24h"},
+        {"ignore_eos": False, "min_tokens": 0, "repetition_penalty": 1.0, "typical_p": 1, "use_beam_search": False},
+        {"skip_special_tokens": True},
         {"best_of": 1.0},
         {"suffix": ""},
         {"modalities": ["text"]},

@@ -373,6 +373,11 @@ def test_a_template_that_knows_the_developer_gets_it() -> None:
         ({"role": "user", "content": "x", "images": ["a"]}, "images cannot be used"),
         ({"role": "user", "content": "x", "audio": {"id": "1"}}, "audio cannot be used"),
         (
+            {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+            "function_call cannot",
+        ),
+        ({"role": "assistant", "content": None, "refusal": {"text": "no"}}, "must be text"),
+        (
             {"role": "user", "content": [{"type": "text", "text": "x", "image_url": {"url": "data:"}}]},
             "image_url cannot",
         ),
@@ -383,10 +388,16 @@ def test_what_a_template_would_drop_is_refused(message: dict[str, object], reaso
         tokens([message], "{{ messages[0].content }}")
 
 
+def test_an_answer_that_refuses_is_its_text() -> None:
+    """OpenAI writes it beside an empty content, and clients send it back as it came."""
+    refused = {"role": "assistant", "content": None, "refusal": "I cannot help.", "audio": None, "function_call": None}
+    assert tokens([refused], "{{ messages[0].content }}") == ["I cannot help."]
+
+
 def test_a_role_of_megabytes_is_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokens(user("x"))
     monkeypatch.setattr(re, "escape", lambda *_: pytest.fail("a pattern was made of it"))
-    with pytest.raises(InvalidParameterError, match="knows no role 'a{58}") as caught:
+    with pytest.raises(InvalidParameterError, match="knows no role 'a{20}") as caught:
         tokens([{"role": "a" * 7_000_000, "content": "x"}])
     assert len(str(caught.value)) < 120
 

@@ -1,7 +1,7 @@
-"""The process that keeps one answer to its form, by llguidance. `forms.py` is the other end.
+"""The processes that keep answers to their forms, by llguidance. `forms.py` is the other end.
 
 A form is what a client wrote, and llguidance can be made to compute for minutes, to take gigabytes, or to overflow its
-stack. Here it ends this process at most, and so one answer.
+stack. Here it ends this process at most. One process reads a form, and forks for each answer that keeps to it.
 """
 
 from __future__ import annotations
@@ -60,17 +60,23 @@ def prepare(material: bytes) -> Callable[[Connection], None]:
 
 
 def _keep(connection: Connection, tokenizer: LLTokenizer, ends: frozenset[int]) -> None:
-    """Read a form, tell what is wrong with it, and answer which tokens it allows."""
+    """Read a form, tell what is wrong with it, and fork for each answer that has to keep to it."""
     limit_memory(MEMORY_BYTES)
     kind, text = connection.receive(), connection.receive().decode("utf-8", "replace")
     with at_most(READING_S):
         matcher, reason = _matcher(tokenizer, kind == b"grammar", text)
     connection.send(ERROR + reason.encode() if matcher is None else YES)
-    while matcher:
+    if matcher:
+        connection.fork_for_each(lambda answer: _tell(answer, matcher, ends))
+
+
+def _tell(connection: Connection, matcher: LLMatcher, ends: frozenset[int]) -> None:
+    """Tell, of one answer, which tokens may follow."""
+    while True:
         question = json.loads(connection.receive())
         with at_most(TOKEN_S):
-            answer = _answer(matcher, ends, **question)
-        connection.send(answer)
+            told = _answer(matcher, ends, **question)
+        connection.send(told)
 
 
 def _matcher(tokenizer: LLTokenizer, is_grammar: bool, text: str) -> tuple[LLMatcher | None, str]:
@@ -110,4 +116,5 @@ def _answer(matcher: LLMatcher, ends: frozenset[int], taken: list[int], ahead: l
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.replace("<non-verbose/>", "").split())[:300] or "no reason given"
+    text = text.partition("<backtrace>")[0].replace("<non-verbose/>", "")
+    return " ".join(text.split())[:300] or "no reason given"

@@ -1,15 +1,21 @@
-"""Answers that keep to a form, JSON of a schema or a GBNF grammar: each is kept to it by a process of its own."""
+"""Answers that keep to a form, JSON of a schema or a GBNF grammar: each is kept to it by a process of its own.
+
+A form is read once for all answers that keep to it at a time, such as the choices of a request or the rows of a batch.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from ..engine.constraint import StillComputingError, Tokens
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, require, shown
 from ..system.workers import Connection, WorkerEndedError, Workers
 from .form_worker import ERROR, MEMORY_BYTES, NO, READING_S, TOKEN_S, YES, prepare
 from .gbnf import OPTIONS
@@ -17,12 +23,54 @@ from .gbnf import OPTIONS
 _START = {"name": "start", "lark_grammar": f"{OPTIONS}start: @json"}
 _WHITESPACE = r"\x20|\n[\x20\t]{0,20}"
 """Between the parts of JSON: without a bound, a model may go on with it for ever."""
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+"""What maps names to schemas, which may be named as a keyword is."""
+_EXACT, _MOST = 2**53, 2**63 - 1024
+"""Whole numbers up to which a double tells all apart, and the largest double of 64 bits."""
 _PREPARE = f"{prepare.__module__}:{prepare.__name__}"
 
 
 def json_grammar(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return llguidance's grammar of JSON of a schema."""
-    return {"json_schema": {"x-guidance": {"whitespace_pattern": _WHITESPACE}, **schema}}
+    """Return llguidance's grammar of JSON of a schema. Raises InvalidParameterError for one that it would change."""
+    require("x-guidance" not in schema, "x-guidance of a JSON schema is not offered: it could make what is no JSON")
+    try:
+        held = _held(schema)
+    except RecursionError:
+        raise InvalidParameterError("the JSON schema cannot be used: it is nested too deeply") from None
+    return {"json_schema": {**held, "x-guidance": {"whitespace_pattern": _WHITESPACE}}}
+
+
+def _held(schema: Any) -> Any:
+    """Return a schema whose numbers llguidance, which reads them as doubles, holds: bounds beyond what a double tells
+    apart are moved inwards to the next one. Raises InvalidParameterError for a constant that it would change."""
+    if isinstance(schema, Mapping):
+        return {key: _held_under(key, value) for key, value in schema.items()}
+    return [*map(_held, schema)] if isinstance(schema, list | tuple) else schema
+
+
+def _held_under(key: str, value: Any) -> Any:
+    if key in _NAMED and isinstance(value, Mapping):
+        return {name: _held(schema) for name, schema in value.items()}
+    if key in ("const", "enum"):
+        _require_exact(value)
+        return value
+    is_lower = key in ("minimum", "exclusiveMinimum")
+    is_bound = (is_lower or key in ("maximum", "exclusiveMaximum")) and isinstance(value, int | float)
+    if not is_bound or not abs(value) > _EXACT:
+        return _held(value)
+    sign = 1 if is_lower else -1
+    require(sign * value <= _MOST, f"the JSON schema cannot be used: {key} {shown(value)} is beyond 64 bits")
+    inwards = float(max(sign * value, -_MOST))
+    return sign * int(inwards if inwards >= sign * value else math.nextafter(inwards, math.inf))
+
+
+def _require_exact(value: Any) -> None:
+    """Raise InvalidParameterError for a constant that holds a whole number which is no double."""
+    if isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            _require_exact(part)
+    is_exact = not isinstance(value, int) or abs(value) <= _EXACT
+    require(is_exact, f"the JSON schema cannot be used: {shown(value)} is beyond 2**53; give it as text")
 
 
 _Question: TypeAlias = tuple[tuple[int, ...], int]
@@ -40,6 +88,8 @@ class Forms:
         self._n_vocab = len(pieces)
         material = {"pieces": [piece.hex() for piece in pieces], "ends": list(ends)}
         self._workers = Workers(_PREPARE, json.dumps(material).encode())
+        self._read: WeakValueDictionary[tuple[str, str], Connection] = WeakValueDictionary()
+        """Processes that have read a form, by its kind and text, as long as an answer keeps to it."""
 
     def grammar(self, text: str) -> Form:
         """Return the form of a GBNF grammar. Raises InvalidParameterError for one that cannot be kept to."""
@@ -49,7 +99,9 @@ class Forms:
         """Return the form of JSON of a schema. Raises InvalidParameterError for one that cannot be kept to."""
         try:
             text = json.dumps({"grammars": [_START, {**json_grammar(schema), "name": "json"}]})
-        except (ValueError, TypeError, RecursionError) as error:
+        except InvalidParameterError:
+            raise
+        except (TypeError, ValueError) as error:
             raise InvalidParameterError(f"the JSON schema cannot be used: {error}") from None
         return self._form("JSON schema", text)
 
@@ -59,34 +111,37 @@ class Forms:
 
     def end(self) -> None:
         """End all forms, those that are being read too. Their answers fail; later ones are kept to."""
+        self._read.clear()
         self._workers.end()
 
     def close(self) -> None:
         """End the process that they come from. Calling it twice is no error."""
+        self._read.clear()
         self._workers.close()
 
     def _form(self, kind: str, text: str) -> Form:
-        worker = self._workers.worker()
+        if (known := self._read.get((kind, text))) is not None:
+            with suppress(WorkerEndedError):
+                return Form(kind, known, self._n_vocab)
         try:
-            worker.send(kind.encode(), text.encode("utf-8", "replace"))
-            reply = worker.receive()
+            reader = self._workers.worker()
+            reader.send(kind.encode(), text.encode("utf-8", "replace"))
+            if (reply := reader.receive()).startswith(ERROR):
+                raise InvalidParameterError(f"the {kind} cannot be used: {reply[1:].decode()}")
+            self._read[kind, text] = reader
+            return Form(kind, reader, self._n_vocab)
         except WorkerEndedError:
-            worker.close()
             raise InvalidParameterError(
                 f"the {kind} cannot be used: it is nested too deeply, or takes more than {READING_S:g} s or "
                 f"{MEMORY_BYTES >> 20} MiB to read"
             ) from None
-        if reply.startswith(ERROR):
-            worker.close()
-            raise InvalidParameterError(f"the {kind} cannot be used: {reply[1:].decode()}")
-        return Form(kind, worker, self._n_vocab)
 
 
 class Form:
-    """A `Constraint` that another process keeps to, with the state of one answer."""
+    """A `Constraint` that another process keeps to, with the state of one answer. reader: what has read the form."""
 
-    def __init__(self, kind: str, worker: Connection, n_vocab: int) -> None:
-        self._kind, self._worker, self._n_vocab = kind, worker, n_vocab
+    def __init__(self, kind: str, reader: Connection, n_vocab: int) -> None:
+        self._kind, self._reader, self._worker, self._n_vocab = kind, reader, reader.fork(), n_vocab
         self._told: list[int] = []
         """Tokens of the answer, of which the worker knows `_n_told`."""
         self._n_told = 0

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ..engine.ensemble import Ensemble
 from ..engine.generation import Generation, GenerationRequest
-from ..errors import ContextOverflowError, InvalidParameterError, require
+from ..errors import ContextOverflowError, InvalidParameterError, require, shown
 from ..params import (
     DEFAULTS,
     FUSION,
@@ -90,10 +90,10 @@ class Preparer:
         n_top = count("top_logprobs", top_logprobs)
         own = {} if prompts is None else prompts
         if not isinstance(own, Mapping):
-            raise InvalidParameterError(f"prompts must map members to prompts, not {own!r:.60}")
+            raise InvalidParameterError(f"prompts must map members to prompts, not {shown(own)}")
         names = self._ensemble.names
         if unknown := sorted(set(own) - set(names)):
-            raise InvalidParameterError(f"prompts names {unknown[0]!r}; the members are {', '.join(names)}")
+            raise InvalidParameterError(f"prompts names {shown(unknown[0])}; the members are {', '.join(names)}")
         tokens = self._tokens(prompt, own, names)
         roles, n_ctx = self._ensemble.roles(fusion), self._ensemble.n_ctx
         longest = max(len(tokens[name]) for name in roles.members)
@@ -142,7 +142,7 @@ class Preparer:
             arguments["json_schema"] = schema_of(response_format)
         *of_tools, variables = (arguments.pop(name, None) for name in OF_TEMPLATE)
         if not isinstance(variables, Mapping | None):
-            raise InvalidParameterError(f"chat_template_kwargs must be an object, not {variables!r:.60}")
+            raise InvalidParameterError(f"chat_template_kwargs must be an object, not {shown(variables)}")
         think = SETTINGS["think"].read(arguments.get("think", "auto"))
         return self.tokenizer.conversations.prompt(messages, read_tools(*of_tools), think, variables)
 
@@ -160,7 +160,7 @@ class Preparer:
     def scorer(self, settings: Mapping[str, Any]) -> Callable[[tuple[Prompt, Sequence[int]]], Answer]:
         """Return what makes a pair of a prompt and the tokens of its answer ready to be scored."""
         if unknown := sorted(set(settings) - FUSION - {"profile"}):
-            raise TypeError(f"score() got an unexpected keyword argument {unknown[0]!r}")
+            raise TypeError(f"score() got an unexpected keyword argument {shown(unknown[0])}")
         _, fusion = self.params("score", settings)
         roles, n_ctx = self._ensemble.roles(fusion), self._ensemble.n_ctx
         self._ensemble.require(roles.members)
@@ -168,7 +168,7 @@ class Preparer:
 
         def scored(pair: tuple[Prompt, Sequence[int]]) -> Answer:
             if not isinstance(pair, Sequence) or len(pair) != 2:
-                raise InvalidParameterError(f"a pair must be a prompt and the tokens of its answer, not {pair!r:.60}")
+                raise InvalidParameterError(f"a pair must be a prompt and the tokens of its answer, not {shown(pair)}")
             prompt, answer = pair
             forced, prompts = tuple(self.tokenizer.known(answer)), self._tokens(prompt, {}, roles.members)
             require(forced, "the answer to be scored has no tokens")
@@ -244,7 +244,7 @@ class Preparer:
         Raises TypeError for a name that is no setting.
         """
         if unknown := sorted(set(settings) - SAMPLING - FUSION - {"profile"}):
-            raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+            raise TypeError(f"{function}() got an unexpected keyword argument {shown(unknown[0])}")
         profile = settings.get("profile")
         named = profile_of(self._profiles, self._profile if profile is None else profile)
         given = {name: value for name, value in settings.items() if value is not None or DEFAULTS[name] is None}
@@ -261,5 +261,5 @@ class Preparer:
 def many(name: str, items: Iterable[_T]) -> Iterable[_T]:
     """`items`, if they are several and no text or mapping. Raises InvalidParameterError."""
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
-        raise InvalidParameterError(f"{name} must be a list, or another iterable, not {items!r:.60}")
+        raise InvalidParameterError(f"{name} must be a list, or another iterable, not {shown(items)}")
     return items

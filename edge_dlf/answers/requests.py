@@ -9,19 +9,25 @@ from functools import cache
 from numbers import Integral
 from typing import Any
 
-from ..errors import InvalidParameterError, require
+from ..errors import InvalidParameterError, require, shown
 from ..params import Number, Text, settable
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 OTHER_NAMES = {"max_completion_tokens": "max_tokens"}
 """OpenAI's newer names of settings."""
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+IGNORED = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+)  # fmt: skip
 """Fields that OpenAI's clients send, and that change nothing here."""
 _SKIPPED = ("model", *IGNORED)
 OF_TEMPLATE = ("tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs")
 """Fields of a chat that its template uses."""
-NOTHING: Mapping[str, Any] = {"echo": False, "best_of": 1, "suffix": "", "modalities": ["text"]}
+NOTHING: Mapping[str, Any] = {
+    "echo": False, "best_of": 1, "suffix": "", "modalities": ["text"], "functions": [], "function_call": "none",
+    "verbosity": "medium", "ignore_eos": False, "min_tokens": 0, "repetition_penalty": 1, "typical_p": 1,
+    "use_beam_search": False, "skip_special_tokens": True,
+}  # fmt: skip
 """Fields that are not offered, with the value by which clients ask for nothing."""
 _READ = frozenset(("messages", "prompt", "response_format", "grammar", "logprobs", "top_logprobs", "reasoning_effort"))
 _ELSEWHERE = {"audio", "function_call", "functions", "image", "images", "prediction", "stream_options", "verbosity"} | {
@@ -92,21 +98,22 @@ def parse_line(line: Any) -> Request:
     if isinstance(line, str):
         return Request(False, line, {})
     if not isinstance(line, Mapping):
-        raise InvalidParameterError(f"a request must be an object, not {line!r:.60}")
+        raise InvalidParameterError(f"a request must be an object, not {shown(line)}")
     columns = tuple(str(name) for name in columns_of(line) if name not in _SKIPPED)
     if not is_openai(line):
         own = line.get("custom_id", line.get("id"))
-        require(own is None or is_id(own), f"id must be text or an integer, not {own!r:.60}")
+        require(own is None or is_id(own), f"id must be text or an integer, not {shown(own)}")
         for name in columns:
             if meant := get_close_matches(name, _used() - _ELSEWHERE, 1, 0.8):
-                raise InvalidParameterError(f"unknown field {name!r:.60}; is {meant[0]} meant?")
+                raise InvalidParameterError(f"unknown field {shown(name)}; is {meant[0]} meant?")
         request = parse_body({name: value for name, value in line.items() if name in _used() and name not in _OF_ROW})
         return replace(request, columns=columns)
     require(is_id(line.get("custom_id")), "custom_id must be text")
-    require(line.get("method", "POST") == "POST", f"method must be POST, not {line.get('method')!r:.60}")
-    require(line.get("url") in (CHAT, COMPLETIONS), f"url must be {CHAT} or {COMPLETIONS}, not {line.get('url')!r:.60}")
+    require(line.get("method", "POST") == "POST", f"method must be POST, not {shown(line.get('method'))}")
+    url = line.get("url")
+    require(url in (CHAT, COMPLETIONS), f"url must be {CHAT} or {COMPLETIONS}, not {shown(url)}")
     require(isinstance(line.get("body"), Mapping), "body must be an object")
-    return replace(parse_body(line["body"], is_chat=line["url"] == CHAT), columns=columns)
+    return replace(parse_body(line["body"], is_chat=url == CHAT), columns=columns)
 
 
 def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
@@ -147,7 +154,7 @@ def parse_body(body: Mapping[str, Any], is_chat: bool | None = None) -> Request:
     if misplaced := sorted(settable("edge_dlf").keys() & given.keys()):
         raise InvalidParameterError(f'{misplaced[0]} belongs under "edge_dlf"')
     if given:
-        raise InvalidParameterError(f"unknown field {min(given, key=str)!r:.60}")
+        raise InvalidParameterError(f"unknown field {shown(min(given, key=str))}")
     return Request(is_chat, content, settings, is_raw)
 
 
@@ -172,7 +179,7 @@ def schema_of(response_format: Any) -> Mapping[str, Any] | None:
     if kind == "json_schema":
         wrapped = _object("json_schema", response_format.get("json_schema"))
         return _object("json_schema.schema", wrapped.get("schema"))
-    raise InvalidParameterError(f"response_format must be text, json_object or json_schema, not {kind!r:.60}")
+    raise InvalidParameterError(f"response_format must be text, json_object or json_schema, not {shown(kind)}")
 
 
 def _messages(given: dict[str, Any]) -> Any:
@@ -195,20 +202,20 @@ def _prompt(given: dict[str, Any]) -> Any:
 def _fusion(fields: Any) -> dict[str, Any]:
     known = settable("edge_dlf")
     if unknown := sorted(_object("edge_dlf", fields).keys() - known.keys()):
-        raise InvalidParameterError(f"unknown field {unknown[0]!r} under edge_dlf; it takes {', '.join(known)}")
+        raise InvalidParameterError(f"unknown field {shown(unknown[0])} under edge_dlf; it takes {', '.join(known)}")
     return {name: known[name].read(value) for name, value in fields.items() if value is not None}
 
 
 def _object(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise InvalidParameterError(f"{name} must be an object, not {value!r:.60}")
+        raise InvalidParameterError(f"{name} must be an object, not {shown(value)}")
     return value
 
 
 def flag(name: str, value: Any) -> bool:
     """Return `value` if it is true or false. Raises InvalidParameterError."""
     if not isinstance(value, bool):
-        raise InvalidParameterError(f"{name} must be true or false, not {value!r:.60}")
+        raise InvalidParameterError(f"{name} must be true or false, not {shown(value)}")
     return value
 
 

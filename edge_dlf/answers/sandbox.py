@@ -71,10 +71,10 @@ class TemplateProcess:
         with self._lock:
             if os.getpid() != self._pid:  # the worker is the parent's
                 self._worker, self._pid = None, os.getpid()
-            # Without an answer that is read to its end, a worker is asked nothing more.
-            worker, self._worker = self._worker or self._workers.worker(), None
             deadline_s = time.monotonic() + patience_s
             try:
+                # Without an answer that is read to its end, a worker is asked nothing more.
+                worker, self._worker = self._worker or self._workers.worker(), None
                 worker.send(json.dumps(question, default=str).encode())
                 while not worker.has_come(_POLL_S):
                     if time.monotonic() > deadline_s:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from ..errors import InvalidParameterError, require
+from ..errors import InvalidParameterError, require, shown
 from ..gguf.template_source import TemplateSource
 from .dialects import Dialect, dialect_of
 from .message import MessageParser
@@ -19,7 +19,10 @@ Message: TypeAlias = Mapping[str, Any]
 """An OpenAI-shaped chat message: `role`, and `content` as text or as a list of `{"type": "text", "text": …}`."""
 
 _OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
-_MEDIA = ("audio", "file", "files", "image", "image_url", "images", "input_audio", "video", "video_url", "videos")
+_OTHERS = (
+    "audio", "file", "files", "function_call", "image", "image_url", "images", "input_audio", "video", "video_url",
+    "videos",
+)  # fmt: skip
 _ROLES = ("system", "user", "assistant")
 _FIRST_NUMBER = 918_273_000_000
 
@@ -87,7 +90,7 @@ class ChatTemplate:
         Raises InvalidParameterError if the template refuses the messages, or knows no tools or no thinking.
         """
         if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-            raise InvalidParameterError(f"messages must be a list of one message or more, not {messages!r:.60}")
+            raise InvalidParameterError(f"messages must be a list of one message or more, not {shown(messages)}")
         if tools and self.dialect.calls is None:
             raise InvalidParameterError("the model's chat template knows no tools, or writes calls in an unknown way")
         plain = [self._with_known_calls(self._with_known_role(_with_text_content(message))) for message in messages]
@@ -148,7 +151,7 @@ class ChatTemplate:
         is_known = role in _ROLES or (is_word and re.search(rf"\b{re.escape(role)}\b", self._source))
         if role == "developer" and not is_known:
             return {**message, "role": "system"}
-        require(is_known, f"the model's chat template knows no role {role!r:.60}")
+        require(is_known, f"the model's chat template knows no role {shown(role)}")
         return message
 
     def _with_known_calls(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +185,8 @@ class ChatTemplate:
                 continue
             other = self._said_instead(messages, given, {n: "." if message["content"].strip() != "." else "-"})
             if other == text:
-                raise InvalidParameterError(f"the model's chat template drops the message of role {message['role']!r}")
+                role = shown(message["role"])
+                raise InvalidParameterError(f"the model's chat template drops the message of role {role}")
 
     def _said_instead(
         self, messages: list[dict[str, Any]], given: Mapping[str, Any], contents: Mapping[int, str]
@@ -215,15 +219,15 @@ def _json(value: Any) -> str:
 def _with_text_content(message: Message) -> dict[str, Any]:
     """Return a copy whose content is one string. Raises InvalidParameterError for content that is not text."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidParameterError(f"a message must have a role and content, not {message!r:.80}")
-    _require_no_media(message)
+        raise InvalidParameterError(f"a message must have a role and content, not {shown(message)}")
+    _require_text_alone(message)
     content = message.get("content")
     if content is None and message["role"] == "assistant":
-        content = ""
+        content = message.get("refusal") or ""  # as OpenAI writes an answer that refuses
     if isinstance(content, Sequence) and not isinstance(content, str):
         content = "".join(map(_text_of, content))
     if not isinstance(content, str):
-        raise InvalidParameterError(f"the content of a message must be text, not {message.get('content')!r:.80}")
+        raise InvalidParameterError(f"the content of a message must be text, not {shown(message.get('content'))}")
     return {**message, "content": content}
 
 
@@ -236,12 +240,12 @@ def _known_variables(variables: Mapping[str, Any] | None) -> Mapping[str, Any]:
 def _text_of(part: Any) -> str:
     """Return the text of one part of a message's content."""
     if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
-        raise InvalidParameterError(f"each part of a message's content must be text, not {part!r:.80}")
-    _require_no_media(part)
+        raise InvalidParameterError(f"each part of a message's content must be text, not {shown(part)}")
+    _require_text_alone(part)
     return str(part["text"])
 
 
-def _require_no_media(fields: Mapping[str, Any]) -> None:
-    """Raise InvalidParameterError where something other than text stands beside the text."""
-    for name in _MEDIA:
+def _require_text_alone(fields: Mapping[str, Any]) -> None:
+    """Raise InvalidParameterError where something stands beside the text that would be left out."""
+    for name in _OTHERS:
         require(not fields.get(name), f"messages hold text alone: {name} cannot be used")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ..engine.constraint import Constraint
-from ..errors import ContextOverflowError, InvalidParameterError, require
+from ..errors import ContextOverflowError, InvalidParameterError, require, shown
 from ..gguf.template_source import TemplateSource
 from ..params import Text
 from ..system.locks import ForkSafeLock
@@ -173,7 +173,7 @@ class Tokenizer:
             if schema is not None:
                 raise InvalidParameterError("an answer keeps to a grammar or to a JSON schema, not to both")
             if not isinstance(grammar, str):
-                raise InvalidParameterError(f"grammar must be text of a GBNF grammar, not {grammar!r:.60}")
+                raise InvalidParameterError(f"grammar must be text of a GBNF grammar, not {shown(grammar)}")
             return self._forms_of(ends).grammar(grammar)
         return None if schema is None else self._forms_of(ends).schema(schema)
 
@@ -190,12 +190,12 @@ class Tokenizer:
         """`tokens`, a sequence or an array, if they are ids that exist. Raises InvalidParameterError otherwise."""
         ids = tokens.tolist() if hasattr(tokens, "tolist") else tokens
         if not isinstance(ids, Sequence) or isinstance(ids, str | bytes | bytearray):
-            raise InvalidParameterError(f"tokens must be a list of ids, not {tokens!r:.60}")
+            raise InvalidParameterError(f"tokens must be a list of ids, not {shown(tokens)}")
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int | np.integer):
-                raise InvalidParameterError(f"the id of a token must be an integer, not {token!r:.60}")
+                raise InvalidParameterError(f"the id of a token must be an integer, not {shown(token)}")
             if not 0 <= token < self.n_vocab:
-                raise InvalidParameterError(f"there is no token {token!r:.60}; ids go from 0 to {self.n_vocab - 1}")
+                raise InvalidParameterError(f"there is no token {shown(token)}; ids go from 0 to {self.n_vocab - 1}")
         return [int(token) for token in ids]
 
     def _part(self, text: str) -> list[int]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InvalidParameterError, require
+from ..errors import InvalidParameterError, require, shown
 
 _ID_LETTERS = string.ascii_letters + string.digits
 _CHOICES = ("none", "auto", "required")
@@ -62,13 +62,13 @@ class Tools:
 def read_tools(tools: Any, tool_choice: Any = None, parallel_tool_calls: Any = None) -> Tools | None:
     """Read these fields of a request; None where the answer may call nothing. Raises InvalidParameterError."""
     if not isinstance(parallel_tool_calls, bool | None):
-        raise InvalidParameterError(f"parallel_tool_calls must be true or false, not {parallel_tool_calls!r:.60}")
+        raise InvalidParameterError(f"parallel_tool_calls must be true or false, not {shown(parallel_tool_calls)}")
     if tools is None or (isinstance(tools, list | tuple) and not tools):
         asks_none = isinstance(tool_choice, str | None) and tool_choice in (None, "none", "auto")
         require(asks_none, "tool_choice needs tools")
         return None
     if not isinstance(tools, Sequence) or isinstance(tools, str):
-        raise InvalidParameterError(f"tools must be a list, not {tools!r:.60}")
+        raise InvalidParameterError(f"tools must be a list, not {shown(tools)}")
     functions = [_function(tool) for tool in tools]
     schemas = {function["name"]: _schema(function) for function in functions}
     require(len(schemas) == len(functions), "two tools have the same name")
@@ -79,7 +79,7 @@ def read_tools(tools: Any, tool_choice: Any = None, parallel_tool_calls: Any = N
     if isinstance(choice, str) and choice in _CHOICES:
         return None if choice == "none" else Tools(definitions, schemas, strict, choice == "required", one_call)
     name = _chosen(choice)
-    require(name in schemas, f"tool_choice names {name!r:.60}, which is none of the tools")
+    require(name in schemas, f"tool_choice names {shown(name)}, which is none of the tools")
     return Tools(definitions, {name: schemas[name]}, strict, is_required=True, one_call=True)
 
 
@@ -88,10 +88,10 @@ def _function(tool: Any) -> Mapping[str, Any]:
         tool.get("function") if isinstance(tool, Mapping) and tool.get("type", "function") == "function" else None
     )
     if not isinstance(function, Mapping):
-        raise InvalidParameterError(f'a tool must be {{"type": "function", "function": …}}, not {tool!r:.80}')
+        raise InvalidParameterError(f'a tool must be {{"type": "function", "function": …}}, not {shown(tool)}')
     name = function.get("name")
     if not isinstance(name, str) or not name or not set(name) <= {*_ID_LETTERS, *"_-."}:
-        raise InvalidParameterError(f"the name of a tool must be letters, digits, _, - and ., not {name!r:.60}")
+        raise InvalidParameterError(f"the name of a tool must be letters, digits, _, - and ., not {shown(name)}")
     return function
 
 
@@ -109,7 +109,7 @@ def _chosen(choice: Any) -> Any:
     function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         message = f"tool_choice must be {', '.join(_CHOICES)} or the name of a tool as OpenAI writes it"
-        raise InvalidParameterError(f"{message}, not {choice!r:.60}")
+        raise InvalidParameterError(f"{message}, not {shown(choice)}")
     return function.get("name")
 
 
@@ -122,14 +122,14 @@ def with_read_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
     if calls is None:
         return dict(message)
     if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise InvalidParameterError(f"tool_calls must be a list, not {calls!r:.60}")
+        raise InvalidParameterError(f"tool_calls must be a list, not {shown(calls)}")
     return {**message, "tool_calls": [_with_read_arguments(call) for call in calls]}
 
 
 def _with_read_arguments(call: Any) -> Mapping[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise InvalidParameterError(f"a tool call must have a function with a name, not {call!r:.80}")
+        raise InvalidParameterError(f"a tool call must have a function with a name, not {shown(call)}")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         with suppress(ValueError, RecursionError):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from pathlib import Path
 
-import platformdirs
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, NestedCompleter, PathCompleter, WordCompleter, merge_completers
 from prompt_toolkit.document import Document
@@ -17,6 +15,7 @@ from prompt_toolkit.keys import Keys
 from prompt_toolkit.layout.processors import TabsProcessor
 
 from ..params import settable
+from ..system.paths import user_dir
 from .commands import COMMANDS, LEAVE
 
 _QUOTES = '"""'
@@ -112,7 +111,7 @@ def completer(methods: Iterable[str]) -> Completer:
 
 def _history(note: Callable[[str], None]) -> History:
     """History of earlier lines, in a file that only its owner can read."""
-    file = Path(platformdirs.user_state_dir("edge-dlf", appauthor=False)) / "chat_history"
+    file = user_dir("state") / "chat_history"
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))

@@ -12,10 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from ..errors import EdgeDLFError
 from ..system.durable import file_error
+from ..system.paths import user_dir
 from ..system.remembered import states
 from .conversation import Conversation, load
 
@@ -40,7 +39,7 @@ class Kept:
     @property
     def folder(self) -> Path:
         name = re.sub(r"[^\w.-]", "_", self.family).lstrip(".") or "_"
-        return Path(platformdirs.user_data_dir("edge-dlf", appauthor=False)) / "chats" / name
+        return user_dir("data") / "chats" / name
 
     def files(self) -> list[Path]:
         """The kept conversations, the oldest first."""

@@ -273,6 +273,8 @@ EPILOG = (
     "environment variable: EDGE_DLF_FAMILY, EDGE_DLF_TEMPERATURE, …"
 )
 method_option = _option(SETTINGS["method"])
+POSITIVE = _Typed(Number(0, is_open=True))
+SEED = _Typed(Number(0, 2**64 - 1, is_whole=True))
 PARALLEL = _Typed(Number(1, is_whole=True, words=("auto",)))
 
 

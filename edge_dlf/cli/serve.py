@@ -8,7 +8,7 @@ import click
 
 from ..errors import InvalidParameterError
 from .opening import family_command, open_family
-from .options import PARALLEL, Options, family_argument, prompt_cache_option, shared_options
+from .options import PARALLEL, POSITIVE, Options, family_argument, prompt_cache_option, shared_options
 from .screen import Screen
 
 
@@ -20,9 +20,7 @@ from .screen import Screen
 @click.option("--no-auth", is_flag=True, help="Serve other machines without a key.")
 @click.option("--parallel", type=PARALLEL, default="auto", help="Answers at once [auto: 16, or 32 on a GPU].")
 @click.option("--queue", type=click.IntRange(min=0), default=64, help="Answers that may wait; more are refused [64].")
-@click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, help="Seconds an answer may take [600]."
-)
+@click.option("--timeout", type=POSITIVE, default=600.0, help="Seconds an answer may take [600].")
 @prompt_cache_option
 @shared_options
 @click.pass_context

@@ -14,7 +14,7 @@ from ..errors import InvalidParameterError, require
 from ..system.machine import MAX_THREADS
 from .interrupts import interruptible
 from .opening import open_family, size
-from .options import Options
+from .options import POSITIVE, SEED, Options
 from .progress import ProgressLine, duration
 from .prompts import raw_option
 from .screen import Screen, one_line
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
-_POSITIVE = click.FloatRange(min=0, min_open=True)
 _SHOWN = 60
 """Letters of a sample answer that are shown."""
 
@@ -42,13 +41,13 @@ _SHOWN = 60
 @raw_option
 @click.option("--system", help="System prompt.")
 @click.option("--rank", type=_COUNT, default=16, help="Rank of the updates [16].")
-@click.option("--alpha", type=_POSITIVE, default=32.0, help="alpha / rank scales the updates [32].")
-@click.option("--lr", type=_POSITIVE, default=4e-4, help="Highest learning rate [0.0004].")
+@click.option("--alpha", type=POSITIVE, default=32.0, help="alpha / rank scales the updates [32].")
+@click.option("--lr", type=POSITIVE, default=4e-4, help="Highest learning rate [0.0004].")
 @click.option("--batch", type=_COUNT, default=512, help="Tokens of a step [512].")
 @click.option("--epochs", type=_COUNT, help="Times that each example is seen [as give 200 steps, 20 at most].")
 @click.option("--steps", type=_COUNT, help="Steps, in place of epochs.")
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, help="Most tokens of an example [1024].")
-@click.option("--seed", type=int, default=0, help="Of the order of the examples and the first weights [0].")
+@click.option("--seed", type=SEED, default=0, help="Of the order of the examples and the first weights [0].")
 @click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads [the physical cores].")
 def train(
     base: str,

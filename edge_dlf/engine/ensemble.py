@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from ..errors import EdgeDLFError, InvalidParameterError
+from ..errors import EdgeDLFError, InvalidParameterError, shown
 from ..params import METHODS, FusionParams, Overlap, check_names
 from .backend import N_ROWS, Backend, Logits, Run
 from .cache_index import CacheIndex, common_prefix
@@ -67,7 +67,7 @@ class Roles:
             return cls._weighted(params.weights or {}, names, experts)
         if params.method not in (*names, "base"):
             methods = ", ".join((*METHODS, *experts))
-            raise InvalidParameterError(f"method must be one of {methods}, not {params.method!r}")
+            raise InvalidParameterError(f"method must be one of {methods}, not {shown(params.method)}")
         return cls((params.method,))
 
     @classmethod

@@ -21,7 +21,6 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 
 from ..answers.scoring import run_scores
 from ..answers.stream import Answer, Driver
@@ -35,6 +34,7 @@ from ..fusion.fuser import Fuser
 from ..fusion.records import Draw, Pick
 from ..params import FusionParams, SamplingParams
 from ..system.durable import Appender
+from ..system.paths import user_dir
 from .examples import Example
 
 Found: TypeAlias = npt.NDArray[np.void]
@@ -163,7 +163,7 @@ def _read(path: Path, dtype: np.dtype[np.void], examples: Sequence[Example]) -> 
 
 
 def _cache(kind: str) -> Path:
-    return Path(platformdirs.user_cache_dir("edge-dlf", appauthor=False)) / kind
+    return user_dir("cache") / kind
 
 
 def _path(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.ensemble import Roles
-from ..errors import FamilyError, InvalidParameterError, require
+from ..errors import FamilyError, InvalidParameterError, require, shown
 from ..gguf.header import header_hash
 from ..gguf.info import GGUFInfo, check_lora_fits, read_info
 from ..params import METHODS, ByName, Number, params_of
@@ -81,11 +81,11 @@ class FamilyFiles:
         shares: tuple[float, ...] = ()
         with suppress(TypeError, InvalidParameterError):  # what is no number is told below
             shares = tuple(Number(0).read("a share", share) for share in tensor_split or ())
-        require(min(numbers, default=0) >= 0, f"main_gpu counts GPUs from 0 on, it cannot be {main_gpu!r}")
+        require(min(numbers, default=0) >= 0, f"main_gpu counts GPUs from 0 on, it cannot be {shown(main_gpu)}")
         if tensor_split is not None:
             if not sum(shares):
                 raise InvalidParameterError(
-                    f"tensor_split must be shares of each GPU, such as 3,1; not {tensor_split!r}"
+                    f"tensor_split must be shares of each GPU, such as 3,1; not {shown(tensor_split)}"
                 )
             require(len(numbers) < len(own), "tensor_split and main_gpu for every member exclude each other")
         if n_gpus and max(numbers, default=0) >= n_gpus:
@@ -106,11 +106,11 @@ class FamilyFiles:
         if not isinstance(value, Mapping):
             return dict.fromkeys(self.models, value)
         if shared := sorted(set(value) & set(self.loras)):
-            raise InvalidParameterError(f"{setting} names {shared[0]!r}, a LoRA that has its layers from the base")
+            raise InvalidParameterError(f"{setting} names {shown(shared[0])}, a LoRA that has its layers from the base")
         owners = {name: "base" if name in self.loras else name for name in self.models}
         if unknown := sorted(set(value) - set(owners.values())):
             known = ", ".join(dict.fromkeys(owners.values()))
-            raise InvalidParameterError(f"{setting} names {unknown[0]!r}; the models are {known}")
+            raise InvalidParameterError(f"{setting} names {shown(unknown[0])}; the models are {known}")
         return {name: value.get(owner) for name, owner in owners.items()}
 
 

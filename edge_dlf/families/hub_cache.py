@@ -69,7 +69,8 @@ def commit_of(repo: str, revision: str | None) -> str | None:
     if COMMIT.fullmatch(revision):
         return revision
     try:
-        commit = (folder(repo) / "refs" / revision).read_text("ascii").strip()
+        ref = folder(repo) / "refs" / revision
+        commit = ref.read_text("ascii").strip() if ref.is_file() else ""
     except (OSError, ValueError):
         return None
     return commit if COMMIT.fullmatch(commit) else None

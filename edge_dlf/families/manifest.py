@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import InvalidParameterError
 from ..gguf.info import GGUFInfo
 from ..system.durable import file_error, replacing
+from ..system.jsonl import parse_object
 from .files import FamilyFiles
 
 _FORMAT = 1
@@ -45,9 +46,11 @@ class Manifest:
         """Read the manifest; None if there is no such file. Raises InvalidParameterError if it cannot be read."""
         try:
             is_endless = path.exists() and not path.is_file()  # a pipe, or a device such as /dev/full
-            saved = {} if is_endless else json.loads(path.read_bytes())
-            if saved.pop("format") == _FORMAT:
-                return cls(**saved)
+            saved = {} if is_endless else parse_object(path.read_bytes())
+            is_family = all(isinstance(own, list) and all(map(_is_entry, own)) for own in saved["family"].values())
+            is_input = (input := saved.get("input")) is None or isinstance(input["bytes"], int)
+            if saved["format"] == _FORMAT and is_family and is_input and isinstance(saved["parameters"], dict):
+                return cls(saved["family"], saved["parameters"], input)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -101,6 +104,14 @@ def _family(files: FamilyFiles) -> dict[str, list[dict[str, Any]]]:
 def _entry(path: Path, info: GGUFInfo) -> dict[str, Any]:
     digest = _sampled_digest(path, info.file_bytes - info.tensor_bytes)
     return {"file": path.name, "bytes": path.stat().st_size, "digest": digest}
+
+
+def _is_entry(saved: Any) -> bool:
+    """Tell whether a part of a manifest that was read describes a file."""
+    match saved:
+        case {"file": str(), "bytes": int(n_bytes), "digest": str()}:
+            return n_bytes >= 0 and isinstance(saved.get("scale", 1), int | float)
+    return False
 
 
 def _sampled_digest(path: Path, header_bytes: int) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..errors import FamilyError, InvalidParameterError, require
+from ..errors import FamilyError, InvalidParameterError, require, shown
 from ..gguf.shards import shard_names
 from ..params import METHODS, Number, check_settings, profile_of, settable
 from ..system.paths import CATALOGUE, expanded, models_dir, shipped_dir
@@ -163,7 +163,7 @@ class FamilySpec:
         """Make a family of the contents of a `family.toml` in `folder`. Raises InvalidParameterError."""
         _known(table, {"name", "large", "base", "experts", "defaults", "profiles", "examples"}, "the file")
         name = table.get("name")
-        require(is_name(name), f"name must have {NAME_RULE}, not {name!r}")
+        require(is_name(name), f"name must have {NAME_RULE}, not {shown(name)}")
         sources = {}
         for role in ("large", "base"):
             require(isinstance(table.get(role), dict), f"needs a table [{role}]")
@@ -205,16 +205,16 @@ class FamilySpec:
         """
         folder = Path()
         specs = []
-        require(isinstance(experts, Mapping), f"experts must map names to files, not {experts!r:.60}")
+        require(isinstance(experts, Mapping), f"experts must map names to files, not {shown(experts)}")
         of_large, of_base = _local(large, folder, "large"), _local(base, folder, "base")
         for name, files in experts.items():
             pairs = [(files, None)] if isinstance(files, str | os.PathLike) else _pairs(name, files)
-            where = f"expert {name!r}"
+            where = f"expert {shown(name)}"
             sources = tuple((_local(file, folder, where), scale) for file, scale in pairs)
             specs.append(ExpertSpec(name, sources, name in as_correctors))
         _check_names([spec.name for spec in specs])
         for name in as_correctors:
-            require(name in experts, f"as_corrector names {name!r}; the experts are {', '.join(experts)}")
+            require(name in experts, f"as_corrector names {shown(name)}; the experts are {', '.join(experts)}")
         return cls(Path(large).stem, of_large, of_base, tuple(specs))
 
 
@@ -225,8 +225,8 @@ def is_name(text: Any) -> bool:
 
 def check_profile_name(name: str) -> None:
     """Raise InvalidParameterError for a name that no profile may have: a server's model is FAMILY:PROFILE."""
-    require(is_name(name), f"a profile's name must have {NAME_RULE}, not {name!r:.60}")
-    require(name not in METHODS, f"a profile cannot be named {name!r}: that is a role or a method")
+    require(is_name(name), f"a profile's name must have {NAME_RULE}, not {shown(name)}")
+    require(name not in METHODS, f"a profile cannot be named {shown(name)}: that is a role or a method")
 
 
 def find_family(family: str | Path) -> Path:
@@ -260,6 +260,8 @@ def read_toml(path: Path) -> Table:
     """The file's table. Raises OSError, and InvalidParameterError where it is no TOML."""
     with path.open("rb") as file:
         content = file.read(_MAX_FILE_BYTES + 1)
+    is_model = content.startswith(b"GGUF")
+    require(not is_model, "is a model; a family is made of several: give --large, --base and --expert")
     require(len(content) <= _MAX_FILE_BYTES, "is larger than 1 MiB, so it is no family.toml")
     # A key of so many parts takes Python's parser minutes.
     has_long_key = any(line.count(b".") > _MAX_DOTS for line in content.splitlines())
@@ -275,19 +277,19 @@ def _check_names(names: Sequence[Any]) -> None:
     require(names, "has no expert; it needs at least one")
     require(len(names) <= _MAX_EXPERTS, f"has {len(names)} experts, more than {_MAX_EXPERTS}")
     for name in names:
-        require(is_name(name), f"an expert's name must have {NAME_RULE}, not {name!r}")
-        require(name not in METHODS, f"an expert cannot be named {name!r}: that is a role or a method")
-        require(names.count(name) == 1, f"two experts are named {name!r}")
+        require(is_name(name), f"an expert's name must have {NAME_RULE}, not {shown(name)}")
+        require(name not in METHODS, f"an expert cannot be named {shown(name)}: that is a role or a method")
+        require(names.count(name) == 1, f"two experts are named {shown(name)}")
 
 
 def _known(table: Table, keys: set[str], where: str) -> None:
     unknown = sorted(table.keys() - keys)
-    require(not unknown, f"{where} has the unknown key {', '.join(map(repr, unknown))}")
+    require(not unknown, f"{where} has the unknown key {', '.join(map(shown, unknown[:9]))}")
 
 
 def _text(value: Any, where: str) -> str:
-    require(isinstance(value, str) and value, f"{where} must be a non-empty string, not {value!r}")
-    require(not _CONTROL.search(value), f"{where} must not have control characters: {value!r:.80}")
+    require(isinstance(value, str) and value, f"{where} must be a non-empty string, not {shown(value)}")
+    require(not _CONTROL.search(value), f"{where} must not have control characters: {shown(value)}")
     return str(value)
 
 
@@ -322,9 +324,9 @@ def _sha256(table: Table, where: str) -> tuple[str, ...]:
 
 def _expert(table: Table, folder: Path) -> ExpertSpec:
     name = str(table["name"])
-    where = f"expert {name!r}"
+    where = f"expert {shown(name)}"
     as_corrector = table.get("as_corrector", False)
-    require(isinstance(as_corrector, bool), f"as_corrector of {where} must be true or false, not {as_corrector!r}")
+    require(isinstance(as_corrector, bool), f"as_corrector of {where} must be true or false, not {shown(as_corrector)}")
     if "lora" not in table:
         source = _source(table, folder, where, frozenset({"name", "as_corrector"}))
         return ExpertSpec(name, ((source, None),), as_corrector)
@@ -339,10 +341,10 @@ def _expert(table: Table, folder: Path) -> ExpertSpec:
 
 def _pairs(name: Any, files: Any) -> list[tuple[Any, float]]:
     """[(LoRA, scale), …], checked."""
-    where = f"expert {name!r}"
+    where = f"expert {shown(name)}"
     require(isinstance(files, Sequence) and len(files) > 0, f"{where} needs a file, or [(LoRA, scale), …]")
     for pair in files:
-        require(isinstance(pair, Sequence) and len(pair) == 2, f"{where} needs pairs (LoRA, scale), not {pair!r}")
+        require(isinstance(pair, Sequence) and len(pair) == 2, f"{where} needs pairs (LoRA, scale), not {shown(pair)}")
     return [(lora, Number().read(f"a scale of {where}", scale)) for lora, scale in files]
 
 

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..answers.completion import Completion, Dict
 from ..answers.requests import CHAT, COMPLETIONS
 from ..answers.token import Token
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, shown
 from ..params import DEFAULTS, profile_of
 from . import openapi
 from .calls import Call, chunk, encode, total, whole
@@ -171,7 +171,7 @@ class _Service:
     async def show_model(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name not in self.models:
-            raise HTTPError(404, f"the model {name!r:.80} does not exist", "model_not_found")
+            raise HTTPError(404, f"the model {shown(name)} does not exist", "model_not_found")
         return _JSON(self._model(name))
 
     def _model(self, name: str) -> Dict:

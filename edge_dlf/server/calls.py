@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..answers.completion import Completion, Dict
 from ..answers.requests import Request, count, parse_body
 from ..answers.token import Token
-from ..errors import InvalidParameterError, require
+from ..errors import InvalidParameterError, require, shown
 from ..system.jsonl import parse_object
 from .refusals import HTTPError
 
@@ -45,14 +45,14 @@ class Call:
         default = next(iter(models))
         model = _typed(given, "model", str, default)
         if model not in models:
-            message = f"the model {model!r:.80} does not exist; there are {', '.join(models)}"
+            message = f"the model {shown(model)} does not exist; there are {', '.join(models)}"
             raise HTTPError(404, message, "model_not_found")
         n = count("n", given.get("n", 1))
         stream = _typed(given, "stream", bool, False)
         options = _typed(given, "stream_options", dict, {})
         require(stream or not options, "stream_options needs stream: true")
         if unknown := sorted(set(options) - {"include_usage", "include_obfuscation"}):
-            raise InvalidParameterError(f"unknown field {unknown[0]!r} in stream_options")
+            raise InvalidParameterError(f"unknown field {shown(unknown[0])} in stream_options")
         fusion = _typed(given, "edge_dlf", dict, {})
         trace = _typed(fusion, "trace", bool, False)
         own = {name: value for name, value in fusion.items() if name != "trace" and value is not None}
@@ -133,7 +133,7 @@ def _typed(fields: Mapping[str, Any], name: str, kind: type, default: Any) -> An
         return default
     if not isinstance(value, kind):
         words = {str: "text", bool: "true or false", dict: "an object"}
-        raise InvalidParameterError(f"{name} must be {words[kind]}, not {value!r:.60}")
+        raise InvalidParameterError(f"{name} must be {words[kind]}, not {shown(value)}")
     return value
 
 

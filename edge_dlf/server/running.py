@@ -104,6 +104,16 @@ class _Connection(H11Protocol):
         if self._taking_timer:
             self._taking_timer.cancel()
 
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP. A client that has had a response, or a part of one, is left."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: clients that offer HTTP/2 with every request are right to do so."""
+
     def shutdown(self) -> None:
         """Close the connection once it is idle, or a second after all answers have ended."""
         super().shutdown()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import platformdirs
 
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, shown
 
 CATALOGUE = "catalogue.toml"
 
@@ -17,7 +18,15 @@ def models_dir() -> Path:
     chosen = os.environ.get("EDGE_DLF_MODELS")
     if chosen:
         return expanded(chosen)
-    return Path(platformdirs.user_data_dir("edge-dlf", appauthor=False)) / "models"
+    return user_dir("data") / "models"
+
+
+def user_dir(kind: Literal["data", "cache", "state"]) -> Path:
+    """The user's own folder of this kind. Where the user has no home, it is one that cannot be written."""
+    try:
+        return Path(getattr(platformdirs, f"user_{kind}_dir")("edge-dlf", appauthor=False))
+    except RuntimeError:  # in a container, for a user without a name and $HOME
+        return Path(os.devnull, "edge-dlf")
 
 
 def expanded(path: str | Path) -> Path:
@@ -27,7 +36,7 @@ def expanded(path: str | Path) -> Path:
     except RuntimeError as error:
         raise InvalidParameterError(f"{path}: there is no such home folder") from error
     except TypeError:
-        raise InvalidParameterError(f"a path must be text, not {path!r:.60}") from None
+        raise InvalidParameterError(f"a path must be text, not {shown(path)}") from None
 
 
 def shipped_dir() -> Path:

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import platformdirs
+from .jsonl import parse_object
+from .paths import user_dir
 
 
 def recall(name: str, key: str) -> Any:
@@ -34,12 +35,12 @@ def states(paths: Sequence[Path]) -> list[list[int]]:
 
 
 def _file(name: str) -> Path:
-    return Path(platformdirs.user_cache_dir("edge-dlf", appauthor=False)) / f"{name}.json"
+    return user_dir("cache") / f"{name}.json"
 
 
 def _read(name: str) -> dict[str, Any]:
+    path = _file(name)
     try:
-        cache = json.loads(_file(name).read_bytes())
+        return parse_object(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError):
         return {}
-    return cache if isinstance(cache, dict) else {}

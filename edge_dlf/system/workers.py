@@ -45,6 +45,31 @@ class Connection:
     def __init__(self, fd: int, was_ended: Callable[[], bool] = lambda: False) -> None:
         self._fd, self._was_ended = fd, was_ended
 
+    def fork(self, was_ended: Callable[[], bool] | None = None) -> Connection:
+        """Return the connection to a new fork of the other side, which is in `fork_for_each`. May be called by several
+        threads. Raises WorkerEndedError where the other side has ended, EdgeDLFError where there is no room."""
+        with _having_room(), socket.socket(fileno=os.dup(self._fd)) as control:
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                try:
+                    socket.send_fds(control, [b"."], [theirs.fileno()])
+                except ConnectionError:
+                    raise self._ended() from None
+                return Connection(ours.detach(), was_ended or self._was_ended)
+
+    def fork_for_each(self, work: Callable[[Connection], None]) -> None:
+        """Fork a worker for each connection that comes, until whoever sends them has ended."""
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no worker is left as a zombie
+        gc.collect()
+        gc.freeze()
+        with socket.socket(fileno=os.dup(self._fd)) as control:
+            self.close()
+            while fds := socket.recv_fds(control, 1, 1)[1]:
+                if os.fork() == 0:
+                    control.close()
+                    _be_worker(work, Connection(fds[0]))
+                os.close(fds[0])
+
     def __del__(self) -> None:
         self.close()
 
@@ -100,7 +125,7 @@ class Workers:
 
     def __init__(self, prepare: str, material: bytes) -> None:
         self._prepare, self._material = prepare, material
-        self._control: socket.socket | None = None
+        self._control: Connection | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lock, self._pid = ForkSafeLock(), os.getpid()
         self._is_closed = False
@@ -109,23 +134,20 @@ class Workers:
     def worker(self) -> Connection:
         """Return the connection to a new worker. May be called by several threads, and in a forked child.
 
-        Raises EdgeDLFError after `close`.
+        Raises EdgeDLFError after `close`, and where the system has no room for a process.
         """
-        ours, theirs = socket.socketpair()
-        with self._lock, ours, theirs:
+        with self._lock:
             if self._is_closed:
                 raise EdgeDLFError("this FusedLlama has been closed")
             if os.getpid() != self._pid:  # the process belongs to the parent
                 self._pid, self._control, self._process = os.getpid(), None, None
-            for is_new in (False, True):
-                if self._control is None or is_new:
-                    self._start()
-                assert self._control is not None
-                with suppress(OSError):
-                    socket.send_fds(self._control, [b"."], [theirs.fileno()])
-                    break
             n_ends = self._n_ends
-            return Connection(ours.detach(), lambda: self._n_ends != n_ends)
+            if self._control is not None:
+                with suppress(WorkerEndedError):
+                    return self._control.fork(lambda: self._n_ends != n_ends)
+            with _having_room():
+                control = self._start()
+            return control.fork(lambda: self._n_ends != n_ends)
 
     def close(self) -> None:
         """End the process and all workers, and start none any more. Calling it twice is no error."""
@@ -143,7 +165,7 @@ class Workers:
     def end_larger(self, n_bytes: int) -> None:
         """End the workers that hold more memory than that."""
         with suppress(psutil.Error):
-            for worker in psutil.Process(self._process.pid).children() if self._process else ():
+            for worker in psutil.Process(self._process.pid).children(recursive=True) if self._process else ():
                 if worker.memory_info().rss > n_bytes:
                     worker.kill()
 
@@ -155,9 +177,10 @@ class Workers:
             self._process.wait()
         self._control = self._process = None
 
-    def _start(self) -> None:
+    def _start(self) -> Connection:
         self._end()
-        self._control, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair()
+        control = Connection(ours.detach())
         with theirs:
             # Its own session, and so its own group: Ctrl-C in the terminal is meant for this process.
             self._process = subprocess.Popen(
@@ -166,8 +189,19 @@ class Workers:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        with suppress(OSError):  # a process that has ended is told of by the worker that does not come
-            self._control.sendall(_LENGTH.pack(len(self._material)) + self._material)
+        with suppress(WorkerEndedError):  # a process that has ended is told of by the worker that does not come
+            control.send(self._material)
+        self._control = control  # only now: whatever a signal raises before leaves nothing that would be used
+        return control
+
+
+@contextmanager
+def _having_room() -> Iterator[None]:
+    """Raise EdgeDLFError where the system gives no more processes, descriptors or memory."""
+    try:
+        yield
+    except OSError as error:
+        raise EdgeDLFError(f"no process can be started: {(error.strerror or str(error)).lower()}") from error
 
 
 @contextmanager
@@ -189,29 +223,16 @@ def limit_memory(n_bytes: int) -> None:
 
 
 def serve(control_fd: int, prepare: str) -> None:
-    """Fork a worker for each connection that comes, until whoever sends them has ended."""
-    control = socket.socket(fileno=control_fd)
-    connection = Connection(os.dup(control_fd))
+    """Prepare the work, and fork a worker for each job, until whoever sends them has ended."""
+    control = Connection(control_fd)
     module, _, name = prepare.partition(":")
     with suppress(WorkerEndedError):
-        work: Callable[[Connection], None] = getattr(importlib.import_module(module), name)(connection.receive())
-        connection.close()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no worker is left as a zombie
-        gc.collect()
-        gc.freeze()
-        while True:
-            _, fds, _, _ = socket.recv_fds(control, 1, 1)
-            if not fds:
-                return
-            if os.fork() == 0:
-                control.close()
-                _be_worker(work, Connection(fds[0]))
-            os.close(fds[0])
+        control.fork_for_each(getattr(importlib.import_module(module), name)(control.receive()))
 
 
 def _be_worker(work: Callable[[Connection], None], connection: Connection) -> None:
     try:
-        os.nice(_NICENESS)
+        os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with suppress(OSError):  # where memory runs out, the system ends workers first
             Path("/proc/self/oom_score_adj").write_text("1000")

@@ -32,6 +32,7 @@ class CheckedFile(_File):  # type: ignore[misc]
 
     def _load_index(self) -> Any:
         try:
+            _require_file(self._index_path)
             with Path(self._index_path).open("rb") as file:
                 pickle.load(file)  # numba's version, which stands before what `_dump` has made
                 _require_whole(file.read())
@@ -40,7 +41,8 @@ class CheckedFile(_File):  # type: ignore[misc]
             return {}
 
     def _load_data(self, name: str) -> Any:
-        content = Path(self._cache_path, name).read_bytes()
+        _require_file(path := Path(self._cache_path, name))
+        content = path.read_bytes()
         _require_whole(content)
         return pickle.loads(content)
 
@@ -69,6 +71,12 @@ def cache_folder(kernel: Any) -> Path | None:
 
 def _checksum(content: bytes) -> bytes:
     return zlib.crc32(content).to_bytes(4, "big")
+
+
+def _require_file(path: str | Path) -> None:
+    """Raise OSError for a pipe, whose reader would wait for ever, or a device."""
+    if not Path(path).is_file():
+        raise OSError("no file")
 
 
 def _require_whole(content: bytes) -> None:
