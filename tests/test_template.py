@@ -330,6 +330,14 @@ def test_names_with_blanks_are_found_and_blanks_alone_are_text() -> None:
     template.close()
 
 
+def test_a_template_with_the_braces_of_a_format_string_asks_for_json() -> None:
+    shown = r"\n{%s\"name\": <function-name>, \"arguments\": <args-json-object>%s}\n"
+    source = '{{- "<tool_call>' + shown + '</tool_call>" }}{{ messages[0].content }}{# tools #}'
+    doubled, single = source % ("{", "}"), source % ("", "")
+    assert tokens(user("{{a}}"), doubled) == tokens(user("{{a}}"), single)
+    assert '\n{"name": <function-name>,' in "".join(map(str, tokens(user("{{a}}"), doubled)))
+
+
 def test_calls_that_a_template_does_not_know_are_written_into_the_text() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": "<s>"}'}}
     said = [{"role": "assistant", "content": None, "tool_calls": [call, call]}]

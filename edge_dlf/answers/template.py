@@ -25,6 +25,9 @@ _OTHERS = (
 )  # fmt: skip
 _ROLES = ("system", "user", "assistant")
 _FIRST_NUMBER = 918_273_000_000
+_DOUBLED = r"{{\"name\": <function-name>, \"arguments\": <args-json-object>}}"
+"""Templates of Qwen2.5 that were left with the braces of a Python format string: the model is told to write calls that
+are no JSON, and does. Later files of the same family have single ones."""
 
 
 class MemberPrompts(list[int]):
@@ -73,7 +76,7 @@ class ChatTemplate:
         self.dialect = dialect_of(own.source)
         self._control, self._first, self._source = own.control, own.first, own.source
         self._marker = Marker(list(own.control))
-        self._template = TemplateProcess(own.source, list(own.control))
+        self._template = TemplateProcess(own.source.replace(_DOUBLED, _DOUBLED[1:-1]), list(own.control))
         self._literals = {"bos_token": own.bos, "eos_token": own.eos}
         self._tokenize = tokenize
 
