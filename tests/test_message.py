@@ -24,6 +24,8 @@ TEMPLATES = {
     "mistral": "{{ tools }}[TOOL_CALLS]",
     "magistral": "{{ tools }}[TOOL_CALLS][ARGS][THINK][/THINK]",
     "gpt-oss": "{{ tools }}<|channel|><|message|>",
+    "seed": "<seed:think></seed:think>",
+    "command": "<|START_THINKING|><|END_THINKING|>",
 }
 TOOLS: dict[str, Any] = {
     "weather": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
@@ -109,6 +111,8 @@ GOLDEN: dict[str, tuple[str, str, Apart]] = {
         "<|message|>{}",
         ("", "One moment.", [NOW]),
     ),
+    "thinking of Seed": ("seed", "<seed:think>Hm.</seed:think>\nHi <think>", ("Hm.", "Hi <think>", [])),
+    "thinking of Command": ("command", "<|START_THINKING|>Hm.<|END_THINKING|>Hi", ("Hm.", "Hi", [])),
     "no channel": ("gpt-oss", "Hello", ("", "Hello", [])),
 }  # fmt: skip
 
@@ -129,6 +133,10 @@ def test_each_family_s_answers_come_apart_however_they_are_cut(name: str) -> Non
     assert apart(dialect, list(text)) == expected
     for cut in range(len(text)):
         assert apart(dialect, [text[:cut], text[cut:]]) == expected, text[:cut]
+
+
+def test_every_family_has_a_transcript() -> None:
+    assert {family for family, _, _ in GOLDEN.values()} == set(TEMPLATES)
 
 
 def test_thinking_that_the_prompt_has_begun() -> None:
