@@ -226,7 +226,7 @@ def test_a_full_queue_says_when_to_come_again(llm: FusedLlama) -> None:
         (CHAT, {"messages": HELLO, "edge_dlf": {"alpha_step": 5e-324}}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "logit_bias": {"99999": 1}}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "tools": []}, 200, None),
-        (CHAT, {"messages": HELLO, "functions": []}, 400, "invalid_value"),
+        (CHAT, {"messages": HELLO, "functions": [{"name": "f"}]}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "stream_options": {"include_usage": True}}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "stream": True, "stream_options": {"nonsense": 1}}, 400, "invalid_value"),
         (CHAT, {"messages": HELLO, "stream": True, "stream_options": {"include_usage": 1}}, 400, "invalid_value"),
