@@ -56,10 +56,10 @@ class Text(Kind):
     choices: tuple[str, ...] = ()
 
     def read(self, setting: str, value: Any) -> str:
-        require(isinstance(value, str), f"{setting} must be text, not {shown(value)}")
-        is_known = not self.choices or value in self.choices
-        require(is_known, f"{setting} must be one of {', '.join(self.choices)}, not {shown(value)}")
-        return str(value)
+        if isinstance(value, str) and (not self.choices or value in self.choices):
+            return str(value)
+        wanted = f"one of {', '.join(self.choices)}" if isinstance(value, str) else "text"
+        raise InvalidParameterError(f"{setting} must be {wanted}, not {shown(value)}")
 
     def schema(self) -> dict[str, Any]:
         return {"type": "string", "enum": list(self.choices)} if self.choices else {"type": "string"}
