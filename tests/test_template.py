@@ -405,7 +405,7 @@ def test_an_answer_that_refuses_is_its_text() -> None:
 def test_a_role_of_megabytes_is_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokens(user("x"))
     monkeypatch.setattr(re, "escape", lambda *_: pytest.fail("a pattern was made of it"))
-    with pytest.raises(InvalidParameterError, match="knows no role 'a{20}") as caught:
+    with pytest.raises(InvalidParameterError, match=r"knows no role 'a{20,}\.\.\.a{20,}'") as caught:
         tokens([{"role": "a" * 7_000_000, "content": "x"}])
     assert len(str(caught.value)) < 120
 
