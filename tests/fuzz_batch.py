@@ -1,6 +1,7 @@
 """Batches of hostile lines: each line that is not blank has one row, whatever it holds and wherever a run is cut.
 
-`python -m tests.fuzz_batch --examples 20000` runs many; `test_fuzz_batch.py` a few.
+`python -m tests.fuzz_batch --examples 20000` runs many, `python -m tests.guided batch --minutes 60` many more that are
+guided by coverage, and `test_fuzz_batch.py` a few.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from edge_dlf import FusedLlama
 from edge_dlf.batch import run_file
 from edge_dlf.system.jsonl import read_lines
 
+from .guided import drawn
 from .tiny import tiny_lora, tiny_model
 
 FIELDS = (
@@ -102,21 +105,38 @@ def check(llm: FusedLlama, folder: Path, content: bytes, cut: int, ordered: bool
     return Counter(value if isinstance(value, str) else "answered" for value in whole.values())
 
 
-def property_of(llm: FusedLlama, folder: Path, n_examples: int, tally: Callable[[Counter[str]], None]) -> None:
-    """Check so many examples; up to 100 are the same every time. Raises what the first that fails raises."""
+def property_of(llm: FusedLlama, folder: Path, tally: Callable[[Counter[str]], None]) -> Callable[..., None]:
+    """The property of batches, to be decorated."""
 
-    @settings(
-        max_examples=n_examples,
-        derandomize=n_examples <= 100,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(batches, st.integers(0, 2000), st.booleans())
     def holds(content: bytes, cut: int, ordered: bool) -> None:
         tally(check(llm, folder, content, cut, ordered))
 
-    holds()
+    return given(batches, st.integers(0, 2000), st.booleans())(holds)
+
+
+def limits(**others: Any) -> settings:
+    return settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), **others)
+
+
+@contextmanager
+def tiny_family(folder: Path) -> Iterator[FusedLlama]:
+    """Three models of a few kilobytes, written to `folder`."""
+    tiny_model(folder / "large.gguf", seed=1)
+    tiny_model(folder / "base.gguf", seed=2)
+    tiny_lora(folder / "lora.gguf", seed=3)
+    members: Any = folder / "large.gguf", folder / "base.gguf", {"lora": folder / "lora.gguf"}
+    logging.disable(logging.WARNING)  # notices about every cut
+    with FusedLlama(*members, n_ctx=64, n_threads=1) as llm:
+        yield llm
+
+
+@contextmanager
+def cases(_: str, folder: Path, tally: Counter[str]) -> Iterator[tuple[Callable[[bytes], object], list[bytes]]]:
+    """For `guided.py`."""
+    batch = folder / "batch"
+    batch.mkdir()
+    with tiny_family(folder) as llm:
+        yield limits()(property_of(llm, batch, tally.update)).hypothesis.fuzz_one_input, drawn()  # type: ignore[attr-defined]
 
 
 def main() -> None:
@@ -128,17 +148,12 @@ def main() -> None:
         total.update(kinds)
         n["batches"] += 1
 
-    logging.disable(logging.WARNING)  # notices about every cut
-    with tempfile.TemporaryDirectory() as name:
-        models, folder = Path(name, "models"), Path(name, "batch")
-        models.mkdir()
-        folder.mkdir()
-        tiny_model(models / "large.gguf", seed=1)
-        tiny_model(models / "base.gguf", seed=2)
-        tiny_lora(models / "lora.gguf", seed=3)
-        members: Any = models / "large.gguf", models / "base.gguf", {"lora": models / "lora.gguf"}
-        with FusedLlama(*members, n_ctx=64, n_threads=1) as llm:
-            property_of(llm, folder, n_examples, tally)
+    with (
+        tempfile.TemporaryDirectory() as models,
+        tempfile.TemporaryDirectory() as folder,
+        tiny_family(Path(models)) as llm,
+    ):
+        limits(max_examples=n_examples)(property_of(llm, Path(folder), tally))()
     print(f"{n['batches']:,} batches, {sum(total.values()):,} lines: {dict(total.most_common())}")
 
 

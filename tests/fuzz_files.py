@@ -1,9 +1,9 @@
 """Fuzz what is read beside models: LoRA adapters over a loaded base, compiled kernels on disk, family.toml.
 
-    python -m tests.fuzz_files lora --cases 20000 [--seed 0]     damaged and made-up adapters; what the checks accept is
-                                                                 loaded and run by llama.cpp in another process
-    python -m tests.fuzz_files kernels --cases 100000            damaged files of one compiled kernel
-    python -m tests.fuzz_files family --cases 100000 --coverage  guided by coverage; needs `pip install atheris`
+    python -m tests.fuzz_files lora --cases 20000 [--seed 0]  damaged and made-up adapters; what the checks accept is
+                                                              loaded and run by llama.cpp in another process
+    python -m tests.fuzz_files kernels --cases 100000         damaged files of one compiled kernel
+    python -m tests.guided family --minutes 60                each of them guided by coverage
 
 Prints how often each outcome came. Any other exception, and a process that dies, ends it with the bytes in crash.bin.
 """
@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import gguf
@@ -186,18 +185,16 @@ def fuzz(target: str, n_cases: int, seed: int, folder: Path) -> Counter[str]:
     return outcomes
 
 
-def fuzz_by_coverage(target: str, n_cases: int, seed: int, folder: Path) -> None:
-    import atheris
+@contextmanager
+def cases(target: str, folder: Path, tally: Counter[str]) -> Iterator[tuple[Callable[[bytes], None], list[bytes]]]:
+    """For `guided.py`."""
+    with ExitStack() as stack:
+        case, seeds = TARGETS[target](folder, stack)
 
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    limits = [f"-runs={n_cases}", f"-seed={seed}", "-timeout=20", "-rss_limit_mb=0", "-max_len=65536"]
-    with atheris.instrument_imports(include=["edge_dlf", "tomllib"]):
-        case, seeds = TARGETS[target](folder, ExitStack())
-    for number, content in enumerate(seeds):
-        (corpus / str(number)).write_bytes(content)
-    atheris.Setup([sys.argv[0], *limits, str(corpus)], lambda content: _checked(case, content) and None)
-    atheris.Fuzz()
+        def once(content: bytes) -> None:
+            tally[case(content)] += 1
+
+        yield once, seeds
 
 
 def _checked(case: Case, content: bytes) -> str:
@@ -213,14 +210,10 @@ def main() -> None:
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--coverage", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if options.coverage:
-            fuzz_by_coverage(options.target, options.cases, options.seed, Path(folder))
-        else:
-            for outcome, n in fuzz(options.target, options.cases, options.seed, Path(folder)).most_common():
-                print(f"{n:10,}  {outcome}")
+        for outcome, n in fuzz(options.target, options.cases, options.seed, Path(folder)).most_common():
+            print(f"{n:10,}  {outcome}")
 
 
 if __name__ == "__main__":

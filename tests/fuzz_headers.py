@@ -1,7 +1,7 @@
 """Fuzz the check of GGUF headers: whatever a file holds, it is accepted or refused with one line, in bounded memory.
 
-    python tests/fuzz_headers.py --cases 100000 [--seed 0]     random damage to small models, adapters and shards
-    python tests/fuzz_headers.py --cases 1000000 --coverage    the same guided by coverage; needs `pip install atheris`
+    python tests/fuzz_headers.py --cases 100000 [--seed 0]  random damage to small models, adapters and shards
+    python -m tests.guided headers --minutes 60             guided by coverage
 
 Prints how many files were refused and accepted, the slowest, and the most memory it ever had. Any other exception ends
 it with the file's bytes in crash.gguf.
@@ -14,17 +14,18 @@ import os
 import random
 import resource
 import struct
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 INTERESTING = (0, 1, 2, 4, 7, 8, 9, 12, 31, 255, 1 << 15, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
-CHUNK = 100_000
 WIDE = (0, 1, 63, 64, 1 << 16, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 
 
@@ -64,7 +65,8 @@ class Checker:
         self._base = self._read(folder / "seed-model.gguf")
         self.report = Report()
 
-    def check(self, content: bytes) -> None:
+    def check(self, content: bytes) -> str:
+        """Returns how it ended: "accepted" or "refused"."""
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.write(descriptor, content)
         os.close(descriptor)
@@ -74,16 +76,19 @@ class Checker:
             if info.is_adapter:
                 self._check_fits(info, self._base)
             self.report.n_accepted += 1
+            return "accepted"
         except self._error as error:
             if "\n" in str(error):
                 raise AssertionError(f"a reason in two lines: {error}") from error
             self.report.n_refused += 1
             if len(self.report.reasons) < 1000:
                 self.report.reasons.add(" ".join(word for word in error.reason.split()[:4] if word.isalpha()))
+            return "refused"
         except BaseException:
             Path("crash.gguf").write_bytes(content)
             raise
-        self.report.slowest_s = max(self.report.slowest_s, time.perf_counter() - started)
+        finally:
+            self.report.slowest_s = max(self.report.slowest_s, time.perf_counter() - started)
 
 
 def seeds(folder: Path) -> list[bytes]:
@@ -151,65 +156,26 @@ def fuzz(n_cases: int, seed: int, folder: Path) -> Report:
     return checker.report
 
 
-def fuzz_by_coverage(n_cases: int, seed: int, folder: Path) -> int:
-    """The same by atheris, in processes of `CHUNK` cases over one corpus: atheris itself takes 10 kB more a case.
+@contextmanager
+def cases(_: str, folder: Path, tally: Counter[str]) -> Iterator[tuple[Callable[[bytes], None], list[bytes]]]:
+    """For `guided.py`."""
+    originals = seeds(folder)
+    checker = Checker(folder)
 
-    Returns how many were checked; the first crash, hang or allocation above 200 MB ends it.
-    """
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    seeds(corpus)
-    (folder / "seed-model.gguf").write_bytes((corpus / "seed-model.gguf").read_bytes())
-    n_done = 0
-    while n_done < n_cases:
-        n_runs = min(CHUNK, n_cases - n_done)
-        command = [
-            sys.executable,
-            __file__,
-            "--chunk",
-            str(folder),
-            "--cases",
-            str(n_runs),
-            "--seed",
-            str(seed + n_done),
-        ]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            print(done.stderr[-4000:], file=sys.stderr)
-            sys.exit(f"stopped after {n_done:,} files")
-        n_done += n_runs
-        print(f"{n_done:,} files, no crash; {len(list(corpus.iterdir()))} in the corpus", flush=True)
-    return n_done
+    def once(content: bytes) -> None:
+        tally[checker.check(content)] += 1
 
-
-def run_chunk(n_cases: int, seed: int, folder: Path) -> None:
-    import atheris
-
-    with atheris.instrument_imports(include=["edge_dlf"]):
-        checker = Checker(folder)
-        limits = ["-max_len=65536", "-timeout=10", "-malloc_limit_mb=200", "-rss_limit_mb=0"]
-        atheris.Setup(
-            [sys.argv[0], f"-runs={n_cases}", f"-seed={seed}", *limits, str(folder / "corpus")], checker.check
-        )
-        atheris.Fuzz()
+    yield once, originals
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--coverage", action="store_true")
-    parser.add_argument("--chunk", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.chunk:
-        run_chunk(options.cases, options.seed, options.chunk)
-        return
     in_memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=in_memory if in_memory.is_dir() else None) as folder:
-        if options.coverage:
-            fuzz_by_coverage(options.cases, options.seed, Path(folder))
-        else:
-            print(fuzz(options.cases, options.seed, Path(folder)))
+        print(fuzz(options.cases, options.seed, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -4,19 +4,12 @@
 500, no other exception. `templates`: whatever texts messages hold, the prompt has exactly the control tokens that the
 template itself writes.
 
-`python -m tests.fuzz_requests requests --minutes 60` is guided by coverage (atheris), in processes of CHUNK cases over
-one corpus; `test_fuzz_requests.py` runs a few cases of both.
+`python -m tests.guided requests --minutes 60` runs many, guided by coverage; `test_fuzz_requests.py` a few of both.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import random
-import subprocess
-import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +22,8 @@ from hypothesis import strategies as st
 
 from edge_dlf import InvalidParameterError
 
-CHUNK = 2_000
+from .guided import drawn
+
 CONTROL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "<|tool▁sep|>", "<start_of_turn>")
 
 _OTHER_PIECES = (
@@ -346,68 +340,9 @@ def run(name: str, n_cases: int) -> Counter[Any]:
     return tally
 
 
-def run_chunk(name: str, corpus: str, seed: int) -> None:
-    """Run CHUNK cases guided by coverage, and print how they ended."""
-    import atheris
-
-    with atheris.instrument_imports(include=["edge_dlf.answers", "edge_dlf.server", "edge_dlf.params"]):
-        import edge_dlf.server.calls  # noqa: F401
-    tally: Counter[Any] = Counter()
+@contextmanager
+def cases(name: str, _: Path, tally: Counter[str]) -> Iterator[tuple[Callable[[bytes], object], list[bytes]]]:
+    """For `guided.py`."""
     with target(name, tally) as property:
         fuzz = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))(property)
-        n_left = CHUNK
-
-        def once(data: bytes) -> None:
-            nonlocal n_left
-            fuzz.hypothesis.fuzz_one_input(data)
-            n_left -= 1
-            if not n_left:
-                print(json.dumps({str(kind): n for kind, n in tally.items()}), flush=True)
-
-        atheris.Setup(
-            [
-                sys.argv[0],
-                f"-runs={CHUNK}",
-                f"-seed={seed}",
-                "-max_len=4096",
-                "-len_control=0",
-                "-timeout=120",
-                "-rss_limit_mb=0",
-                corpus,
-            ],
-            once,
-        )
-        atheris.Fuzz()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=("requests", "templates"))
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--chunk", metavar="CORPUS", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.chunk:
-        run_chunk(options.target, options.chunk, options.seed)
-        return
-    total: Counter[str] = Counter()
-    begun, seed = time.monotonic(), options.seed
-    with tempfile.TemporaryDirectory() as folder:
-        for n in range(200):  # a case takes hundreds of bytes, which nothing shorter would lead to
-            Path(folder, f"seed-{n}").write_bytes(random.Random(n).randbytes(2048))
-        while time.monotonic() - begun < 60 * options.minutes:
-            command = [sys.executable, "-m", "tests.fuzz_requests", options.target, "--chunk", folder]
-            done = subprocess.run([*command, "--seed", str(seed)], capture_output=True, text=True, check=False)
-            if done.returncode or not done.stdout.strip():
-                print(done.stdout[-2000:], done.stderr[-6000:], file=sys.stderr)
-                sys.exit(f"stopped after {sum(total.values()):,} cases")
-            total.update(json.loads(done.stdout.splitlines()[-1]))
-            seed += 1
-            n_corpus, minutes = len(list(Path(folder).iterdir())), (time.monotonic() - begun) / 60
-            print(
-                f"{minutes:.0f} min, {sum(total.values()):,} cases, {n_corpus} in the corpus: {dict(total)}", flush=True
-            )
-
-
-if __name__ == "__main__":
-    main()
+        yield fuzz.hypothesis.fuzz_one_input, drawn()

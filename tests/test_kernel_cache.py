@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from pkgutil import iter_modules
@@ -58,6 +59,8 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a bit": lambda content: content[:-40] + bytes([content[-40] ^ 1]) + content[-39:],
     "text": lambda _: b"No space left on device\n",
     "another pickle": lambda _: b"\x80\x04N.",
+    "as many zeros as a checksum": lambda _: bytes(4),
+    "another pickle with its checksum": lambda _: pickle.dumps(5) + zlib.crc32(pickle.dumps(5)).to_bytes(4, "big"),
 }
 
 

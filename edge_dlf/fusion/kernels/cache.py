@@ -11,13 +11,24 @@ from typing import Any
 
 from numba.core import caching
 
+_Cache: Any = caching.FunctionCache
 _File: Any = caching.IndexDataCacheFile
 _SOURCES = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 """Names all that kernels are compiled from. numba itself looks at the file of a kernel, not at those that it uses."""
 
 
+class CheckedCache(_Cache):  # type: ignore[misc]
+    """numba's cache of one kernel, in which whatever a damaged file brings up means that there is none."""
+
+    def _load_overload(self, signature: Any, target: Any) -> Any:
+        try:
+            return super()._load_overload(signature, target)
+        except Exception:  # a damaged pickle may raise anything
+            return None
+
+
 class CheckedFile(_File):  # type: ignore[misc]
-    """numba's cache of one kernel: an index, and machine code for each type of arguments.
+    """Its files: an index, and machine code for each type of arguments.
 
     A power cut leaves files empty, cut or with zeros in them. numba itself would raise, or run what is left.
     """
@@ -52,7 +63,7 @@ def kept(kernel: Any) -> Any:
     if hasattr(kernel, "enable_caching"):  # unless NUMBA_DISABLE_JIT left the function as it was
         with suppress(RuntimeError):
             kernel.enable_caching()
-            file = kernel._cache._cache_file
+            kernel._cache.__class__, file = CheckedCache, kernel._cache._cache_file
             file.__class__, file._source_stamp = CheckedFile, _SOURCES
     return kernel
 
@@ -80,6 +91,6 @@ def _require_file(path: str | Path) -> None:
 
 
 def _require_whole(content: bytes) -> None:
-    """Raise OSError, by which numba takes the file for missing, where it is damaged."""
+    """Raise OSError where a file is damaged."""
     if _checksum(content[:-4]) != content[-4:]:
         raise OSError("damaged")
