@@ -1,9 +1,9 @@
-"""Fuzz what is read beside models: LoRA adapters over a loaded base, compiled kernels on disk, family.toml.
+"""Fuzz files that are read beside models: LoRA adapters over a loaded base, and compiled kernels on disk.
 
     python -m tests.fuzz_files lora --cases 20000 [--seed 0]  damaged and made-up adapters; what the checks accept is
                                                               loaded and run by llama.cpp in another process
     python -m tests.fuzz_files kernels --cases 100000         damaged files of one compiled kernel
-    python -m tests.guided family --minutes 60                each of them guided by coverage
+    python -m tests.guided lora --minutes 60                  each of them guided by coverage
 
 Prints how often each outcome came. Any other exception, and a process that dies, ends it with the bytes in crash.bin.
 """
@@ -21,8 +21,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from edge_dlf.errors import FamilyError, ModelFileError
+from edge_dlf.errors import ModelFileError
 
+from .fuzz_family import require_one_line
 from .fuzz_headers import damaged
 from .tiny import tiny_lora, tiny_model
 
@@ -30,26 +31,6 @@ Case = Callable[[bytes], str]
 """Try some bytes, and return a word for what came of them."""
 
 TYPES = [None, None, None, *(gguf.GGMLQuantizationType[name] for name in ("F16", "Q8_0", "Q4_0", "Q5_1", "BF16"))]
-FAMILY = """name = "f"
-[large]
-path = "large.gguf"
-[base]
-repo = "o/r"
-file = "x.gguf"
-revision = "main"
-[[experts]]
-name = "maths"
-lora = ["a.gguf", "b.gguf"]
-scale = [1, -2.5]
-[defaults]
-method = "static"
-temperature = 0.5
-[defaults.alpha]
-maths = 1
-[defaults.logit_bias]
-5 = -inf
-"""
-WORDS = [b"[[", b"]]", b"[", b"]", b"=", b'"', b"'''", b"\n", b"nan", b"1e999", b"\xef\xbb\xbf", b"\0", b"\xff", b"{}"]
 
 
 def made_up_lora(path: Path, rng: random.Random) -> bytes:
@@ -88,11 +69,6 @@ def made_up_lora(path: Path, rng: random.Random) -> bytes:
     return path.read_bytes()
 
 
-def _require_one_line(error: Exception) -> None:
-    if "\n" in str(error):
-        raise AssertionError(f"a reason in two lines: {error}")
-
-
 def lora_cases(folder: Path, stack: ExitStack) -> tuple[Case, list[bytes]]:
     from edge_dlf.gguf.info import check_lora_fits, read_info
 
@@ -115,7 +91,7 @@ def lora_cases(folder: Path, stack: ExitStack) -> tuple[Case, list[bytes]]:
                 return "no adapter"
             check_lora_fits(info, infos[number])
         except ModelFileError as error:
-            _require_one_line(error)
+            require_one_line(error)
             return "refused by its header"
         outcome = workers[number].run(path).partition(":")[0]
         assert outcome in ("runs", "refused"), outcome
@@ -150,24 +126,7 @@ def kernel_cases(folder: Path, _: ExitStack) -> tuple[Case, list[bytes]]:
     return case, [bytes([number]) + original for number, original in enumerate(originals.values())]
 
 
-def family_cases(folder: Path, _: ExitStack) -> tuple[Case, list[bytes]]:
-    from edge_dlf.families.spec import FamilySpec
-
-    path = folder / "family.toml"
-
-    def case(content: bytes) -> str:
-        path.write_bytes(content)
-        try:
-            FamilySpec.load(path)
-        except FamilyError as error:
-            _require_one_line(error)
-            return "refused"
-        return "a family"
-
-    return case, [FAMILY.encode(), b"\xef\xbb\xbf" + FAMILY.encode(), *WORDS]
-
-
-TARGETS = {"lora": lora_cases, "kernels": kernel_cases, "family": family_cases}
+TARGETS = {"lora": lora_cases, "kernels": kernel_cases}
 
 
 def fuzz(target: str, n_cases: int, seed: int, folder: Path) -> Counter[str]:

@@ -36,7 +36,7 @@ TARGETS = {
     "requests": Target("fuzz_requests", 2_000, _DRAWN),
     "templates": Target("fuzz_requests", 2_000, _DRAWN),
     "batch": Target("fuzz_batch", 200, _DRAWN),
-    "family": Target("fuzz_files", 20_000, _FILES),
+    "family": Target("fuzz_family", 2_000, _DRAWN),
     "lora": Target("fuzz_files", 2_000, _FILES),
     "kernels": Target("fuzz_files", 2_000, _FILES),
     "headers": Target("fuzz_headers", 20_000, (*_FILES, "-malloc_limit_mb=200")),
@@ -57,7 +57,7 @@ def run_part(name: str, corpus: Path, seed: int) -> None:
     import atheris
 
     target, tally = TARGETS[name], Counter[str]()
-    instrumented = atheris.instrument_imports(include=["edge_dlf", "tomllib"], exclude=list(_COMPILED))
+    instrumented = atheris.instrument_imports(include=["edge_dlf", "tomllib", "tomlkit"], exclude=list(_COMPILED))
     with instrumented, tempfile.TemporaryDirectory() as folder:
         module = importlib.import_module(f"tests.{target.module}")
         with module.cases(name, Path(folder), tally) as (once, seeds):

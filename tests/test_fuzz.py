@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from . import fuzz_files
+from . import fuzz_family, fuzz_files
 
 
 def test_ten_thousand_damaged_headers_are_refused_or_accepted() -> None:
@@ -32,7 +32,6 @@ def test_ten_thousand_damaged_headers_are_refused_or_accepted() -> None:
     [
         ("lora", 400, {"refused by its header", "accepted, then runs"}),
         ("kernels", 500, {"to be compiled", "found again"}),
-        ("family", 1000, {"refused", "a family"}),
     ],
 )
 def test_damaged_files_beside_models(tmp_path: Path, target: str, n_cases: int, outcomes: set[str]) -> None:
@@ -42,3 +41,9 @@ def test_damaged_files_beside_models(tmp_path: Path, target: str, n_cases: int, 
             pytest.skip("nothing is compiled")
     counts = fuzz_files.fuzz(target, n_cases, 1, tmp_path)
     assert counts.keys() >= outcomes
+
+
+def test_every_family_toml_is_a_family_or_refused_and_takes_settings() -> None:
+    outcomes = fuzz_family.run(300)
+    assert outcomes["refused"] > 50
+    assert outcomes["with settings"] > 20

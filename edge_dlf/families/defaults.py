@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def write_settings(path: Path, tables: Mapping[str | None, Mapping[str, Any]]) -
     Raises InvalidParameterError, and leaves the file as it is, where the family could not be used then.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise FamilyError(f"{path}: cannot be read ({error})") from error
     for profile, settings in tables.items():
@@ -41,7 +43,7 @@ def write_settings(path: Path, tables: Mapping[str | None, Mapping[str, Any]]) -
     except InvalidParameterError as error:
         raise InvalidParameterError(f"{path}: is not changed, for then {error}") from error
     with replacing(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8-sig" if content.startswith(BOM_UTF8) else "utf-8"))
 
 
 def with_settings(text: str, settings: Mapping[str, Any], profile: str | None = None) -> str:
