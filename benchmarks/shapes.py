@@ -55,6 +55,8 @@ SHAPES = {
     "llama2-7b": Shape("llama", 32_000, 32, 4096, 11_008, 32, 32),
     "llama-1.1b": Shape("llama", 32_000, 22, 2048, 5632, 32, 4),
     "qwen2.5-7b": Shape("qwen2", 152_064, 28, 3584, 18_944, 28, 4, n_padding=128),
+    "qwen2.5-3b": Shape("qwen2", 151_936, 36, 2048, 11_008, 16, 2, is_tied=True),
+    "qwen2.5-1.5b": Shape("qwen2", 151_936, 28, 1536, 8960, 12, 2, is_tied=True),
     "qwen2.5-0.5b": Shape("qwen2", 151_936, 24, 896, 4864, 14, 2, is_tied=True),
     "small-llama": Shape("llama", 32_000, 6, 512, 1536, 8, 8),
     "smaller-llama": Shape("llama", 32_000, 2, 256, 768, 8, 2),

@@ -24,22 +24,22 @@ class Target:
     """What is fuzzed: `MODULE.cases(name, folder, tally)` enters (what tries some bytes, bytes to begin with)."""
 
     module: str
-    n_cases: int
-    """Cases of one process: atheris keeps some 10 kB of each."""
     limits: tuple[str, ...]
 
 
+_N_CASES = 10_000
+"""In one process: atheris keeps some 10 kB of each."""
 # A case of hypothesis takes hundreds of bytes, which nothing shorter would lead to.
 _DRAWN = ("-max_len=4096", "-len_control=0", "-timeout=120")
 _FILES = ("-max_len=65536", "-timeout=60")
 TARGETS = {
-    "requests": Target("fuzz_requests", 2_000, _DRAWN),
-    "templates": Target("fuzz_requests", 2_000, _DRAWN),
-    "batch": Target("fuzz_batch", 200, _DRAWN),
-    "family": Target("fuzz_family", 2_000, _DRAWN),
-    "lora": Target("fuzz_files", 2_000, _FILES),
-    "kernels": Target("fuzz_files", 2_000, _FILES),
-    "headers": Target("fuzz_headers", 20_000, (*_FILES, "-malloc_limit_mb=200")),
+    "requests": Target("fuzz_requests", _DRAWN),
+    "templates": Target("fuzz_requests", _DRAWN),
+    "batch": Target("fuzz_batch", _DRAWN),
+    "family": Target("fuzz_family", _DRAWN),
+    "lora": Target("fuzz_files", _FILES),
+    "kernels": Target("fuzz_files", _FILES),
+    "headers": Target("fuzz_headers", (*_FILES, "-malloc_limit_mb=200")),
 }
 
 _KERNELS = ("float64", "fuse", "keep", "loss", "memory", "pick", "search", "sums", "vector")
@@ -52,8 +52,8 @@ def drawn(n: int = 200) -> list[bytes]:
     return [random.Random(number).randbytes(2048) for number in range(n)]
 
 
-def run_part(name: str, corpus: Path, seed: int) -> None:
-    """Run `n_cases` in this process, and print how they ended."""
+def run_part(name: str, corpus: Path, seed: int, seconds: int) -> None:
+    """Run cases in this process, and print how they ended."""
     import atheris
 
     target, tally = TARGETS[name], Counter[str]()
@@ -64,16 +64,17 @@ def run_part(name: str, corpus: Path, seed: int) -> None:
             if not any(corpus.iterdir()):
                 for number, content in enumerate(seeds):
                     (corpus / f"seed-{number}").write_bytes(content)
-            n_left = target.n_cases
+            n_done = 0
 
             def case(content: bytes) -> None:
-                nonlocal n_left
+                nonlocal n_done
                 once(content)
-                n_left -= 1
-                if not n_left:  # atheris ends the process itself
+                n_done += 1
+                if n_done % 50 == 0:  # atheris ends the process itself
                     print(json.dumps(tally), flush=True)
 
-            limits = [f"-runs={target.n_cases}", f"-seed={seed}", "-rss_limit_mb=0", *target.limits]
+            limits = [f"-runs={_N_CASES}", f"-max_total_time={seconds}", f"-seed={seed}", "-rss_limit_mb=0"]
+            limits += target.limits
             atheris.Setup([sys.argv[0], *limits, str(corpus)], case)
             atheris.Fuzz()
 
@@ -84,19 +85,21 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--part", metavar="CORPUS", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        run_part(options.target, options.part, options.seed)
+        run_part(options.target, options.part, options.seed, options.seconds)
         return
     total, begun, seed = Counter[str](), time.monotonic(), options.seed
     with tempfile.TemporaryDirectory() as corpus:
-        while time.monotonic() - begun < 60 * options.minutes:
-            command = [sys.executable, "-m", "tests.guided", options.target, "--part", corpus, "--seed", str(seed)]
+        while (seconds := round(60 * options.minutes - (time.monotonic() - begun))) > 0:
+            part = ["--part", corpus, "--seed", str(seed), "--seconds", str(seconds)]
+            command = [sys.executable, "-m", "tests.guided", options.target, *part]
             done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode or not done.stdout.strip():
+            if done.returncode:
                 print(done.stdout[-2000:], done.stderr[-6000:], file=sys.stderr)
                 sys.exit(f"stopped after {sum(total.values()):,} cases")
-            total.update(json.loads(done.stdout.splitlines()[-1]))
+            total.update(json.loads((done.stdout.splitlines() or ["{}"])[-1]))
             seed += 1
             n_corpus, minutes = len(list(Path(corpus).iterdir())), (time.monotonic() - begun) / 60
             said = f"{minutes:.0f} min, {sum(total.values()):,} cases, {n_corpus} in the corpus"
