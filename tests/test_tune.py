@@ -493,6 +493,7 @@ def test_the_rest_of_a_file_stays_as_it_is(before: str, after: str) -> None:
             "[profiles.a]\ntop_k = 1\n[profiles . 'odd.name'] # x\ntop_k = 2\n[defaults]\ntop_k = 1\n",
         ),
         ('profiles = { "odd.name" = { top_k = 1 } }\n', 'profiles = { "odd.name" = { top_k = 2 } }\n'),
+        ("profiles = { a = { top_k = 1 } }\n", 'profiles = { a = { top_k = 1 }, "odd.name" = {top_k = 2}}\n'),
     ],
 )
 def test_a_profile_is_written_by_its_name(before: str, after: str) -> None:

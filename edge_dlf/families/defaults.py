@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import tomlkit
+from tomlkit.items import InlineTable
 
 from ..errors import FamilyError, InvalidParameterError
 from ..system.durable import replacing
 from ..system.paths import shipped_dir
-from .spec import FamilySpec, find_family
+from .spec import FamilySpec, find_family, parse_toml
 
 
 def own_file(family: str | Path | None) -> Path:
@@ -38,12 +39,13 @@ def write_settings(path: Path, tables: Mapping[str | None, Mapping[str, Any]]) -
         raise FamilyError(f"{path}: cannot be read ({error})") from error
     for profile, settings in tables.items():
         text = with_settings(text, settings, profile)
+    changed = text.encode("utf-8-sig" if content.startswith(BOM_UTF8) else "utf-8")
     try:
-        FamilySpec.from_table(tomlkit.parse(text).unwrap(), path.parent)
+        FamilySpec.from_table(parse_toml(changed), path.parent)
     except InvalidParameterError as error:
         raise InvalidParameterError(f"{path}: is not changed, for then {error}") from error
     with replacing(path) as file:
-        file.write(text.encode("utf-8-sig" if content.startswith(BOM_UTF8) else "utf-8"))
+        file.write(changed)
 
 
 def with_settings(text: str, settings: Mapping[str, Any], profile: str | None = None) -> str:
@@ -52,7 +54,9 @@ def with_settings(text: str, settings: Mapping[str, Any], profile: str | None = 
     if profile is None:
         table = document.setdefault("defaults", tomlkit.table())
     else:
-        table = document.setdefault("profiles", tomlkit.table(is_super_table=True)).setdefault(profile, tomlkit.table())
+        profiles = document.setdefault("profiles", tomlkit.table(is_super_table=True))
+        new = tomlkit.inline_table() if isinstance(profiles, InlineTable) else tomlkit.table()
+        table = profiles.setdefault(profile, new)
     for name, value in settings.items():
         if value is None:
             table.pop(name, None)

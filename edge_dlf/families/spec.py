@@ -259,7 +259,11 @@ def catalogue_names() -> list[str]:
 def read_toml(path: Path) -> Table:
     """The file's table. Raises OSError, and InvalidParameterError where it is no TOML."""
     with path.open("rb") as file:
-        content = file.read(_MAX_FILE_BYTES + 1)
+        return parse_toml(file.read(_MAX_FILE_BYTES + 1))
+
+
+def parse_toml(content: bytes) -> Table:
+    """The table of a family.toml of these bytes. Raises InvalidParameterError where it is no TOML."""
     is_model = content.startswith(b"GGUF")
     require(not is_model, "is a model; a family is made of several: give --large, --base and --expert")
     require(len(content) <= _MAX_FILE_BYTES, "is larger than 1 MiB, so it is no family.toml")
