@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,20 @@ def test_a_damaged_file_is_compiled_again(cache: Path, kind: str, damage: Callab
     file.write_bytes(damage(file.read_bytes()))
     assert not is_found()
     assert is_found()
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_a_damaged_file_takes_no_memory(cache: Path, kind: str) -> None:
+    assert not is_found()
+    (file,) = cache.rglob(f"*.{kind}")
+    remembered_as = pickle.LONG_BINPUT + (1 << 24).to_bytes(4, "little")
+    file.write_bytes(b"\x80\x04N" + remembered_as + b"." + file.read_bytes())
+    tracemalloc.start()
+    try:
+        assert not is_found()
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "a device"])

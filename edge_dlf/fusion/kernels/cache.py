@@ -43,10 +43,12 @@ class CheckedFile(_File):  # type: ignore[misc]
 
     def _load_index(self) -> Any:
         try:
-            _require_file(self._index_path)
-            with Path(self._index_path).open("rb") as file:
-                pickle.load(file)  # numba's version, which stands before what `_dump` has made
-                _require_whole(file.read())
+            _require_file(path := Path(self._index_path))
+            version = pickle.dumps(self._version, protocol=-1)  # stands before what `_dump` has made
+            content = path.read_bytes()
+            if not content.startswith(version):
+                return {}
+            _require_whole(content.removeprefix(version))
             return super()._load_index()
         except Exception:  # a damaged pickle may raise anything
             return {}
@@ -91,6 +93,6 @@ def _require_file(path: str | Path) -> None:
 
 
 def _require_whole(content: bytes) -> None:
-    """Raise OSError where a file is damaged."""
+    """Raise OSError where a file is damaged: a damaged pickle may take any memory."""
     if _checksum(content[:-4]) != content[-4:]:
         raise OSError("damaged")
