@@ -37,12 +37,12 @@ def write_settings(path: Path, tables: Mapping[str | None, Mapping[str, Any]]) -
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise FamilyError(f"{path}: cannot be read ({error})") from error
-    for profile, settings in tables.items():
-        text = with_settings(text, settings, profile)
-    changed = text.encode("utf-8-sig" if content.startswith(BOM_UTF8) else "utf-8")
     try:
+        for profile, settings in tables.items():
+            text = with_settings(text, settings, profile)
+        changed = text.encode("utf-8-sig" if content.startswith(BOM_UTF8) else "utf-8")
         FamilySpec.from_table(parse_toml(changed), path.parent)
-    except InvalidParameterError as error:
+    except ValueError as error:  # of this library, or of tomlkit, as for a file that has been damaged meanwhile
         raise InvalidParameterError(f"{path}: is not changed, for then {error}") from error
     with replacing(path) as file:
         file.write(changed)
@@ -55,8 +55,9 @@ def with_settings(text: str, settings: Mapping[str, Any], profile: str | None = 
         table = document.setdefault("defaults", tomlkit.table())
     else:
         profiles = document.setdefault("profiles", tomlkit.table(is_super_table=True))
-        new = tomlkit.inline_table() if isinstance(profiles, InlineTable) else tomlkit.table()
-        table = profiles.setdefault(profile, new)
+        is_dotted = any(key and key.key == "profiles" and key.is_dotted() for key, _ in document.body)
+        is_inline = is_dotted or isinstance(profiles, InlineTable)
+        table = profiles.setdefault(profile, tomlkit.inline_table() if is_inline else tomlkit.table())
     for name, value in settings.items():
         if value is None:
             table.pop(name, None)
