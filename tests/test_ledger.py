@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from edge_dlf import EdgeDLFError, InvalidParameterError
 from edge_dlf.batch.ids import Ids
 from edge_dlf.batch.intake import Intake, fingerprint
-from edge_dlf.batch.ledger import Ledger, locked, resume
+from edge_dlf.batch.ledger import Ledger, resume
 from edge_dlf.families.files import check_files
 from edge_dlf.families.manifest import Manifest
 from edge_dlf.families.spec import FamilySpec
 from edge_dlf.system import durable, jsonl
 from edge_dlf.system.durable import Appender, new_name, replacing
+from edge_dlf.system.file_locks import locked
 from edge_dlf.system.jsonl import Pipe, dump_line, parse_object, read_lines
 
 json_values = st.recursive(

@@ -14,10 +14,11 @@ from typing import IO, Any, NamedTuple
 from ..errors import EdgeDLFError, InvalidParameterError, require
 from ..families.manifest import Manifest
 from ..system.durable import new_name
+from ..system.file_locks import lock_name, locked
 from ..system.jsonl import read_lines
 from ..system.paths import expanded
 from .intake import fingerprint
-from .ledger import Ledger, arrange, lock_name, locked, resume
+from .ledger import Ledger, arrange, resume
 
 _STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 _AGAIN = "; give the same again, or --restart, which keeps the earlier file and begins anew"

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from filelock import FileLock, Timeout
-
-from ..errors import EdgeDLFError, require
 from ..system.durable import Appender, file_error, new_name, replacing
 from ..system.jsonl import Line, dump_line, parse_object, read_lines
 from .ids import Ids
@@ -42,27 +38,6 @@ class Ledger:
         """Count a row that is in a file."""
         self.n_rows += 1
         self.n_failed += bool(row["error"])
-
-
-def lock_name(path: Path) -> Path:
-    """The file by which a run keeps others away from `path`; it may stay."""
-    return path.with_name(f".{path.name}.lock")
-
-
-@contextmanager
-def locked(paths: Sequence[Path]) -> Iterator[None]:
-    """Keep other runs away from these files. Raises EdgeDLFError, at once, where one of them is in use."""
-    with ExitStack() as stack:
-        for path in paths:
-            # The lock would make the folder.
-            require(path.parent.is_dir(), f"{path}: there is no folder {path.parent}")
-            try:
-                stack.enter_context(FileLock(lock_name(path), timeout=0, thread_local=False))
-            except Timeout:
-                raise EdgeDLFError(f"{path}: another run is writing to it") from None
-            except OSError as error:
-                raise file_error(path, error) from error
-        yield
 
 
 def resume(ledger: Ledger, path: Path, *, retry_errors: bool, notice: Callable[[str], None]) -> Appender:

@@ -34,6 +34,7 @@ from ..fusion.fuser import Fuser
 from ..fusion.records import Draw, Pick
 from ..params import FusionParams, SamplingParams
 from ..system.durable import Appender
+from ..system.file_locks import awaited, lock_name
 from ..system.paths import user_dir
 from .examples import Example
 
@@ -81,14 +82,15 @@ def read_answers(
     llm.driver.decoder.ensemble.require(members)
     with tempfile.TemporaryDirectory() as spare:
         path = _path(llm, members, examples, how, folder or _cache(kind), Path(spare))
-        done, n_bytes = _read(path, dtype, examples)
-        tell(len(done))
-        while len(done) < len(examples):  # once, but where another process has cut the same file
-            left = [number for number in range(len(examples)) if number not in done]
-            with Appender(path, n_bytes) as file:
-                for n_done in _run(llm, members, examples, left, _Recorder(reduce, file)):
-                    tell(len(done) + n_done)
-            done, _ = _read(path, dtype, examples)
+        with awaited(path, lambda: tell(0)):  # a run that reads the same examples
+            done, n_bytes = _read(path, dtype, examples)
+            tell(len(done))
+            if len(done) < len(examples):
+                left = [number for number in range(len(examples)) if number not in done]
+                with Appender(path, n_bytes) as file:
+                    for n_done in _run(llm, members, examples, left, _Recorder(reduce, file)):
+                        tell(len(done) + n_done)
+                done, _ = _read(path, dtype, examples)
         return [done[number] for number in range(len(examples))]
 
 
@@ -184,11 +186,15 @@ def _path(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path.touch()
+        has_place = path.is_file()
     except OSError:
+        has_place = False
+    if not has_place:
         return spare / path.name
     others = sorted(folder.glob("*.rows"), key=lambda other: other.stat().st_mtime)
     for other in others[: -_N_FILES or None]:
         if other != path:
             with suppress(OSError):
                 other.unlink()
+                lock_name(other).unlink(missing_ok=True)
     return path
