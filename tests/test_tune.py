@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from edge_dlf.cli import main
 from edge_dlf.engine.backend import Run
 from edge_dlf.evidence import tune as tuning
 from edge_dlf.evidence.answer_rows import AnswerLosses, evaluate
-from edge_dlf.evidence.examples import Example
+from edge_dlf.evidence.examples import Example, read_rows, tokenized
 from edge_dlf.evidence.held_out import Outcome
-from edge_dlf.families.defaults import with_settings
+from edge_dlf.families.defaults import with_settings, write_settings
 from edge_dlf.families.spec import FamilySpec, tomllib
+from edge_dlf.system.file_locks import locked
 from edge_dlf.system.paths import shipped_dir
 
 from .tiny import tiny_model
@@ -153,7 +155,7 @@ def test_a_pass_that_was_stopped_continues(tiny_llm: FusedLlama, tmp_path: Path)
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny_llm, examples, 1, tmp_path / "parts", stop)
-    (file,) = (tmp_path / "parts").iterdir()
+    (file,) = (tmp_path / "parts").glob("*.rows")
     for n_cut in (0, 7):  # as left by a process that was killed while it wrote
         content = file.read_bytes()
         file.write_bytes(content[: len(content) - n_cut])
@@ -163,6 +165,36 @@ def test_a_pass_that_was_stopped_continues(tiny_llm: FusedLlama, tmp_path: Path)
         assert parts.losses == pytest.approx(whole.losses, abs=2e-3)
     evaluate(tiny_llm, examples, 1, tmp_path / "parts", seen.append)
     assert seen[-1] == 12
+
+
+def test_a_pass_waits_for_another_one_over_the_same_examples(tiny_llm: FusedLlama, tmp_path: Path) -> None:
+    examples = drawn(tiny_llm, {"tuned": 1.0}, 6)
+    whole = evaluate(tiny_llm, examples, 1, tmp_path)
+    (file,) = tmp_path.glob("*.rows")
+    content, other, seen = file.read_bytes(), ExitStack(), list[int]()
+    file.write_bytes(content[:-7])
+    other.enter_context(locked([file]))
+
+    def finish(n_done: int) -> None:
+        if not seen:
+            file.write_bytes(content)
+            other.close()
+        seen.append(n_done)
+
+    assert evaluate(tiny_llm, examples, 1, tmp_path, finish).losses == pytest.approx(whole.losses)
+    assert seen[:2] == [0, 6]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_what_stands_in_a_pass_s_place_is_left_alone(tiny_llm: FusedLlama, tmp_path: Path, kind: str) -> None:
+    examples = drawn(tiny_llm, {"tuned": 1.0}, 2)
+    whole = evaluate(tiny_llm, examples, 1, tmp_path)
+    (file,) = tmp_path.glob("*.rows")
+    file.unlink()
+    make = {"folder": file.mkdir, "pipe": lambda: os.mkfifo(file), "device": lambda: file.symlink_to("/dev/zero")}
+    make[kind]()
+    assert evaluate(tiny_llm, examples, 1, tmp_path).losses == pytest.approx(whole.losses)
+    assert not file.is_file()
 
 
 def test_what_prompts_share_is_read_once(tiny: Path, tmp_path: Path) -> None:
@@ -301,7 +333,7 @@ def test_several_tasks_are_compared_in_one_pass(tiny_llm: FusedLlama, tmp_path: 
     )
     assert seen[0] == 0
     assert max(seen) == 44  # examples that tasks share are read once
-    assert len(list((tmp_path / "both").iterdir())) == 1
+    assert len(list((tmp_path / "both").glob("*.rows"))) == 1
     for task, examples in {"a": one, "b": [*two, *one[:2]]}.items():
         alone = tuned(tiny_llm, examples, tmp_path / task)
         assert both[task].verdict == alone.verdict
@@ -397,6 +429,11 @@ def test_the_same_from_python(demo: Path, sums: Path) -> None:
     assert results[0].settings["method"] == "weighted"
 
 
+def chat(**answer: Any) -> str:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **answer}]
+    return json.dumps({"messages": messages}) + "\n"
+
+
 def rows(*pairs: tuple[str, str]) -> str:
     return "".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in pairs)
 
@@ -418,6 +455,10 @@ def rows(*pairs: tuple[str, str]) -> str:
             "examples.jsonl:1: the content of a message must be text",
         ),
         ('{"messages": 3}\n', "examples.jsonl:1: messages must be a list"),
+        (chat(tool_calls=[{"id": "1"}]), "examples.jsonl:1: of the last message, 'tool_calls' cannot be learnt from"),
+        (chat(reasoning_content="hm"), "examples.jsonl:1: of the last message, 'reasoning_content' cannot be learnt"),
+        (chat(weight=0.5), "examples.jsonl:1: of the last message, 'weight' cannot be learnt from"),
+        (chat()[:-2] + ', "tools": [{}]}', "examples.jsonl:1: of a row, 'tools' cannot be learnt from"),
     ],
 )
 def test_bad_examples_get_one_line_and_change_nothing(demo: Path, tmp_path: Path, content: str, message: str) -> None:
@@ -494,6 +535,7 @@ def test_the_rest_of_a_file_stays_as_it_is(before: str, after: str) -> None:
         ),
         ('profiles = { "odd.name" = { top_k = 1 } }\n', 'profiles = { "odd.name" = { top_k = 2 } }\n'),
         ("profiles = { a = { top_k = 1 } }\n", 'profiles = { a = { top_k = 1 }, "odd.name" = {top_k = 2}}\n'),
+        ("profiles.a.top_k = 1\nb = 1\n", 'profiles.a.top_k = 1\nprofiles."odd.name" = {top_k = 2}\nb = 1\n'),
     ],
 )
 def test_a_profile_is_written_by_its_name(before: str, after: str) -> None:
@@ -503,3 +545,41 @@ def test_a_profile_is_written_by_its_name(before: str, after: str) -> None:
 def test_a_setting_is_taken_out() -> None:
     text = '[defaults]\nmethod = "weighted"\nweights = { large = 1.0 }\n'
     assert with_settings(text, {"method": "sums", "weights": None}) == '[defaults]\nmethod = "sums"\n'
+
+
+def test_a_byte_order_mark_stays_where_settings_are_written(tiny: Path, tmp_path: Path) -> None:
+    path, text = tmp_path / "family.toml", (tiny / "family.toml").read_text()
+    path.write_text(f"\ufeff{text}", "utf-8")
+    write_settings(path, {"short": {"top_k": 2}})
+    assert path.read_text("utf-8") == f"\ufeff{text}\n[profiles.short]\ntop_k = 2\n"
+
+
+@pytest.mark.parametrize("content", ["garbage = [", "a = 1\ra = 2", "a = 1\na = 2\n", ""])
+def test_a_file_that_was_damaged_meanwhile_is_not_changed(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "family.toml"
+    path.write_bytes(content.encode())
+    with pytest.raises(InvalidParameterError, match="is not changed, for then"):
+        write_settings(path, {None: {"top_k": 2}})
+    assert path.read_bytes() == content.encode()
+
+
+def test_a_system_prompt_is_a_message_or_refused(tiny_llm: FusedLlama) -> None:
+    given = [("here", {"prompt": "a", "answer": "b"})]
+    plain = tokenized(tiny_llm, given, raw=False, system=None)
+    assert tokenized(tiny_llm, given, raw=False, system="") == plain
+    assert tokenized(tiny_llm, given, raw=False, system="x") != plain
+    with pytest.raises(InvalidParameterError, match="a system prompt needs the chat template"):
+        tokenized(tiny_llm, given, raw=True, system="x")
+
+
+def test_what_says_nothing_beside_an_answer_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(chat(name="x", weight=1, refusal=None, tool_calls=[], reasoning_content=""))
+    assert len(list(read_rows(path))) == 1
+
+
+def test_a_row_of_more_than_64_mib_is_told_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_bytes(rows(("a", "b")).encode() + b"x" * (65 << 20) + b"\n")
+    with pytest.raises(InvalidParameterError, match="examples.jsonl:2: has more than 64 MiB"):
+        list(read_rows(path))

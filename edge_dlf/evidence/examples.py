@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..answers.template import MemberPrompts
 from ..api import FusedLlama
-from ..errors import InvalidParameterError, require
-from ..system.jsonl import parse_object, read_lines
+from ..errors import InvalidParameterError, require, shown
+from ..system.jsonl import MAX_LINE_BYTES, parse_object, read_lines
 
 Row: TypeAlias = tuple[str, Mapping[str, Any]]
 """A row of a file, after a few words that say where it stands."""
 _MAX_WEIGHT = 1e38
+_OF_ANSWER = frozenset({"role", "content", "name"})
+_OF_PROMPT = ("tools", "functions", "tool_choice", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ def read_rows(path: Path) -> Iterator[Row]:
         with path.open("rb") as file:
             for line in read_lines(file):
                 where = f"{path}:{line.number}"
+                if line.content is None:
+                    raise InvalidParameterError(f"{where}: has more than {MAX_LINE_BYTES >> 20} MiB")
                 try:
-                    row = parse_object(line.content or b"")
+                    row = parse_object(line.content)
                 except ValueError as error:
                     raise InvalidParameterError(f"{where}: is {error}") from None
                 _parts(row, where)
@@ -70,13 +74,14 @@ def tokenized(llm: FusedLlama, rows: Iterable[Row], *, raw: bool, system: str | 
 
     Raises InvalidParameterError, which names the row, also for an example that exceeds the context.
     """
+    require(not (raw and system), "a system prompt needs the chat template: leave out --raw or --system")
     examples = []
     for where, row in rows:
         prompt, answer = _parts(row, where)
         is_chat = not (raw and isinstance(prompt, str))
         if is_chat:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            if system is not None and messages[0].get("role") != "system":
+            if system and messages[0].get("role") != "system":
                 messages = [{"role": "system", "content": system}, *messages]
             try:
                 tokens: MemberPrompts = llm.apply_chat_template(messages)
@@ -104,12 +109,21 @@ def _parts(row: Mapping[str, Any], where: str) -> tuple[Any, str]:
             if last.get("role") != "assistant" or not messages:
                 raise InvalidParameterError(f"{where}: the last message must be the assistant's answer to another")
             answer = last.get("content")
+            _require_no_more(last, _OF_ANSWER, f"{where}: of the last message")
+        _require_no_more({name: row.get(name) for name in _OF_PROMPT}, (), f"{where}: of a row")
     elif not isinstance(prompt, str):
         raise InvalidParameterError(f"{where}: prompt must be text")
     if not isinstance(answer, str):
         raise InvalidParameterError(f"{where}: the answer must be text")
     require(answer.strip(), f"{where}: the answer is empty")
     return (prompt if messages is None else messages), answer
+
+
+def _require_no_more(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Raise InvalidParameterError for what would be left out of the prompt or the answer without a word."""
+    for name, value in given.items():
+        is_plain = name in known or not value or (name == "weight" and value == 1)
+        require(is_plain, f"{where}, {shown(name)} cannot be learnt from; take it out of the row, or the row out")
 
 
 def _weight(row: Mapping[str, Any], where: str) -> float:
