@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 import sys
 from collections import Counter
@@ -20,6 +22,7 @@ torch = pytest.importorskip("torch", reason="needs the extra train")
 from edge_dlf import FusedLlama  # noqa: E402
 from edge_dlf.cli import main  # noqa: E402
 from edge_dlf.engine.backend import Run  # noqa: E402
+from edge_dlf.errors import ModelFileError  # noqa: E402
 from edge_dlf.evidence.examples import Example  # noqa: E402
 from edge_dlf.evidence.train import loop, memory  # noqa: E402
 from edge_dlf.evidence.train.adapter import write_lora  # noqa: E402
@@ -30,6 +33,7 @@ from edge_dlf.evidence.train.rows import constant_rows  # noqa: E402
 from edge_dlf.gguf.header import header_hash  # noqa: E402
 from edge_dlf.gguf.info import read_info  # noqa: E402
 from edge_dlf.llama import LlamaBackend, Model  # noqa: E402
+from edge_dlf.system.file_locks import locked  # noqa: E402
 from edge_dlf.system.machine import Machine  # noqa: E402
 from edge_dlf.system.paths import shipped_dir  # noqa: E402
 
@@ -297,6 +301,18 @@ class TestStopped:
         assert "belongs to a training with other settings or data" in said
         assert (tmp_path / "e.gguf.checkpoint").read_bytes() == content
 
+    @pytest.mark.parametrize("kind", ["empty", "text", "code", "folder", "pipe", "device"])
+    def test_what_is_no_checkpoint_is_left_alone(self, tmp_path: Path, data: Path, base: Path, kind: str) -> None:
+        path = tmp_path / "e.gguf.checkpoint"
+        make = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero")}
+        content = {"empty": b"", "text": b"mine", "code": pickle.dumps({"key": os.getpid})}.get(kind)
+        make[kind]() if content is None else path.write_bytes(content)
+        code, said = train(base, data, "-o", tmp_path / "e.gguf", *QUICK)
+        assert code == 2
+        told = f"edge-dlf: {path}: is no checkpoint that can be read; delete it to begin anew"
+        assert said.splitlines()[-1] == told
+        assert content is None or path.read_bytes() == content
+
     def test_what_is_done_is_not_done_again(self, tmp_path: Path, data: Path, base: Path) -> None:
         out = tmp_path / "e.gguf"
         assert train(base, data, "-o", out, *QUICK, "--steps", 2)[0] == 0
@@ -304,6 +320,35 @@ class TestStopped:
         code, said = train(base, data, "-o", out, *QUICK, "--steps", 2)
         assert (code, out.stat().st_mtime_ns) == (0, before)
         assert "has been trained so already" in said
+
+    def test_another_base_of_the_same_header_is_another_training(self, tmp_path: Path, data: Path, base: Path) -> None:
+        out = tmp_path / "e.gguf"
+        assert train(base, data, "-o", out, *QUICK, "--steps", 1)[0] == 0
+        before = out.read_bytes()
+        tiny_model(base, seed=7)
+        code, said = train(base, data, "-o", out, *QUICK, "--steps", 1)
+        assert (code, "trained so already" in said) == (0, False)
+        assert out.read_bytes() != before
+
+    def test_a_checkpoint_that_a_kill_at_the_end_has_left_goes(self, tmp_path: Path, data: Path, base: Path) -> None:
+        out, kept = tmp_path / "e.gguf", tmp_path / "kept"
+        save = loop.Training.save
+
+        def save_twice(self: loop.Training) -> None:
+            save(self)
+            shutil.copy(tmp_path / "e.gguf.checkpoint", kept)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop.Training, "save", save_twice)
+            assert train(base, data, "-o", out, *QUICK, "--steps", 1)[0] == 0
+        kept.rename(tmp_path / "e.gguf.checkpoint")
+        assert train(base, data, "-o", out, *QUICK, "--steps", 1)[0] == 0
+        assert not (tmp_path / "e.gguf.checkpoint").exists()
+
+    def test_two_trainings_of_one_output(self, tmp_path: Path, data: Path, base: Path) -> None:
+        with locked([tmp_path / "e.gguf"]):
+            code, said = train(base, data, "-o", tmp_path / "e.gguf", *QUICK)
+        assert (code, said) == (1, f"edge-dlf: {tmp_path / 'e.gguf'}: another run is writing to it\n")
 
     @pytest.mark.parametrize(
         ("options", "tune", "last"), [((), "", "chat e"), (("--raw",), " --raw", "generate --raw")]
@@ -368,6 +413,12 @@ class TestBatches:
             message = [{"role": "user", "content": "Colour"}]
             result = llm.create_chat_completion(message, max_tokens=8, temperature=0, method="e")
         assert result["choices"][0]["message"]["content"] == "sea"
+
+    @pytest.mark.parametrize("weight", [5e-324, 1e-300, 1e38])
+    def test_weights_of_any_size_are_relative_to_others(self, weight: float) -> None:
+        examples = [Example((1,), (2, 3), "a", weight), Example((1,), (4,), "b", weight / 4 or weight)]
+        weights = as_batch(examples, [0, 1]).weights.tolist()
+        assert weights in ([1.0, 1.0, 0.25], [1.0, 1.0, 1.0])
 
 
 class TestMemory:
@@ -447,6 +498,73 @@ class TestRefused:
         assert code == 3
         assert "other.gguf" in told
         assert told.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("changed", "said"),
+        [
+            ({"llama.attention.head_count": 0}, "does not say llama.attention.head_count in one number, 1 or more"),
+            ({"llama.rope.freq_base": 0.0}, "does not say llama.rope.freq_base in one number, 1 or more"),
+            ({"llama.context_length": 0}, "does not say llama.context_length in one number, 1 or more"),
+            ({"llama.rope.scaling.factor": 4.0}, "has rotary positions of a kind"),
+            ({"token_embd.weight": None}, "has no matrix token_embd.weight"),
+            ({"token_embd.weight": np.ones(32, np.float32)}, "has no matrix token_embd.weight"),
+            ({"blk.0.attn_q.weight": gguf.GGMLQuantizationType.Q1_0}, "blk.0.attn_q.weight is Q1_0, over which no"),
+        ],
+    )
+    def test_a_header_that_no_expert_can_be_trained_over(
+        self, tmp_path: Path, base: Path, changed: dict[str, Any], said: str
+    ) -> None:
+        path, reader = tmp_path / "odd.gguf", gguf.GGUFReader(base)
+        writer = gguf.GGUFWriter(path, "llama")
+        for field in reader.fields.values():
+            if field.name.startswith(("llama.", "tokenizer.")):
+                value, kind = changed.get(field.name, field.contents()), field.types[0]
+                writer.add_key_value(field.name, value, kind, field.types[-1] if len(field.types) > 1 else None)
+        for name in changed.keys() - reader.fields.keys():
+            if isinstance(changed[name], float):
+                writer.add_float32(name, changed[name])
+        for tensor in reader.tensors:
+            value = changed.get(tensor.name, tensor.data)
+            if isinstance(value, gguf.GGMLQuantizationType):
+                writer.add_tensor(tensor.name, np.zeros((32, 18), np.uint8), raw_dtype=value)
+            elif value is not None:
+                writer.add_tensor(tensor.name, np.array(value))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(ModelFileError, match=said):
+            base_shape(path, 64)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ("--rank", 10**18), ("--rank", 0), ("--alpha", "1e300"), ("--lr", "1e30"), ("--lr", 0), ("--lr", "nan"),
+            ("--steps", 10**9), ("--epochs", 10**9), ("--steps", -1), ("--batch", 0), ("--max-length", 1),
+            ("--seed", 2**64), ("--threads", 10**6),
+        ],
+    )  # fmt: skip
+    def test_numbers_that_no_training_can_be_done_with(
+        self, tmp_path: Path, data: Path, base: Path, options: tuple[object, ...]
+    ) -> None:
+        code, told = train(base, data, "-o", tmp_path / "e.gguf", *options)
+        assert code == 2
+        assert str(options[0]) in told
+        assert not list(tmp_path.glob("e.gguf*"))
+
+    def test_a_training_that_diverges_leaves_nothing(self, tmp_path: Path, data: Path, base: Path) -> None:
+        code, told = train(base, data, "-o", tmp_path / "e.gguf", *QUICK, "--lr", 1e6, "--steps", 2)
+        assert code == 1
+        said = "edge-dlf: a weight has become too large to be written: begin anew with a lower --lr"
+        assert told.splitlines()[-1] == said
+        assert not list(tmp_path.glob("e.gguf*"))
+
+    def test_a_base_that_returns_nan_is_told(self, tmp_path: Path, data: Path, base: Path) -> None:
+        tiny_model(base, nan=True)
+        code, told = train(base, data, "-o", tmp_path / "e.gguf", *QUICK)
+        assert code == 1
+        assert told.endswith("edge-dlf: the loss of step 1 is nan: the models cannot be trained on these answers\n")
+        assert not list(tmp_path.glob("e.gguf*"))
 
     @pytest.mark.parametrize("out", ["base.gguf", "data.jsonl", "large.gguf", "link.gguf", "notes.txt", "no/e.gguf"])
     def test_an_output_that_would_overwrite_something(

@@ -274,6 +274,7 @@ EPILOG = (
 )
 method_option = _option(SETTINGS["method"])
 POSITIVE = _Typed(Number(0, is_open=True))
+FACTOR = _Typed(Number(0, 1_000_000, is_open=True))
 SEED = _Typed(Number(0, 2**64 - 1, is_whole=True))
 PARALLEL = _Typed(Number(1, is_whole=True, words=("auto",)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import signal
 from collections.abc import Iterator, Sequence
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidParameterError, require
+from ..params import METHODS
 from ..system.machine import MAX_THREADS
 from .interrupts import interruptible
 from .opening import open_family, size
-from .options import POSITIVE, SEED, Options
+from .options import FACTOR, SEED, Options
 from .progress import ProgressLine, duration
 from .prompts import raw_option
 from .screen import Screen, one_line
@@ -40,9 +42,9 @@ _SHOWN = 60
 )
 @raw_option
 @click.option("--system", help="System prompt.")
-@click.option("--rank", type=_COUNT, default=16, help="Rank of the updates [16].")
-@click.option("--alpha", type=POSITIVE, default=32.0, help="alpha / rank scales the updates [32].")
-@click.option("--lr", type=POSITIVE, default=4e-4, help="Highest learning rate [0.0004].")
+@click.option("--rank", type=click.IntRange(1, 1 << 16), default=16, help="Rank of the updates [16].")
+@click.option("--alpha", type=FACTOR, default=32.0, help="alpha / rank scales the updates [32].")
+@click.option("--lr", type=FACTOR, default=4e-4, help="Highest learning rate [0.0004].")
 @click.option("--batch", type=_COUNT, default=512, help="Tokens of a step [512].")
 @click.option("--epochs", type=_COUNT, help="Times that each example is seen [as give 200 steps, 20 at most].")
 @click.option("--steps", type=_COUNT, help="Steps, in place of epochs.")
@@ -78,23 +80,28 @@ def train(
         raise InvalidParameterError(f"train needs torch: pip install 'edge-dlf[train]' ({error})") from error
     from ..evidence.examples import read_rows, tokenized
     from ..llama import default_n_threads
+    from ..system.file_locks import locked
 
     job = _job(base, data, out, through, no_base, experts, settings)
     n_ctx, n_threads = job.check(), threads or default_n_threads()
     torch.set_num_threads(n_threads)
     rows = [row for path in data for row in read_rows(path)]
     loading = {"n_ctx": n_ctx, "n_threads": n_threads, "n_parallel": "auto"}
-    with open_family(Options(job.family(), None, loading, {}, system), screen) as llm:
-        if llm.files.tokens.maps:
-            raise InvalidParameterError("an expert cannot be trained through a model whose control tokens are others")
-        prepared = Prepared(job, tokenized(llm, rows, raw=raw, system=system), llm.n_vocab)
-        if prepared.is_done:
-            screen.say(f"{out}: has been trained so already")
-            return
-        screen.say(_plan(prepared))
-        constants = _read_large(screen, prepared, llm, n_threads)
-        pieces = [llm.detokenize([token]) for token in range(llm.n_vocab)]
-    state = _train(screen, prepared, constants, pieces)
+    with locked([out]):
+        with open_family(Options(job.family(), None, loading, {}, system), screen) as llm:
+            if llm.files.tokens.maps:
+                raise InvalidParameterError(
+                    "an expert cannot be trained through a model whose control tokens are others"
+                )
+            prepared = Prepared(job, tokenized(llm, rows, raw=raw, system=system), llm.n_vocab)
+            if prepared.is_done:
+                job.checkpoint.unlink(missing_ok=True)  # of a run that was killed at its very end
+                screen.say(f"{out}: has been trained so already")
+                return
+            screen.say(_plan(prepared))
+            constants = _read_large(screen, prepared, llm, n_threads)
+            pieces = [llm.detokenize([token]) for token in range(llm.n_vocab)]
+        state = _train(screen, prepared, constants, pieces)
     screen.say(_summary(prepared, state))
     for line in _next_steps(job, raw=raw):
         screen.show(line)
@@ -216,12 +223,18 @@ def _summary(prepared: Prepared, state: State) -> str:
 
 def _next_steps(job: Job, *, raw: bool) -> Iterator[str]:
     """What to do with the adapter, in the form that it was trained with."""
-    name = job.out.stem
+    name = _name(job.out)
     large = shlex.quote(str(job.large or "LARGE.gguf"))
     files = f"--large {large} --base {shlex.quote(str(job.base))}"
     experts = [*job.others, job.out]
-    named = " ".join(f"--expert {shlex.quote(f'{path.stem}={path}')}" for path in experts)
+    named = " ".join(f"--expert {shlex.quote(f'{_name(path)}={path}')}" for path in experts)
     yield "To use it:"
     yield f"  edge-dlf new {shlex.quote(name)} {files} {named}"
     yield f"  edge-dlf tune OTHER_EXAMPLES.jsonl -f {shlex.quote(name)} --write{' --raw' if raw else ''}"
     yield f"  edge-dlf generate --raw -f {shlex.quote(name)} PROMPT" if raw else f"  edge-dlf chat {shlex.quote(name)}"
+
+
+def _name(path: Path) -> str:
+    """A name that a family and an expert may have, after a file's."""
+    name = re.sub("[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "expert"
+    return f"{name}-expert" if name in METHODS else name

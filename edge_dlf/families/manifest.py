@@ -102,7 +102,7 @@ def _family(files: FamilyFiles) -> dict[str, list[dict[str, Any]]]:
 
 
 def _entry(path: Path, info: GGUFInfo) -> dict[str, Any]:
-    digest = _sampled_digest(path, info.file_bytes - info.tensor_bytes)
+    digest = sampled_digest(path, info)
     return {"file": path.name, "bytes": path.stat().st_size, "digest": digest}
 
 
@@ -114,12 +114,15 @@ def _is_entry(saved: Any) -> bool:
     return False
 
 
-def _sampled_digest(path: Path, header_bytes: int) -> str:
-    """Digest a file's header and 64 blocks spread over the rest, the last one included: quick at any size."""
+def sampled_digest(path: Path, info: GGUFInfo) -> str:
+    """Digest a file's header and 64 blocks spread over the rest, the last one included: quick at any size.
+
+    info: of the model that `path` is a file of.
+    """
     digest = blake2b(digest_size=16)
     with path.open("rb") as file:
         n_bytes = file.seek(0, 2)
-        start = min(header_bytes, n_bytes, _MAX_HEADER_BYTES)
+        start = min(info.file_bytes - info.tensor_bytes, n_bytes, _MAX_HEADER_BYTES)
         file.seek(0)
         digest.update(file.read(start))
         room = max(n_bytes - _SAMPLE_BYTES - start, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -32,6 +34,8 @@ def base_shape(path: Path, n_ctx: int) -> Shape:
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in Llama(shape).state_dict().items()}
     for name, tensor in info.tensors.items():
+        if not _is_readable(tensor.type):
+            raise ModelFileError(path, f"its tensor {name} is {tensor.type}, over which no expert can be trained")
         rows = tensor.shape[::-1]
         if name not in _UNREAD and expected.get(name) != rows:
             what = " × ".join(map(str, rows)) if name in expected else "unknown"
@@ -67,6 +71,17 @@ def _dequantized(tensor: gguf.ReaderTensor, shape: Shape, dtype: torch.dtype) ->
     return weight
 
 
+@cache
+def _is_readable(kind: str) -> bool:
+    """Whether tensors of this type can be dequantized."""
+    try:
+        quantization = gguf.GGMLQuantizationType[kind]
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[quantization][1]), np.uint8), quantization)
+    except (KeyError, NotImplementedError):
+        return False
+    return True
+
+
 def _shape(info: GGUFInfo, n_ctx: int) -> Shape:
     keys, arch, path = info.metadata, info.architecture, info.path
     if arch not in ARCHITECTURES or info.is_adapter:
@@ -74,16 +89,18 @@ def _shape(info: GGUFInfo, n_ctx: int) -> Shape:
         known = f"{', '.join(ARCHITECTURES[:-1])} and {ARCHITECTURES[-1]}"
         raise ModelFileError(path, f"experts can be trained over {known}, not over {what}")
 
-    def number(key: str, default: float | None = None) -> float:
+    def number(key: str, default: float | None = None, least: float = 1.0) -> float:
         value = keys.get(f"{arch}.{key}", default)
-        if not isinstance(value, int | float):
-            raise ModelFileError(path, f"does not say {arch}.{key} in one number")
+        if not isinstance(value, int | float) or not least <= value < math.inf:
+            raise ModelFileError(path, f"does not say {arch}.{key} in one number, {least:g} or more")
         return value
 
-    n_head = int(number("attention.head_count"))
-    n_embd = int(number("embedding_length"))
+    embeddings = info.tensors.get("token_embd.weight")
+    if embeddings is None or len(embeddings.shape) != 2:
+        raise ModelFileError(path, "has no matrix token_embd.weight")
+    n_embd, n_head = int(number("embedding_length")), int(number("attention.head_count"))
     shape = Shape(
-        n_vocab=info.tensors["token_embd.weight"].shape[1],
+        n_vocab=embeddings.shape[1],
         n_embd=n_embd,
         n_layer=int(number("block_count")),
         n_head=n_head,
@@ -93,13 +110,15 @@ def _shape(info: GGUFInfo, n_ctx: int) -> Shape:
         arch=arch,
         n_ctx=min(n_ctx, int(number("context_length"))),
         rope_base=number("rope.freq_base", 10_000.0),
-        norm_eps=number("attention.layer_norm_rms_epsilon"),
+        norm_eps=number("attention.layer_norm_rms_epsilon", least=0.0),
         has_bias="blk.0.attn_q.bias" in info.tensors,
         is_tied="output.weight" not in info.tensors,
-        window=int(number("attention.sliding_window", 0)),
+        window=int(number("attention.sliding_window", 0, least=0.0)),
     )
-    is_scaled = keys.get(f"{arch}.rope.scaling.type", "none") != "none"
-    if is_scaled or number("rope.dimension_count", shape.n_rot) != shape.n_rot:
+    # Without a type, llama.cpp takes a factor for a linear one.
+    scaling, factor = keys.get(f"{arch}.rope.scaling.type", "linear"), number("rope.scaling.factor", 1.0, least=0.0)
+    is_scaled = scaling != "none" and not (scaling == "linear" and factor in (0.0, 1.0))
+    if is_scaled or shape.n_rot % 2 or number("rope.dimension_count", shape.n_rot) != shape.n_rot:
         raise ModelFileError(path, "has rotary positions of a kind that experts cannot be trained over")
     return shape
 

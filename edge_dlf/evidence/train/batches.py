@@ -22,7 +22,8 @@ class Batch:
     """Some examples side by side.
 
     numbers: of the examples. tokens: what is read, (B, N).
-    places: of the R answer tokens to foretell, in `tokens` flattened. golds: these tokens. weights: of their losses.
+    places: of the R answer tokens to foretell, in `tokens` flattened. golds: these tokens. weights: of their losses,
+    relative to the largest.
     """
 
     numbers: tuple[int, ...]
@@ -45,6 +46,7 @@ def as_batch(examples: Sequence[Example], numbers: Sequence[int]) -> Batch:
     """The examples of these numbers, filled up to the longest of them."""
     chosen = [examples[number] for number in numbers]
     width = max(map(n_read, chosen))
+    heaviest = max(example.weight for example in chosen)
     tokens = torch.zeros(len(chosen), width, dtype=torch.int64)
     places: list[int] = []
     golds: list[int] = []
@@ -54,7 +56,7 @@ def as_batch(examples: Sequence[Example], numbers: Sequence[int]) -> Batch:
         first = k * width + len(example.prompt) - 1
         places += range(first, first + len(example.answer))
         golds += example.answer
-        weights += [example.weight] * len(example.answer)
+        weights += [example.weight / heaviest] * len(example.answer)
     return Batch(tuple(numbers), tokens, torch.tensor(places), torch.tensor(golds), torch.tensor(weights))
 
 

@@ -16,13 +16,14 @@ import torch
 
 from ...api import FusedLlama
 from ...errors import InvalidParameterError, ModelFileError, require
+from ...families.manifest import sampled_digest
 from ...families.spec import FamilySpec
 from ...gguf.header import header_hash
 from ...gguf.info import read_info
 from ..examples import Example
 from .adapter import write_lora
 from .base import base_shape, read_base
-from .batches import Batches, split
+from .batches import Batches, n_read, split
 from .loop import State, Training, read_checkpoint
 from .memory import check_memory, device, matrix_dtype
 from .objective import Fused, Objective, alone
@@ -34,6 +35,8 @@ Kind: TypeAlias = Literal["expert", "fusion", "corrector"]
 _KEY = "edge_dlf.trained"
 _HELD_OUT = 0.05, 64
 """Part of the prompts that is held out, and how many at most."""
+_MOST_SEEN = 20_000_000
+"""Examples that are seen at most, each as often as there are epochs; their order is held in memory."""
 _FEW_STEPS, _MOST_EPOCHS = 200, 20
 """By default examples are seen again until there are so many steps, so often at most."""
 
@@ -122,9 +125,14 @@ class Prepared:
         an_epoch = len(Batches(examples, self.taken, settings.batch, 1, settings.seed))
         wanted = settings.steps or min(_FEW_STEPS, _MOST_EPOCHS * an_epoch)
         n_epochs = settings.epochs or math.ceil(wanted / an_epoch) + bool(settings.steps)  # epochs differ by a batch
+        is_possible = n_epochs * len(self.taken) <= _MOST_SEEN
+        require(
+            is_possible, f"{n_epochs:,} epochs would see more than {_MOST_SEEN:,} examples: fewer --steps or --epochs"
+        )
         self.batches = Batches(examples, self.taken, settings.batch, n_epochs, settings.seed)
         self.n_steps = min(settings.steps or len(self.batches), len(self.batches))
-        self.shape = base_shape(job.base, settings.max_length)
+        self.n_ctx = max(map(n_read, examples))
+        self.shape = base_shape(job.base, self.n_ctx)
         self.key = self._key()
         self.is_done = job.out.exists() and read_info(job.out).metadata.get(f"{_KEY}.key") == self.key
         read_checkpoint(job.checkpoint, self.key)
@@ -142,7 +150,7 @@ class Prepared:
     def train(self, rows: Sequence[npt.NDArray[np.float32]], tell: Callable[[State], None]) -> State:
         """Train, write the adapter and remove the checkpoint."""
         job, settings = self.job, self.job.settings
-        model = read_base(job.base, settings.max_length, matrix_dtype())
+        model = read_base(job.base, self.n_ctx, matrix_dtype())
         torch.manual_seed(settings.seed)
         model.add_lora(settings.rank, settings.alpha / settings.rank)
         training = Training(
@@ -167,7 +175,7 @@ class Prepared:
         """All that the adapter depends on, in short."""
         job = self.job
         digest = blake2b(digest_size=16)
-        models = [header_hash(path) for path in (job.base, job.large, *job.others) if path]
+        models = [sampled_digest(path, read_info(path)) for path in (job.base, job.large, *job.others) if path]
         digest.update(json.dumps([models, job.kind, asdict(job.settings), self.n_steps]).encode())
         for example in self.examples:
             digest.update(json.dumps([example.prompt, example.answer, example.weight]).encode())

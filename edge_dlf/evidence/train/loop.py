@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ _PATIENCE = 5
 """Checks in a row without a lower held-out loss after which training stops."""
 _LARGEST_GRADIENT = 1.0
 _WARM_UP = 0.05
+_LARGEST = torch.finfo(torch.float16).max
+"""Weights are written in F16."""
 
 
 class Check(NamedTuple):
@@ -95,6 +97,7 @@ class Training:
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(self._trained.values(), betas=(0.9, 0.98), weight_decay=0.0)
         self._best: dict[str, Tensor] = {}
+        self._is_lost = False
         self.state = State(n_steps)
         self._load()
 
@@ -102,6 +105,8 @@ class Training:
         """Train to the end, and give the model the weights with the lowest held-out loss.
 
         tell: called after every step and every check; what it raises ends training, of which nothing is lost.
+
+        Raises EdgeDLFError where the loss or a weight grows beyond all numbers.
         """
         state, began_s = self.state, time.monotonic()
         saved_s = began_s
@@ -123,9 +128,18 @@ class Training:
                     saved_s = time.monotonic()
                 tell(state)
         finally:
-            self.save()
+            if not self._is_lost:
+                self.save()
         if self._best:
             self._model.load_state_dict(self._best, strict=False)
+        if not all(parameter.abs().max() <= _LARGEST for parameter in self._trained.values()):
+            self._give_up("a weight has become too large to be written: begin anew with a lower --lr")
+
+    def _give_up(self, why: str) -> NoReturn:
+        """End a training that would end the same way again, and remove its checkpoint. Raises EdgeDLFError."""
+        self._is_lost = True
+        self._checkpoint.unlink(missing_ok=True)
+        raise EdgeDLFError(why)
 
     def save(self) -> None:
         """Write the checkpoint, all at once. Raises EdgeDLFError."""
@@ -158,7 +172,8 @@ class Training:
             values = self._objective(self._model, batch).values
         loss = (values * batch.weights).sum() / batch.weights.sum()
         if not torch.isfinite(loss):
-            raise EdgeDLFError(f"the loss of step {state.step + 1} is {loss.item()}: begin anew with a lower --lr")
+            why = "begin anew with a lower --lr" if state.step else "the models cannot be trained on these answers"
+            self._give_up(f"the loss of step {state.step + 1} is {loss.item()}: {why}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._trained.values(), _LARGEST_GRADIENT)
         for group in self._optimizer.param_groups:
@@ -193,7 +208,7 @@ def read_checkpoint(path: Path, key: str) -> Mapping[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content: Mapping[str, Any] = torch.load(path, "cpu", weights_only=True) if path.is_file() else {}
         is_ours = content["key"] == key
     except Exception as error:
         raise InvalidParameterError(f"{path}: is no checkpoint that can be read; delete it to begin anew") from error
