@@ -255,6 +255,10 @@ class TestCommands:
             (json.dumps(HEAD) + "\n" + json.dumps(line()).replace("-0.25", "9" * 400) + "\n", 2),
             (json.dumps(HEAD) + "\n" + json.dumps({**line(), "alphas": {"a": "x"}}) + "\n", 2),
             (json.dumps({**HEAD, "alpha_max": 10**400}) + "\n", 1),
+            (json.dumps({**HEAD, "alpha_max": 1e308}) + "\n", 1),
+            (json.dumps({**HEAD, "experts": ["a", 1]}) + "\n", 1),
+            (json.dumps({**HEAD, "experts": [["a"]]}) + "\n", 1),
+            (json.dumps(HEAD) + "\n" + json.dumps({**line(), "alphas": {"a": 1.7e308}}) + "\n", 2),
         ],
     )
     def test_a_wrong_line_is_named_and_no_page_is_left(self, tmp_path: Path, content: str, number: int) -> None:
@@ -264,6 +268,12 @@ class TestCommands:
         assert result.exit_code == 2
         assert result.stderr == f"edge-dlf: {path}: line {number} is not of a trace that this version writes\n"
         assert not (tmp_path / "t.html").exists()
+
+    def test_an_alpha_far_beyond_its_bound_is_in_the_last_part(self, tmp_path: Path) -> None:
+        head, own = {**HEAD, "alpha_max": 1e-308}, {**line(), "alphas": {"a": 1e29}}
+        result = run("trace", write_trace(tmp_path / "t.jsonl", head, own))
+        assert (result.exit_code, result.stderr.count("\n")) == (0, 1)
+        assert "α from 0 |         █|" in result.stdout
 
     def test_the_page_never_takes_the_trace_s_place(self, tmp_path: Path) -> None:
         path = write_trace(tmp_path / "t.html", HEAD, line())

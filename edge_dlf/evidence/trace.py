@@ -6,7 +6,6 @@ A file holds lines of JSON. A line with "format" begins an answer; each line aft
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -18,6 +17,8 @@ from ..errors import InvalidParameterError
 from ..system.durable import Appender, file_error
 from ..system.jsonl import Line, dump_line, parse_object, read_lines
 
+_LARGEST = 1e30
+"""Far above every α and every logprob that is written, and sums of such numbers stay finite."""
 N_BINS = 10
 """Number of equal parts of the range of α in the histogram."""
 
@@ -80,7 +81,8 @@ def _checked(path: Path, line: Line, experts: Sequence[str] | None) -> Entry:
         json.dumps(entry, allow_nan=False)  # 1e999 is JSON, and infinite
         match entry:
             case {"format": version, "answer": str(), "method": str(), "experts": [*_], "alpha_max": int() | float()}:
-                is_known = version == FORMAT and math.isfinite(entry["alpha_max"])
+                is_known = version == FORMAT and abs(entry["alpha_max"]) < _LARGEST
+                is_known = is_known and all(isinstance(name, str) for name in entry["experts"])
             case {
                 "text": str(),
                 "name": str(),
@@ -95,12 +97,12 @@ def _checked(path: Path, line: Line, experts: Sequence[str] | None) -> Entry:
                 rows = chain(fused, *(own["top"] for own in entry["members"].values()))
                 is_known = expert in (None, *experts) and {*alphas} <= {*experts} and all(len(row) == 3 for row in rows)
                 numbers: list[Any] = [*alphas.values(), entry["logprob"] or 0]
-                is_known = is_known and all(math.isfinite(number) for number in numbers)
+                is_known = is_known and all(abs(number) < _LARGEST for number in numbers)
             case _:
                 is_known = False
         if not is_known:
             raise ValueError("another shape")
-    except (ValueError, TypeError, KeyError, OverflowError) as error:  # of integers that are larger than any float
+    except (ValueError, TypeError, KeyError) as error:
         raise InvalidParameterError(f"{path}: line {line.number} is not of a trace that this version writes") from error
     return entry
 
@@ -155,7 +157,7 @@ class Totals:
         self.n_at_zero += alpha == 0
         self.n_at_bound += 0 < bound <= alpha
         part = alpha / bound if bound > 0 else 0.0
-        self.bins[min(N_BINS - 1, max(0, int(part * N_BINS + 1e-9)))] += 1
+        self.bins[int(min(N_BINS - 1, max(0, part * N_BINS + 1e-9)))] += 1
         for name, own in alphas.items():
             expert = self.experts.setdefault(name, {"n_led": 0, "alpha_sum": 0.0})
             expert["n_led"] += entry["expert"] == name
