@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from edge_dlf import FusedLlama
 from edge_dlf.cli import main
 from edge_dlf.cli.options import Options
 from edge_dlf.evidence.stats import interval, paired
+from edge_dlf.system.file_locks import locked
 
 from . import naive
 
@@ -485,3 +487,77 @@ class TestFiles:
         result = run("m.yaml")
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
         assert result.stderr.startswith("edge-dlf: m.yaml: is no task (")
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            ("- a\n", "m.yaml: is no task (Expected YAML dict"),
+            ("hello", "m.yaml: is no task (Expected YAML dict"),
+            ("", "m.yaml: is no task (Expected YAML dict"),
+            ("task: !!python/object/apply:os.system [true]", "m.yaml: is no task (could not determine a constructor"),
+            ("process_docs: !function nosuch.f", "Cannot import module 'nosuch'"),
+            ("dataset_kwargs: 3", "dataset_kwargs must be a mapping"),
+            ("{dataset_path: json, dataset_kwargs: {data_files: 3}}", "data_files must name files, not 3"),
+            ("{dataset_path: json, dataset_kwargs: {data_files: {test: [a, 1]}}}", "data_files must name files, not 1"),
+        ],
+    )
+    @pytest.mark.parametrize("data", [[], ["--data", "m.yaml=data.jsonl"]])
+    def test_a_definition_of_another_kind(
+        self, run: Callable[..., Result], content: str, reason: str, data: list[str]
+    ) -> None:
+        self.data({"q": "the", "c": [" cat", " hen"], "l": 0})
+        Path("m.yaml").write_text(content)
+        result = run("m.yaml", *data)
+        if not data or not content.startswith(("d", "{")):  # whose own data are not read where others are given
+            assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+            assert reason in result.stderr
+        assert result.exit_code
+        assert result.stderr.splitlines()[-1].startswith("edge-dlf: ")
+
+    @pytest.mark.parametrize(
+        ("tasks", "methods", "said"), [("", "large", "names no task"), (",", "large", "names no task"),
+        ("m.yaml", " ", "names no method"), ("m.yaml", "", "names no method")],
+    )  # fmt: skip
+    def test_nothing_to_measure(self, run: Callable[..., Result], tasks: str, methods: str, said: str) -> None:
+        self.definition("m.yaml")
+        result = run(tasks, methods=methods)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert said in result.stderr
+        assert not Path("out").exists()
+
+    def test_two_runs_of_one_folder(self, run: Callable[..., Result]) -> None:
+        self.data({"q": "the", "c": [" cat", " hen"], "l": 0})
+        self.definition("m.yaml")
+        Path("out").mkdir()
+        with locked([Path("out/results.json")]):
+            result = run("m.yaml")
+        assert result.exit_code == 1
+        assert result.stderr == "edge-dlf: out/results.json: another run is writing to it\n"
+
+    def test_results_of_one_example_are_json(self, run: Callable[..., Result]) -> None:
+        self.data({"q": "the", "c": [" cat", " hen"], "l": 0})
+        self.definition("m.yaml")
+        assert run("m.yaml", methods="large base").exit_code == 0
+        text = Path("out/results.json").read_text()
+        assert not {"NaN", "Infinity"}.intersection(re.findall(r"\w+", text))
+        (difference,) = json.loads(text)["tables"][0]["differences"]["large"].values()
+        assert difference["low"] is None
+
+    @pytest.mark.parametrize(("kind", "code"), [("garbage", 2), ("folder", 2), ("damaged", 1)])
+    def test_answers_that_cannot_be_kept(
+        self, run: Callable[..., Result], kind: str, code: int, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        self.data({"q": "the", "c": [" cat", " hen"], "l": 0})
+        self.definition("m.yaml")
+        assert run("m.yaml").exit_code == 0
+        (answers,) = Path("out").glob("*.db")
+        content = answers.read_bytes()
+        answers.unlink()
+        if kind == "folder":
+            answers.mkdir()
+        else:
+            answers.write_bytes((content[:100] if kind == "damaged" else b"") + b"garbage" * (len(content) // 7))
+        result = run("m.yaml")
+        assert result.exit_code == code
+        assert result.stderr.splitlines()[-1].startswith(f"edge-dlf: {answers}: ")
+        assert "Traceback" not in result.stderr + capfd.readouterr().err

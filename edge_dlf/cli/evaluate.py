@@ -76,7 +76,10 @@ def evaluate(
         raise InvalidParameterError(f"eval needs the harness: pip install 'edge-dlf[eval]' ({error})") from error
     output = expanded(output)
     plan = Plan([task for task in tasks.split(",") if task], _data(data), limit, fewshot, chat, options.system)
-    variants = [_variant(text, options) for text in (methods.split() if methods else options.methods(options.files))]
+    require(plan.tasks, "--tasks names no task")
+    named = options.methods(options.files) if methods is None else methods.split()
+    require(named, "--methods names no method")
+    variants = [_variant(text, options) for text in named]
     llm: FusedLlama | None = None
     with ExitStack() as stack:
         stop = stack.enter_context(interruptible(screen, lambda: llm.interrupt() if llm else None))

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from ..system.jsonl import finite
+
 if TYPE_CHECKING:
     from ..answers.stream import Report
 
@@ -87,8 +89,8 @@ class Screen:
         print(line, flush=True)
 
     def show_json(self, content: Any) -> None:
-        """Write what `--json` asks for: one line of JSON, with paths as text."""
-        self.show(json.dumps(content, ensure_ascii=False, default=str))
+        """Write what `--json` asks for: one line of JSON, with paths as text, and null for numbers that it lacks."""
+        self.show(json.dumps(finite(content), ensure_ascii=False, default=str))
 
     def say(self, message: str) -> None:
         """Write one dim line to stderr; a wait goes on below it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -27,9 +28,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from ..api import FusedLlama
-from ..errors import EdgeDLFError, InvalidParameterError, require
+from ..errors import EdgeDLFError, InvalidParameterError, require, shown
 from ..families.manifest import Manifest
 from ..system.durable import file_error, replacing, require_own
+from ..system.file_locks import locked
+from ..system.jsonl import finite
 from .harness import HarnessModel
 from .stats import Estimate, interval, paired
 
@@ -118,9 +121,12 @@ def run(
     text of the latter.
 
     load: the family, called when the first answer is needed that is not there yet. manifest: of the family and the
-    settings of a variant. begin: is told the name of each variant. Raises InvalidParameterError for an unknown task.
+    settings of a variant. begin: is told the name of each variant.
+
+    Raises InvalidParameterError for an unknown task, EdgeDLFError where another run writes into the folder.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("sqlitedict").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises too
     datasets.disable_progress_bars()
     tasks = list(dict.fromkeys(plan.tasks))
     manager = _manager(tasks)
@@ -131,15 +137,16 @@ def run(
     _make_folder(folder)
     values: dict[str, Mapping[Column, Values]] = {}
     text = ""
-    for variant in variants:
-        begin(variant.name)
-        cache = folder / f"answers-{_digest(manifest(variant.settings))}.db"
-        values[variant.name] = _values(_measure(plan, variant, load, cache, specs, manager))
-        tables = [table(column, values) for column in dict.fromkeys(chain.from_iterable(values.values()))]
-        text = markdown(tables)
-        results = {"format": _FORMAT, "tables": tables}
-        _write(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1))
-        _write(folder / "results.md", text)
+    with locked([folder / "results.json"]):
+        for variant in variants:
+            begin(variant.name)
+            cache = folder / f"answers-{_digest(manifest(variant.settings))}.db"
+            values[variant.name] = _values(_measure(plan, variant, load, cache, specs, manager))
+            tables = [table(column, values) for column in dict.fromkeys(chain.from_iterable(values.values()))]
+            text = markdown(tables)
+            results = {"format": _FORMAT, "tables": tables}
+            _write(folder / "results.json", json.dumps(finite(results), ensure_ascii=False, indent=1))
+            _write(folder / "results.md", text)
     return text
 
 
@@ -153,6 +160,8 @@ def _measure(
 ) -> Mapping[str, Any]:
     """What the harness finds. Raises EdgeDLFError, also for what the harness cannot load or do."""
     n_fewshot = plan.n_fewshot if variant.n_fewshot is None else variant.n_fewshot
+    require(cache.is_file() or not cache.exists(), f"{cache}: answers are kept there, and it is no file")
+    require_own(cache, lambda content: content.startswith(b"SQLite format 3\0"), "file of answers of eval")
     try:
         # What `lm_eval.simple_evaluate` does, without its survey of the machine, which takes seconds.
         loaded = manager.load(list(specs))
@@ -171,6 +180,8 @@ def _measure(
         )
     except EdgeDLFError:
         raise
+    except sqlite3.Error as error:
+        raise EdgeDLFError(f"{cache}: {error}; answers that were kept before stay") from error
     except Exception as error:
         reason = _empty_choice(error) or _reason(error)
         raise EdgeDLFError(f"the harness failed on {', '.join(plan.tasks)}: {reason}") from error
@@ -193,7 +204,8 @@ def _reason(error: BaseException | None) -> str:
     """What an error says, or its cause where it says nothing of its own."""
     while error and error.__cause__ and (isinstance(error, DatasetGenerationError) or not str(error).strip()):
         error = error.__cause__
-    return str(error).strip() or type(error).__name__
+    text = str(error).strip()
+    return text if " " in text else f"{type(error).__name__} {text}".strip()  # a KeyError says the key alone
 
 
 def _make_folder(folder: Path) -> None:
@@ -236,7 +248,7 @@ def _spec(manager: TaskManager, task: str, data: Sequence[Path]) -> str | dict[s
     splits = dict(zip(("test", "train"), map(str, data), strict=False))
     few = "train" if "train" in splits else None
     return {
-        **load_yaml(path),
+        **_definition(path),
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": _read_anew(splits),
@@ -247,14 +259,20 @@ def _spec(manager: TaskManager, task: str, data: Sequence[Path]) -> str | dict[s
     }
 
 
+def _definition(path: str | Path) -> dict[str, Any]:
+    """The task that a file of YAML defines. Raises InvalidParameterError."""
+    try:
+        return {**load_yaml(path)}
+    except Exception as error:  # whatever YAML raises, and functions that the file names
+        raise InvalidParameterError(f"{path}: is no task ({_reason(error)})") from error
+
+
 def _with_own_files(task: str) -> str | dict[str, Any]:
     """The definition in a file, where its data are local files; else the file's name."""
-    try:
-        definition = load_yaml(task)
-    except Exception as error:  # whatever YAML raises
-        raise InvalidParameterError(f"{task}: is no task ({_reason(error)})") from error
-    kwargs = definition.get("dataset_kwargs") or {}
-    if definition.get("dataset_path") not in _LOCAL or "data_files" not in kwargs:
+    definition = _definition(task)
+    kind, kwargs = definition.get("dataset_path"), definition.get("dataset_kwargs") or {}
+    require(isinstance(kwargs, Mapping), f"{task}: dataset_kwargs must be a mapping, not {shown(kwargs)}")
+    if not isinstance(kind, str) or kind not in _LOCAL or "data_files" not in kwargs:
         return task
     return {**definition, "dataset_kwargs": {**kwargs, **_read_anew(kwargs["data_files"])}}
 
@@ -264,8 +282,9 @@ def _read_anew(files: Any) -> dict[str, Any]:
 
     Raises InvalidParameterError for a file that holds nothing.
     """
-    named = files.values() if isinstance(files, Mapping) else [files]
-    for file in chain.from_iterable([each] if isinstance(each, str) else each for each in named):
+    named = list(files.values()) if isinstance(files, Mapping) else [files]
+    for file in chain.from_iterable(each if isinstance(each, list) else [each] for each in named):
+        require(isinstance(file, str), f"data_files must name files, not {shown(file)}")
         if Path(file).is_file() and not Path(file).stat().st_size:
             raise InvalidParameterError(f"{file}: is empty")
     return {"data_files": files, "download_mode": "force_redownload"}
@@ -275,8 +294,9 @@ def _require_distinct(tasks: Sequence[str], specs: Sequence[str | dict[str, Any]
     """Raise InvalidParameterError where two tasks have one name: the harness would keep the last of them."""
     seen: dict[str, str] = {}
     for task, spec in zip(tasks, specs, strict=True):
-        definition = load_yaml(task) if spec == task and _is_file(task) else spec
-        name = str(definition.get("task", definition.get("group")) if isinstance(definition, dict) else task)
+        definition = _definition(task) if spec == task and _is_file(task) else spec
+        named = definition.get("task", definition.get("group")) if isinstance(definition, dict) else task
+        name = named if isinstance(named, str) else task
         if name in seen:
             raise InvalidParameterError(f"{seen[name]} and {task} are both named {name!r}; rename one of them")
         seen[name] = task

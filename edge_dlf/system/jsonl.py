@@ -126,17 +126,18 @@ def dump_line(row: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(row), ensure_ascii=False)
+        text = json.dumps(finite(row), ensure_ascii=False)
     text = _LINE_BREAKS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     try:
         return f"{text}\n".encode()
     except UnicodeEncodeError:  # half of a surrogate pair
-        return f"{json.dumps(_finite(row))}\n".encode()
+        return f"{json.dumps(finite(row))}\n".encode()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with None for each number that JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
