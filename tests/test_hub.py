@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -245,6 +247,28 @@ def test_no_connection(server: HubServer) -> None:
     for call in (lambda: hub.read_repo(REPO), lambda: hub.download(file)):
         with pytest.raises(DownloadError, match=r"the connection to http://127\.0\.0\.1:\d+ failed \(.*refused"):
             call()
+
+
+def test_a_token_that_no_header_can_carry(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_☃")
+    with pytest.raises(DownloadError, match="o/r-GGUF: the token has letters that no token has; correct HF_TOKEN"):
+        hub.read_repo("o/r-GGUF")
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["", "hub", "file:///etc", "http://", "http://[::1", "http://127.0.0.1:99999", "https://a:b/"]
+)
+def test_an_address_that_is_none(tmp_path: Path, endpoint: str) -> None:
+    command = [sys.executable, "-m", "edge_dlf", "pull", "o/r-GGUF"]
+    environment = {
+        "HF_ENDPOINT": endpoint or " ",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("edge-dlf: HF_ENDPOINT must be the address of a hub")
+    assert result.stderr.count("\n") == 1
 
 
 def test_offline_asks_nobody(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import click
 
-from ..errors import FamilyError, InvalidParameterError
+from ..errors import FamilyError, InvalidParameterError, require, shown
 from .opening import Notices, notices, size
 from .screen import Screen
 
@@ -31,13 +32,15 @@ def pull(target: str, offline: bool) -> None:
     Files go to the cache that all programs with huggingface-hub share. A download that broke off goes on where it
     stopped. The path of the family.toml, or of the model, goes to stdout.
     """
-    import huggingface_hub.utils  # noqa: F401  # sets up its logger
-    from huggingface_hub import constants
-
     from ..families.catalogue import read_catalogue
     from ..families.library import is_installed, parse_repo, write_family
     from ..families.spec import FILE_NAME, FamilySpec, find_family
     from ..system.paths import expanded
+
+    from huggingface_hub import constants  # isort: skip  # after what says why it cannot be loaded
+
+    _check_endpoint(constants.ENDPOINT)
+    import huggingface_hub.utils  # noqa: F401  # sets up its logger
 
     screen, offline = Screen(), offline or constants.HF_HUB_OFFLINE
     path = expanded(target)
@@ -54,6 +57,16 @@ def pull(target: str, offline: bool) -> None:
             screen.show(str(_pull_model(*repo, screen, offline)))
         else:
             raise FamilyError(f"{target}: no such family; `edge-dlf list` names them, a model is given as OWNER/NAME")
+
+
+def _check_endpoint(url: str) -> None:
+    """Raise InvalidParameterError for what is no address of a hub, on which huggingface-hub fails when it is loaded."""
+    try:
+        parts = urlsplit(url)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port, which is read when it is asked for
+        is_url = False
+    require(is_url, f"HF_ENDPOINT must be the address of a hub, such as https://huggingface.co, not {shown(url)}")
 
 
 def _pull_family(spec: FamilySpec, screen: Screen, offline: bool) -> FamilySpec:

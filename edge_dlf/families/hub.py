@@ -277,6 +277,8 @@ def _explained(what: str, repo: str) -> Iterator[None]:
         elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             why = f"the disk of {constants.HF_HUB_CACHE} is full; make room, and {_GOES_ON}"
         raise DownloadError(f"{what}: {why}") from error
+    except UnicodeEncodeError as error:
+        raise DownloadError(f"{what}: the token has letters that no token has; correct HF_TOKEN") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DownloadError(f"{what}: {constants.ENDPOINT} answers with nonsense ({_one_line(error)})") from error
 

@@ -12,10 +12,15 @@ import shutil
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from huggingface_hub import constants
-
 from ..errors import InvalidParameterError
 from ..gguf.shards import shard_names
+
+try:
+    from huggingface_hub import constants
+except ValueError as error:  # it takes HF_ENDPOINT apart when it is loaded
+    raise InvalidParameterError(
+        f"HF_ENDPOINT must be the address of a hub, such as https://huggingface.co ({error})"
+    ) from error
 
 COMMIT = re.compile("[0-9a-f]{40}")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
