@@ -54,7 +54,10 @@ class ScriptedDecoder:
         return [StepResult(generation, [pick])]
 
 
-PIECES = {0: b"a", 1: b"b", 2: "é".encode()[:1], 3: "é".encode()[1:], 4: b"STO", 5: b"P", 6: b" "}
+PIECES = {0: b"a", 1: b"b", 2: "é".encode()[:1], 3: "é".encode()[1:], 4: b"STO", 5: b"P", 6: b" ", 7: b""}
+PIECES |= {8: "\ufffd".encode()[:2], 9: "\ufffd".encode()[2:]}
+NAMES = {**PIECES, 7: b"<name>"}
+"""Token 7 is a control token."""
 
 
 def run(script: list[int], *, max_tokens: int = 50, stop: tuple[str, ...] = ()) -> TokenStream:
@@ -138,7 +141,7 @@ def test_completion_dictionary() -> None:
 
 
 def logprobs_of(stream: TokenStream, n_prompt_chars: int) -> dict[str, Any]:
-    completion = Completion(stream.answer, "family", True, PIECES.__getitem__, n_prompt_chars)
+    completion = Completion(stream.answer, "family", True, NAMES.__getitem__, n_prompt_chars)
     logprobs: dict[str, Any] = completion.result(list(stream))["choices"][0]["logprobs"]
     return logprobs
 
@@ -146,6 +149,13 @@ def logprobs_of(stream: TokenStream, n_prompt_chars: int) -> dict[str, Any]:
 def test_offsets_begin_after_the_prompt() -> None:
     assert logprobs_of(run([0, 2, 3, 1]), 7)["text_offset"] == [7, 8, 8, 9]
     assert logprobs_of(run([0, 4, 0]), 7)["text_offset"] == [7, 8, 11]
+
+
+def test_offsets_lead_to_the_characters_of_each_token() -> None:
+    found = logprobs_of(run([2, 0, 7, 2, 2, 3, 8, 9, 6]), 7)
+    assert "".join(token.text for token in run([2, 0, 7, 2, 2, 3, 8, 9, 6])) == "\ufffda\ufffdé\ufffd "
+    assert found["tokens"] == ["\ufffd", "a", "<name>", "\ufffd", "\ufffd", "\ufffd", "\ufffd", "\ufffd", " "]
+    assert found["text_offset"] == [7, 8, 9, 9, 10, 10, 11, 11, 12]
 
 
 def test_a_stop_string_that_never_comes_moves_no_offset() -> None:

@@ -115,16 +115,24 @@ class Completion:
         """Return the log-probabilities of the next tokens."""
         if not self._logprobs:
             return None
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(self._piece(token.id)))
         return {
             "tokens": [self._name(token.id) for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [self._next_offset(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [self._top(token) for token in tokens],
         }
+
+    def _next_offset(self, token: int) -> int:
+        """Return where the character begins that holds the first byte of the next token, and go on behind the token.
+
+        A token that adds no text, as a control token, stands where the next one begins.
+        """
+        piece = self.answer.piece(token)
+        self._offset += len(self._decoder.decode(piece[:1]))
+        is_whole = piece and not self._decoder.getstate()[0]
+        offset = self._offset - 1 if is_whole else self._offset
+        self._offset += len(self._decoder.decode(piece[1:]))
+        return offset
 
     def _top(self, token: Token) -> dict[str, float]:
         """Return the likely tokens by name, and the chosen one. Parts of characters have one name, U+FFFD: the most

@@ -97,6 +97,7 @@ class Answer:
     """One request on its way: picks in, tokens out.
 
     tokens: those that have come and were not taken yet.
+    piece: token -> bytes that it adds to the text.
     report: what was done, and whether the answer has ended.
     error: why the answer cannot go on.
     """
@@ -115,7 +116,7 @@ class Answer:
             request.fusion.method, roles.experts, generation.n_prompt, alpha_max, counts=generation.counts
         )
         self._text = text or MessageStream()
-        self._piece = piece
+        self.piece = piece
         self._held: Token | None = None
 
     @property
@@ -144,7 +145,7 @@ class Answer:
             return
         alphas = request.roles.alphas(pick.weights)
         was_reasoning = text.is_reasoning
-        token = self._token(pick, alphas, text.push(self._piece(pick.token)))
+        token = self._token(pick, alphas, text.push(self.piece(pick.token)))
         self.report.add(token, alphas)
         self.report.n_reasoning += was_reasoning or text.is_reasoning
         self.tokens += [self._held] if self._held else []
