@@ -104,6 +104,22 @@ def test_what_an_adapters_header_tells(folder: Path, tmp_path: Path, settings: d
     assert str(lora) in str(error)
 
 
+@pytest.mark.parametrize("kind", [None, "model", "lora"])
+def test_an_adapter_that_is_not_marked_as_one(folder: Path, tmp_path: Path, kind: str | None) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "llama")
+    if kind:
+        writer.add_type(kind)
+    for half, shape in zip("ab", QUERY, strict=True):
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{half}", np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    error = refusal(folder, tmp_path / "lora.gguf")
+    assert error.reason == f"is a LoRA adapter whose general.type is '{kind}', not 'adapter'"
+    assert "convert_lora_to_gguf.py" in error.advice
+
+
 @pytest.mark.parametrize(("write", "value"), [("float64", 8.0), ("uint32", 8), ("string", "8"), ("array", [8.0])])
 def test_alpha_of_another_type(folder: Path, tmp_path: Path, write: str, value: object) -> None:
     def keys(writer: gguf.GGUFWriter) -> None:
@@ -217,6 +233,16 @@ class TestATrial:
             with pytest.raises(ModelFileError, match=r"bad\.gguf: cannot be used over base\.gguf"):
                 self.load(folder, good, bad)
         assert asked == [["good", "bad"], ["good"], ["bad"]]
+
+    def test_a_trial_holds_for_its_scale(self, folder: Path, tmp_path: Path) -> None:
+        lora = tiny_lora(tmp_path / "a.gguf")
+        for scale in (1e37, 0.0, 1e37, 1.0):
+            experts = {"a": [(lora, scale)]}
+            if scale > 1:
+                with pytest.raises(ModelFileError, match="its logits are not numbers"):
+                    FusedLlama(folder / "large.gguf", folder / "base.gguf", experts, n_ctx=64)
+            else:
+                FusedLlama(folder / "large.gguf", folder / "base.gguf", experts, n_ctx=64).close()
 
     def test_a_trial_that_cannot_run_stops_nothing(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -102,6 +102,29 @@ def test_a_lora_for_another_model(tmp_path: Path, model: Path) -> None:
         check_lora_fits(base, base)
 
 
+@pytest.mark.parametrize(
+    ("content", "what", "advice"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer in place of the file", "git lfs pull"),
+        (b"PK\x03\x04" + bytes(40), "a PyTorch or zip archive", "convert it to GGUF"),
+        (b'\x40\0\0\0\0\0\0\0{"__metadata__":{}}', "a safetensors file", "convert_lora_to_gguf.py"),
+        (b"\n\0\0\0\0\0\0\0{}        ", "a safetensors file", "convert it to GGUF"),
+        (b"algg" + bytes(40), "in a format from before GGUF", "convert it to GGUF"),
+        (b"tjgg" + bytes(40), "in a format from before GGUF", "convert it to GGUF"),
+        (b"\n<!DOCTYPE html>", "a web page in place of the file", "download the file again"),
+        (b"<html>", "a web page in place of the file", "download the file again"),
+    ],
+)
+def test_files_of_other_kinds_are_told_by_their_beginning(
+    tmp_path: Path, content: bytes, what: str, advice: str
+) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(ModelFileError) as caught:
+        read_info(tmp_path / "x.gguf")
+    assert caught.value.reason == f"is not a GGUF file: it is {what}"
+    assert advice in caught.value.advice
+
+
 def test_what_is_no_model_file(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     assert reason(path) == "no such file or directory"
@@ -110,8 +133,6 @@ def test_what_is_no_model_file(tmp_path: Path) -> None:
     assert reason(path) == "is empty"
     path.write_bytes(b"GG")
     assert reason(path) == "is not a GGUF file: it begins with 'GG'"
-    path.write_text("version https://git-lfs.github.com/spec/v1")
-    assert reason(path) == "is not a GGUF file: it begins with 'vers'"
     path.write_bytes(b"GGUF" + struct.pack(">IQQ", 3, 0, 0))
     assert reason(path) == "is a big-endian GGUF; only little-endian ones can be used"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 1, 0, 0))

@@ -206,9 +206,9 @@ def _evaluate_s(backend: LlamaBackend, n: int) -> float:
 
 
 def _key(shards: Sequence[Path], loras: Adapters) -> str:
-    """What a result is valid for: path, size and time of every file, the build of llama.cpp, what is tried."""
-    paths = [*shards, *(lora for lora, _ in loras)]
-    return json.dumps([system_info(), _attentions(), [str(path.resolve()) for path in paths], states(paths)])
+    """What a result is valid for: path, size and time of every file, scales, the build of llama.cpp, what is tried."""
+    paths, scales = [*shards, *(lora for lora, _ in loras)], [scale for _, scale in loras]
+    return json.dumps([system_info(), _attentions(), [str(path.resolve()) for path in paths], scales, states(paths)])
 
 
 def _attentions() -> list[int | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import stat
 import struct
 from collections.abc import Mapping
@@ -60,6 +61,19 @@ BLOCKS = {
     42: ("Q2_0", 64, 18),
 }  # fmt: skip
 """ggml type -> name, elements a block, bytes a block."""
+_CONVERT = "convert it to GGUF with llama.cpp's scripts, an adapter with convert_lora_to_gguf.py"
+_OTHER_FORMATS = (
+    (b"version https://git-lfs", "a Git LFS pointer in place of the file", "fetch the file itself: git lfs pull"),
+    (b"PK\3\4", "a PyTorch or zip archive", _CONVERT),
+    (b"........{", "a safetensors file", _CONVERT),
+    (b"(lmgg|fmgg|tjgg|algg|ggml|ggmf|ggjt|ggla)", "in a format from before GGUF", _CONVERT),
+    (
+        rb"\s*<(!|\?|[hH])",
+        "a web page in place of the file",
+        "download the file again, and give a token if it needs one",
+    ),
+)
+"""Pattern of the beginning of files that are no GGUF, what they are, and what to do about it."""
 CACHE_TYPES = {BLOCKS[number][0].lower(): number for number in (0, 1, 30, 8, 7, 6, 3, 2, 20)}
 """Type of a KV cache -> ggml's number of it."""
 
@@ -306,6 +320,13 @@ def _open(path: Path) -> BinaryIO:
     raise ModelFileError(path, "is a folder" if is_folder else "is not a regular file")
 
 
+def _fail_as_no_gguf(path: Path, beginning: bytes) -> NoReturn:
+    for pattern, what, advice in _OTHER_FORMATS:
+        if re.match(pattern, beginning, re.DOTALL):
+            raise ModelFileError(path, f"is not a GGUF file: it is {what}", advice)
+    raise ModelFileError(path, f"is not a GGUF file: it begins with {show(beginning[:4])}")
+
+
 def read_header(path: Path, like: Mapping[str, Texts] | None = None) -> Header:
     """Read the header of the file at `path`; raises ModelFileError where it is damaged or truncated.
 
@@ -318,7 +339,7 @@ def read_header(path: Path, like: Mapping[str, Texts] | None = None) -> Header:
         header.need(min(4, header.file_bytes), "the file")
         magic = header.buffer[:4]
         if magic not in (b"GGUF", b"FUGG"):
-            header.fail(f"is not a GGUF file: it begins with {show(magic)}")
+            _fail_as_no_gguf(path, header.buffer[:64])
         header.pos = 4
         version = header.number(_U32, "the version")
         if magic == b"FUGG" or version & 0xFFFF == 0:

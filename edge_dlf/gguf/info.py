@@ -80,6 +80,9 @@ def read_info(path: str | Path, like: GGUFInfo | None = None) -> GGUFInfo:
         if len(shards) > 1:
             _refuse(path, f"in {len(shards)} files, of which llama.cpp reads only the first")
         _check_adapter(path, metadata, tensors)
+    elif any(name.endswith(".lora_a") for name in tensors):
+        kind = metadata.get("general.type")
+        _misfit(path, f"is a LoRA adapter whose general.type is {show(str(kind))}, not 'adapter'")
     elif reason := why_refused(architecture, metadata, first.vocabulary, tensors):
         _fail(path, reason)
     tokens = metadata.get("tokenizer.ggml.tokens")
@@ -100,7 +103,8 @@ def read_info(path: str | Path, like: GGUFInfo | None = None) -> GGUFInfo:
 def check_lora_fits(lora: GGUFInfo, base: GGUFInfo) -> None:
     """Raise ModelFileError, naming the file of `lora`, unless each of its pairs fits its tensor of `base`."""
     if not lora.is_adapter:
-        _misfit(lora.path, "is a model, not a LoRA adapter")
+        advice = "a model is an expert by itself: name it as path, without a scale; an adapter, as lora"
+        raise ModelFileError(lora.path, "is a model, not a LoRA adapter", advice)
     if lora.architecture != base.architecture:
         _misfit(lora.path, f"is a LoRA over {show(lora.architecture)}, {base.path.name} is {show(base.architecture)}")
     for name, a, b in _lora_pairs(lora.tensors):
