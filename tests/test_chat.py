@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from edge_dlf.cli.options import Options
 from edge_dlf.cli.paint import AlphaPaint
 from edge_dlf.cli.screen import printable
 from edge_dlf.cli.session import Session
+from edge_dlf.system import jsonl
 
 from .fake_llm import FakeLlama, fake_session
 
@@ -261,7 +263,9 @@ class TestCommands:
     def test_set(self, capsys: pytest.CaptureFixture[str]) -> None:
         llm = FakeLlama()
         session = fake_session(llm, defaults={"top_k": 7})
-        say(session, "/set top-k", "/set temperature 0", "/set seed 5", "/set stop the end", "/set max_tokens 3", "Hi")
+        say(
+            session, "/set top-k", "/set temperature\t 0", "/set seed 5", "/set stop the end", "/set max_tokens 3", "Hi"
+        )
         assert capsys.readouterr().err.splitlines()[:3] == ["top_k 7", "temperature 0 (set)", "seed 5 (set)"]
         assert llm.requests[0][1] == {"temperature": 0.0, "seed": 5, "stop": ("the end",), "max_tokens": 3}
         say(session, "/set seed default", "/set")
@@ -355,10 +359,20 @@ class TestFiles:
         assert len(session.conversation.messages) == 2
         assert session.settings == {"seed": 1}
 
-    @pytest.mark.parametrize("name", ["missing.json", ".", "\0"])
+    @pytest.mark.parametrize("name", ["missing.json", ".", "\0", "~nosuch/x", "a" * 300])
     def test_a_file_that_is_not_there(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(EdgeDLFError):
-            load(tmp_path / name)
+        with pytest.raises(EdgeDLFError, match="cannot be read") as raised:
+            load(Path(name) if name.startswith("~") else tmp_path / name)
+        assert "JSON" not in str(raised.value)
+
+    def test_a_file_that_never_ends(self) -> None:
+        with pytest.raises(EdgeDLFError, match=r"^/dev/zero: has more than 64 MiB$"):
+            load(Path("/dev/zero"))
+
+    def test_a_name_of_megabytes_is_shown_by_its_beginning(self) -> None:
+        with pytest.raises(EdgeDLFError) as raised:
+            say(fake_session(FakeLlama()), f"/set {'x' * 1_000_000} 1")
+        assert len(str(raised.value)) < 500
 
 
 class TestPaint:
@@ -406,6 +420,32 @@ class TestPipe:
     def test_errors_go_to_stderr_and_the_rest_is_answered(self, chat: Callable[..., Result]) -> None:
         result = chat(FakeLlama([DecodeError("large failed")]), "one\ntwo\n")
         assert (result.exit_code, result.stdout, result.stderr) == (1, "ok\n", "edge-dlf: large failed\n")
+
+    def test_a_line_that_is_too_long_is_an_error_and_the_rest_is_answered(
+        self, chat: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
+        result = chat(FakeLlama(), b"a" * 1000 + b"\ntwo\n")
+        assert (result.exit_code, result.stdout) == (1, "ok\n")
+        assert result.stderr == "edge-dlf: line 1 has more than 64 MiB\n"
+
+    @pytest.mark.parametrize(
+        ("stdin", "reason"),
+        [(b"a" * 1000, "has more than 1 GiB"), ("Hi".encode("utf-16"), "is UTF-16"), (gzip.compress(b"Hi"), "gzip")],
+    )
+    def test_what_is_no_text_or_never_ends_is_refused(
+        self, chat: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, stdin: bytes, reason: str
+    ) -> None:
+        monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
+        monkeypatch.setattr(jsonl, "_ENDLESS_BYTES", 500)
+        result = chat(FakeLlama(), stdin)
+        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert reason in result.stderr
+
+    def test_a_byte_order_mark_is_no_text(self, chat: Callable[..., Result]) -> None:
+        llm = FakeLlama()
+        assert chat(llm, b"\xef\xbb\xbf/method large\nHi\n").exit_code == 0
+        assert llm.requests == [("user: Hi\n", {"method": "large"})]
 
     def test_ctrl_c_leaves(self, chat: Callable[..., Result]) -> None:
         llm = FakeLlama(["par", KeyboardInterrupt()])

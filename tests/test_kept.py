@@ -121,7 +121,7 @@ class TestSessions:
         with pytest.raises(EdgeDLFError, match="cannot be read"):
             handle(session, "/sessions 1")
 
-    @pytest.mark.parametrize("number", ["0", "2", "-1", "x", "²"])
+    @pytest.mark.parametrize("number", ["0", "2", "-1", "x", "²", "9" * 5000])
     def test_a_number_that_is_not_in_it(self, number: str) -> None:
         session = chat("Hi")
         with pytest.raises(InvalidParameterError, match="there is no conversation"):

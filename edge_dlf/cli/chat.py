@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import EdgeDLFError
+from ..errors import EdgeDLFError, require
+from ..system.jsonl import MAX_LINE_BYTES, read_lines
 from .opening import family_command, open_family
 from .options import Options, family_argument, method_option, prompt_cache_option, shared_options
 from .screen import Screen, one_line
@@ -103,11 +104,12 @@ def converse(session: Session, editor: Editor) -> int:
 
 
 def answer_lines(session: Session) -> int:
-    """Answer each line of stdin. Returns the exit code."""
+    """Answer each line of stdin. Returns the exit code. Raises InvalidParameterError for what is no text in lines."""
     exit_code = 0
-    for line in sys.stdin.buffer:
-        text = line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
+    for line in read_lines(sys.stdin.buffer):
         try:
+            require(line.content is not None, f"line {line.number} has more than {MAX_LINE_BYTES >> 20} MiB")
+            text = (line.content or b"").decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
             if not handle(session, text):
                 break
         except EdgeDLFError as error:

@@ -91,8 +91,8 @@ def _alpha(session: Session, text: str) -> None:
 
 
 def _set(session: Session, text: str) -> None:
-    name, _, value = text.partition(" ")
-    name, value = name.replace("-", "_"), value.strip()
+    name, value = [*text.split(maxsplit=1), "", ""][:2]
+    name = name.replace("-", "_")
     if name:
         known(name)
     if value == "default":
@@ -133,10 +133,10 @@ def _sessions(session: Session, number: str) -> None:
             here = "*" if path == session.kept.path else " "
             session.screen.say(f"{n:>3}{here} {_begun(path)}  {_about(path)}")
         session.screen.say("/sessions NUMBER goes on with one of them" if files else "no conversation is kept yet")
-    elif not number.isdecimal() or not 0 < int(number) <= len(files):
+    elif number not in (numbers := list(map(str, range(1, len(files) + 1)))):
         raise InvalidParameterError(f"there is no conversation {one_line(number)[:40]!r}; /sessions lists them")
     else:
-        reopen(session, files[int(number) - 1])
+        reopen(session, files[numbers.index(number)])
 
 
 def reopen(session: Session, path: Path, settings: Mapping[str, Any] = MappingProxyType({})) -> None:

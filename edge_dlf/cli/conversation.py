@@ -114,10 +114,16 @@ def load(path: Path) -> tuple[Conversation, dict[str, Any]]:
     """Read the conversation and the settings from a file that `save` wrote. Raises EdgeDLFError."""
     try:
         with path.expanduser().open("rb") as file:
-            saved = json.loads(read_all(file, str(path)))
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else f"not valid JSON: {error}"
+            content = read_all(file, str(path))
+    except (OSError, RuntimeError, ValueError) as error:  # a home that is not known; a NUL in the path; too large
+        if isinstance(error, EdgeDLFError):
+            raise
+        reason = (getattr(error, "strerror", None) or str(error)).lower().rstrip(".")
         raise EdgeDLFError(f"{path}: cannot be read ({reason})") from error
+    try:
+        saved = json.loads(content)
+    except (RecursionError, ValueError) as error:
+        raise EdgeDLFError(f"{path}: cannot be read (not valid JSON: {error})") from error
     match saved:
         case {"format": format, "settings": {}, "messages": [*messages]} if format == _FORMAT:
             system = [message["content"] for message in messages[:1] if _is_message(message, "system")]

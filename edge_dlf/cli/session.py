@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ContextOverflowError, InvalidParameterError
+from ..errors import ContextOverflowError, InvalidParameterError, shown
 from ..params import DEFAULTS, Setting, settable
 from .conversation import Conversation
 from .interrupts import interruptible
@@ -144,5 +144,5 @@ class Session:
 def known(name: str) -> Setting:
     """The setting of this name. Raises InvalidParameterError where a chat has none."""
     if name not in (settings := settable("chat")):
-        raise InvalidParameterError(f"there is no setting {name!r}; the settings are {', '.join(settings)}")
+        raise InvalidParameterError(f"there is no setting {shown(name)}; the settings are {', '.join(settings)}")
     return settings[name]
