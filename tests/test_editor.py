@@ -87,6 +87,8 @@ class TestEditor:
             ([pasted('"""'), "\r", pasted("/exit\nnow"), "\r", '"""', "\r"], "//exit\nnow"),
             (["a😀\x7fb", "\r"], "ab"),
             (["a", TAB, "\r"], "a"),
+            (["an \x1b[31merror\x1b[0;1mat \x1b[1M!", "\r"], "an \x1b[31merror\x1b[0;1mat \x1b[1M!"),
+            (["\x1b[M !!", "\x1b[<0;1M", "\x1b[<99;1;1m", "\r"], "\x1b[M !!\x1b[<0;1M\x1b[<99;1;1m"),
         ],
     )
     def test_keys(self, state: Path, keys: list[str], text: str) -> None:

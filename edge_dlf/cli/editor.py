@@ -87,6 +87,11 @@ def _key_bindings() -> KeyBindings:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
+    @bindings.add(Keys.Vt100MouseEvent)
+    def _(event: KeyPressEvent) -> None:
+        # No mouse was asked for: this is a colour in a text that is pasted as if it was typed.
+        event.current_buffer.insert_text(event.data)
+
     @bindings.add(Keys.BracketedPaste)
     def _(event: KeyPressEvent) -> None:
         buffer, paste = event.current_buffer, event.data.replace("\r\n", "\n").replace("\r", "\n")
