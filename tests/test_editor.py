@@ -107,6 +107,14 @@ class TestEditor:
                 editor.read()
             assert editor.was_empty
 
+    def test_ctrl_c_ends_a_paste_whose_end_was_lost(self, state: Path) -> None:
+        with keyboard("\x1b[200~cut in the", CTRL_C) as keys_input:
+            editor = Editor([], print)
+            with pytest.raises(KeyboardInterrupt):
+                editor.read()
+            keys_input.send_text("Hi\r")
+            assert editor.read() == "Hi"
+
     def test_history_is_kept_from_one_start_to_the_next(self, state: Path) -> None:
         typed("one", ALT_ENTER, "two", "\r")
         _history(print).append_string("bytes that are \udcff")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, NestedCompleter, PathCompleter, WordCompleter, merge_completers
@@ -19,6 +20,7 @@ from ..system.paths import user_dir
 from .commands import COMMANDS, LEAVE
 
 _QUOTES = '"""'
+_PASTE_ENDS, _CTRL_C = "\x1b[201~", "\x03"
 
 
 class Editor:
@@ -40,6 +42,7 @@ class Editor:
             enable_suspend=True,
             input_processors=[TabsProcessor(char1=" ", char2=" ")],
         )
+        _let_ctrl_c_end_a_paste(getattr(self._session.app.input, "vt100_parser", None))
 
     def read(self) -> str:
         """Read the next message or command. Raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C."""
@@ -54,6 +57,23 @@ class Editor:
     def was_empty(self) -> bool:
         """Whether nothing was typed when `read` ended."""
         return not self._session.default_buffer.text
+
+
+def _let_ctrl_c_end_a_paste(parser: Any) -> None:
+    """Let Ctrl-C end a paste whose own end was lost on its way, which would take in every key that follows.
+
+    parser: prompt_toolkit's parser of what a terminal sends; None where there is none.
+    """
+    if parser is None:
+        return
+    feed = parser.feed
+
+    def feed_and_look(data: str) -> None:
+        feed(data)
+        if data.endswith(_CTRL_C) and getattr(parser, "_in_bracketed_paste", False):
+            feed(f"{_PASTE_ENDS}{_CTRL_C}")
+
+    parser.feed = feed_and_look
 
 
 def _is_open_block(text: str) -> bool:
