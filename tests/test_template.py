@@ -359,6 +359,18 @@ def test_all_messages_are_heard_by_one_look_more(monkeypatch: pytest.MonkeyPatch
     assert len(rendered) == 2
 
 
+def test_hundreds_of_messages_are_heard_by_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[int] = []
+    render = ChatTemplate._render
+    monkeypatch.setattr(ChatTemplate, "_render", lambda *given: rendered.append(1) or render(*given))
+    lengths = "{% for m in messages %}{{ '[%d]' % m.content|length }}{% endfor %}"
+    assert tokens([{"role": "system", "content": f"message {n}"} for n in range(500)], lengths)
+    assert len(rendered) <= 40
+    first_400 = "{% for m in messages %}{{ m.content if loop.index <= 400 }}{% endfor %}"
+    with pytest.raises(InvalidParameterError, match="drops the message of role 'system'"):
+        tokens([{"role": "system", "content": f"message {n}"} for n in range(500)], first_400)
+
+
 @pytest.mark.parametrize("role", ["developer", "system"])
 def test_a_developer_is_the_system_where_the_template_knows_no_other(role: str) -> None:
     source = "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"

@@ -25,6 +25,9 @@ _OTHERS = (
 )  # fmt: skip
 _ROLES = ("system", "user", "assistant")
 _FIRST_NUMBER = 918_273_000_000
+_NUMBER = re.compile(r"918273\d{6}")
+_FEW = 32
+"""Most messages that are looked at one by one: each look takes as long as the whole conversation."""
 _DOUBLED = r"{{\"name\": <function-name>, \"arguments\": <args-json-object>}}"
 """Templates of Qwen2.5 that were left with the braces of a Python format string: the model is told to write calls that
 are no JSON, and does. Later files of the same family have single ones."""
@@ -174,21 +177,20 @@ class ChatTemplate:
         doubtful = {
             n: message
             for n, message in enumerate(messages)
-            if message["role"] not in ("user", "assistant")
-            and (content := message["content"].strip())
-            and content not in text
+            if message["role"] not in ("user", "assistant") and message["content"].strip()
         }
+        if len(doubtful) <= _FEW:  # each is a search in the whole text
+            doubtful = {n: message for n, message in doubtful.items() if message["content"].strip() not in text}
         if not doubtful:
             return
         # Numbers in their places all come through at once, unless a template reads them in a way of its own.
         numbers = {n: str(_FIRST_NUMBER + n) for n in doubtful}
-        through = self._said_instead(messages, given, numbers)
-        for n, message in doubtful.items():
-            if through is not None and numbers[n] in through:
-                continue
-            other = self._said_instead(messages, given, {n: "." if message["content"].strip() != "." else "-"})
-            if other == text:
-                role = shown(message["role"])
+        through = set(_NUMBER.findall(self._said_instead(messages, given, numbers) or ""))
+        silent = [n for n in doubtful if numbers[n] not in through]
+        others = {n: "." if messages[n]["content"].strip() != "." else "-" for n in silent}
+        for few in (*([n] for n in silent[:_FEW]), silent[_FEW:]):
+            if few and self._said_instead(messages, given, {n: others[n] for n in few}) == text:
+                role = shown(messages[few[0]]["role"])
                 raise InvalidParameterError(f"the model's chat template drops the message of role {role}")
 
     def _said_instead(
