@@ -40,7 +40,8 @@ def served(tiny: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         assert process.stderr
         try:
             lines = iter(process.stderr.readline, "")
-            url = next(found[0] for line in lines if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+            # The one address of its line, for programs that look for it.
+            (url,) = next(found for line in lines if (found := re.findall(r"http://\S+", line)))
             yield process, url
         finally:
             process.kill()

@@ -50,5 +50,5 @@ def serve(
         rules = Rules(settings, n_waiting=queue, timeout_s=timeout, api_key=api_key, hosts=hosts)
         with open_family(options, screen) as llm:
             n_parallel = llm.driver.n_parallel
-            ready = f"{llm.name} at {address.url} · OpenAI's API at {address.url}/v1 · {n_parallel} answers at once"
+            ready = f"{llm.name} at {address.url} · OpenAI's API below /v1 · {n_parallel} answers at once"
             run(llm, address, rules, lambda: screen.say(f"{ready} · Ctrl-C ends"))
