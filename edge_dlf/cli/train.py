@@ -175,8 +175,7 @@ class _Line(ProgressLine):
             parts.append(f"loss {state.loss:.3f}")
         if state.checks:
             parts.append(f"held out {state.checks[-1].loss:.3f}")
-        if state.n_tokens:
-            parts.append(f"{state.n_tokens / state.elapsed_s:,.0f} tokens/s")
+        parts += _speed(state)
         if self.left_s is not None:
             parts.append(f"{duration(self.left_s)} left")
         return " · ".join(parts)
@@ -208,6 +207,10 @@ def _train(screen: Screen, prepared: Prepared, constants: Any, pieces: Sequence[
         return prepared.train(constants, tell)
 
 
+def _speed(state: State) -> list[str]:
+    return [f"{state.n_tokens / state.elapsed_s:,.0f} tokens/s"] if state.n_tokens else []
+
+
 def _short(text: str) -> str:
     text = one_line(text)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
@@ -215,7 +218,7 @@ def _short(text: str) -> str:
 
 def _summary(prepared: Prepared, state: State) -> str:
     out, best = prepared.job.out, state.best
-    parts = [f"{out}: {size(out.stat().st_size)}", f"{state.step:,} steps", f"loss {state.loss:.3f}"]
+    parts = [f"{out}: {size(out.stat().st_size)}", f"{state.step:,} steps", *_speed(state), f"loss {state.loss:.3f}"]
     if best:
         parts.append(f"held out {state.checks[0].loss:.3f} → {best.loss:.3f} nats a token (step {best.step:,})")
     return " · ".join(parts)
