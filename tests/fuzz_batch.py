@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_dlf import FusedLlama
 from edge_dlf.batch import run_file
 from edge_dlf.system.jsonl import read_lines
 
-from .guided import drawn
+from .guided import drawn, limits
 from .tiny import tiny_lora, tiny_model
 
 FIELDS = (
@@ -112,10 +112,6 @@ def property_of(llm: FusedLlama, folder: Path, tally: Callable[[Counter[str]], N
         tally(check(llm, folder, content, cut, ordered))
 
     return given(batches, st.integers(0, 2000), st.booleans())(holds)
-
-
-def limits(**others: Any) -> settings:
-    return settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), **others)
 
 
 @contextmanager

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_dlf.errors import FamilyError, InvalidParameterError
 from edge_dlf.families.defaults import write_settings
 from edge_dlf.families.spec import FamilySpec
 
-from .guided import drawn
+from .guided import drawn, limits
 
 WRITTEN: Mapping[str | None, Mapping[str, Any]] = {
     None: {"temperature": 0.25, "top_k": None, "alpha": {"maths": 2.0}},
@@ -171,10 +171,6 @@ def property_of(folder: Path, tally: Counter[str]) -> Callable[..., None]:
         tally[_checked(folder / "family.toml", content)] += 1
 
     return given(files)(holds)
-
-
-def limits(**others: Any) -> settings:
-    return settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), **others)
 
 
 @contextmanager

@@ -17,12 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 from edge_dlf import InvalidParameterError
 
-from .guided import drawn
+from .guided import drawn, limits
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "<|tool▁sep|>", "<start_of_turn>")
 
@@ -328,15 +328,7 @@ def run(name: str, n_cases: int) -> Counter[Any]:
     """Check this many cases, always the same. Raises what the first that fails raises; returns how they ended."""
     tally: Counter[Any] = Counter()
     with target(name, tally) as property:
-        limits = settings(
-            max_examples=n_cases,
-            deadline=None,
-            database=None,
-            derandomize=True,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        limits(property)()
+        limits(max_examples=n_cases, derandomize=True, phases=[Phase.generate])(property)()
     return tally
 
 
@@ -344,5 +336,4 @@ def run(name: str, n_cases: int) -> Counter[Any]:
 def cases(name: str, _: Path, tally: Counter[str]) -> Iterator[tuple[Callable[[bytes], object], list[bytes]]]:
     """For `guided.py`."""
     with target(name, tally) as property:
-        fuzz = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))(property)
-        yield fuzz.hypothesis.fuzz_one_input, drawn()
+        yield limits()(property).hypothesis.fuzz_one_input, drawn()  # type: ignore[attr-defined]

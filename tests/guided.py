@@ -17,6 +17,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ _COMPILED = ("edge_dlf.fusion.dispatch", *(f"edge_dlf.fusion.kernels.{name}" for
 def drawn(n: int = 200) -> list[bytes]:
     """Bytes for hypothesis to draw its first cases from."""
     return [random.Random(number).randbytes(2048) for number in range(n)]
+
+
+def limits(**others: Any) -> settings:
+    """Settings under which hypothesis neither hurries nor keeps what it found."""
+    return settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), **others)
 
 
 def run_part(name: str, corpus: Path, seed: int, seconds: int) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from edge_dlf import FusedLlama
 
-from .fuzz_batch import limits, property_of
+from .fuzz_batch import property_of
+from .guided import limits
 
 
 def test_every_line_has_one_row_whatever_it_holds_and_wherever_a_run_is_cut(tiny: Path, tmp_path: Path) -> None:

@@ -350,19 +350,22 @@ def test_calls_that_a_template_does_not_know_are_written_into_the_text() -> None
         tokens(unknown, "{{ messages[0].content }}")
 
 
-def test_all_messages_are_heard_by_one_look_more(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for each time that a template is rendered."""
     rendered: list[int] = []
     render = ChatTemplate._render
     monkeypatch.setattr(ChatTemplate, "_render", lambda *given: rendered.append(1) or render(*given))
+    return rendered
+
+
+def test_all_messages_are_heard_by_one_look_more(rendered: list[int]) -> None:
     source = "{% for m in messages %}{{ m.role ~ m.content|tojson }}{% endfor %}{{ tools or 'tool' }}"
     assert tokens([{"role": "tool", "content": f'say "{n}"'} for n in range(99)], source)
     assert len(rendered) == 2
 
 
-def test_hundreds_of_messages_are_heard_by_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    rendered: list[int] = []
-    render = ChatTemplate._render
-    monkeypatch.setattr(ChatTemplate, "_render", lambda *given: rendered.append(1) or render(*given))
+def test_hundreds_of_messages_are_heard_by_few_looks(rendered: list[int]) -> None:
     lengths = "{% for m in messages %}{{ '[%d]' % m.content|length }}{% endfor %}"
     assert tokens([{"role": "system", "content": f"message {n}"} for n in range(500)], lengths)
     assert len(rendered) <= 40

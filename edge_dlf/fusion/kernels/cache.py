@@ -86,9 +86,9 @@ def _checksum(content: bytes) -> bytes:
     return zlib.crc32(content).to_bytes(4, "big")
 
 
-def _require_file(path: str | Path) -> None:
+def _require_file(path: Path) -> None:
     """Raise OSError for a pipe, whose reader would wait for ever, or a device."""
-    if not Path(path).is_file():
+    if not path.is_file():
         raise OSError("no file")
 
 
