@@ -250,7 +250,7 @@ def understand(program: str, arguments: list[str]) -> None:
     """Let the program read its arguments, and do nothing."""
     if program == "edge-dlf":
         command = main.commands[arguments[0]]
-        command.make_context(arguments[0], arguments[1:], click.Context(main, **main.context_settings))
+        command.make_context(arguments[0], arguments[1:], click.Context(main, **main.context_settings)).close()
     elif "install" in arguments:
         extras = re.findall(r"\[(\w+)\]", " ".join(arguments))
         project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
