@@ -415,10 +415,13 @@ def test_a_context_that_does_not_fit_names_one_that_does(files: FamilyFiles) -> 
         str(caught.value),
     )
     assert said
-    planned(files, Machine(GB), n_cells=int(said[1]))
+    largest = Planner(files, Machine(GB)).largest_n_cells(10_000_000)
+    planned(files, Machine(GB), n_cells=largest)
     with pytest.raises(OutOfMemoryError):
-        planned(files, Machine(GB), n_cells=int(said[1]) + 1)
-    assert Planner(files, Machine(GB)).largest_n_cells(10_000_000) == int(said[1])
+        planned(files, Machine(GB), n_cells=largest + 1)
+    # What is named fits where a little less is free when it is tried.
+    planned(files, Machine(GB - GB // 200), n_cells=int(said[1]))
+    assert 0.98 * largest < int(said[1]) < largest
 
 
 def test_members_can_be_planned_beside_others(files: FamilyFiles) -> None:

@@ -24,6 +24,7 @@ KERNELS_BYTES = 150_000_000
 _KERNELS_ADDRESS_BYTES = 450_000_000  # the same with threads' stacks and arenas, of which little is ever touched
 _GPU_RESERVE_BYTES = 400_000_000  # the driver's own, on each GPU
 _LEAST_CELLS = 256
+_SPARE = 0.01  # share of the free memory that a context named in an error leaves: the next process has a little less
 _PIPELINE_COPIES = 4  # of what goes into a graph, where llama.cpp spreads one over several GPUs
 
 
@@ -219,17 +220,18 @@ class Planner:
             raise OutOfMemoryError(self._why(best))
         return best
 
-    def largest_n_cells(self, at_most: int, least: int = 0) -> int:
+    def largest_n_cells(self, at_most: int, least: int = 0, spare: float = 0.0) -> int:
         """The largest context up to `at_most` that fits; 0 if not even the smallest does.
 
         least: a larger context than this counts only if it moves no more layers off the GPUs than this one does.
+        spare: share of the free memory that it leaves free.
         """
         n_on_gpu = self._arranged(least).n_on_gpu if least else 0
         low, high = 0, at_most // _LEAST_CELLS
         while low < high:
             middle = (low + high + 1) // 2
             arranged = self._arranged(middle * _LEAST_CELLS)
-            if self._fits(arranged) and arranged.n_on_gpu >= n_on_gpu:
+            if self._fits(arranged, spare) and arranged.n_on_gpu >= n_on_gpu:
                 low = middle
             else:
                 high = middle - 1
@@ -304,12 +306,12 @@ class Planner:
             n_ubatch=None if self.machine.gpus else own.n_ubatch(n_cells // self._n_seqs, self._n_seqs),
         )
 
-    def _fits(self, best: Plan) -> bool:
-        address = self.machine.address_bytes
+    def _fits(self, best: Plan, spare: float = 0.0) -> bool:
+        address, share = self.machine.address_bytes, 1.0 - spare
         return (
             min(best.left_bytes, default=0) >= 0
-            and best.host_bytes <= self.machine.free_bytes
-            and (address is None or best.address_bytes <= address)
+            and best.host_bytes <= share * self.machine.free_bytes
+            and (address is None or best.address_bytes <= share * address)
         )
 
     def _why(self, best: Plan) -> str:
@@ -332,7 +334,7 @@ class Planner:
             left = f"{_gb(free)} are free" + (f" (by {limit})" if limit else "")
             caches = sum(len(model.members) * model.size.cache(best.n_cells) for model in self._models)
             need = f"{names} {_gb(total)}, {_gb(caches)} of it for a context of {best.n_cells}; {left}"
-        fitting = self.largest_n_cells(best.n_cells)
+        fitting = self.largest_n_cells(best.n_cells, spare=_SPARE)
         if fitting:
             return f"{need}; a context of {fitting} would fit"
         return f"{need}; not even the smallest context would fit: take smaller files or a stronger quantization"
