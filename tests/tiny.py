@@ -94,11 +94,31 @@ def transformer_shapes(arch: str, n_embd: int, n_kv: int, n_ff: int) -> dict[str
     }
     if arch in ("qwen3", "gemma3", "lfm2", "qwen35"):
         shapes |= {"attn_q_norm.weight": (16,), "attn_k_norm.weight": (16,)}
-    if arch == "gemma3":
+    if arch in ("gemma2", "gemma3", "olmo2"):
         shapes |= {"post_attention_norm.weight": (n_embd,), "post_ffw_norm.weight": (n_embd,)}
+    if arch == "olmo2":
+        shapes |= {"attn_q_norm.weight": (n_embd,), "attn_k_norm.weight": (n_kv,)}
+        del shapes["attn_norm.weight"], shapes["ffn_norm.weight"]
+    if arch == "phi3":
+        for name in ("attn_q.weight", "attn_k.weight", "attn_v.weight", "ffn_gate.weight"):
+            del shapes[name]
+        shapes |= {"attn_qkv.weight": (n_embd + 2 * n_kv, n_embd), "ffn_up.weight": (2 * n_ff, n_embd)}
     if arch == "qwen2":
         shapes |= {"attn_q.bias": (n_embd,), "attn_k.bias": (n_kv,), "attn_v.bias": (n_kv,)}
     return shapes
+
+
+OWN_KEYS: Mapping[str, Mapping[str, int | float | str]] = {
+    "qwen3": {"attention.key_length": 16, "attention.value_length": 16},
+    "gemma2": {"attention.key_length": 16, "attention.value_length": 16, "attention.sliding_window": 64}
+    | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3": {"attention.key_length": 16, "attention.value_length": 16, "attention.sliding_window": 64}
+    | {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+    "phi3": {"rope.dimension_count": 12, "rope.scaling.attn_factor": 1.2, "rope.scaling.original_context_length": 512},
+    "granite": {"embedding_scale": 1.5, "residual_scale": 0.7, "logit_scale": 1.3, "attention.scale": 0.4},
+    "olmo2": {"attention.sliding_window": 64},
+}
+"""What a header of an architecture says beside that of Llama."""
 
 
 def _mamba_shapes(n_embd: int) -> dict[str, tuple[int, ...]]:
@@ -185,6 +205,8 @@ def _add_hybrid(writer: gguf.GGUFWriter, arch: str, n_embd: int, n_layer: int) -
 def _weights(name: str, shape: tuple[int, ...], rng: np.random.Generator, spread: float) -> np.ndarray:
     if name.endswith("norm.weight"):
         return np.ones(shape, np.float32)
+    if name.startswith("rope_factors"):
+        return rng.uniform(1.0, 4.0, shape).astype(np.float32)
     if name.endswith("ssm_a"):
         return -rng.uniform(0.005, 0.1, shape).astype(
             np.float32
@@ -221,8 +243,8 @@ def tiny_model(
     tied: bool = False,
     file_type: int | None = None,
 ) -> Path:
-    """Write a model of `arch` "llama", "qwen2", "qwen3", "gemma3" (most layers see a window), "mamba" (recurrent: its
-    memory is a state) or one of `HYBRIDS`, and return `path`.
+    """Write a model of `arch` "llama", "qwen2", "mamba" (recurrent: its memory is a state) or one of `OWN_KEYS` and
+    `HYBRIDS`, and return `path`. Most layers of "gemma3" see a window, and every second one of "gemma2".
 
     pre: llama.cpp's pre-tokenizer of a BPE vocabulary. seed: of the weights.
     drift: adds noise of this relative size to them: a model fine-tuned from the one without.
@@ -271,13 +293,9 @@ def tiny_model(
         writer.add_feed_forward_length(2 * n_embd)
         writer.add_head_count(n_embd // head_dim)
         writer.add_head_count_kv(1)
-        if arch in ("qwen3", "gemma3"):
-            writer.add_key_length(16)
-            writer.add_value_length(16)
-        else:
-            writer.add_rope_dimension_count(head_dim)
-        if arch == "gemma3":
-            writer.add_sliding_window(64)
+        for key, value in OWN_KEYS.get(arch, {"rope.dimension_count": head_dim}).items():
+            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+            add(f"{arch}.{key}", value)
         layer_shapes = [transformer_shapes(arch, n_embd, head_dim, 2 * n_embd)]
     add_tokenizer(writer, tokenizer, vocabulary, types, chat_template, pre, renamed)
 
@@ -289,8 +307,10 @@ def tiny_model(
     for layer in range(n_layer):
         own = layer_shapes[layer % len(layer_shapes)]
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in own.items()}
-    if tied:
+    if tied or arch == "gemma2":
         del shapes["output.weight"]
+    if arch == "phi3":
+        shapes |= {"rope_factors_short.weight": (6,), "rope_factors_long.weight": (6,)}
     rng, noise = np.random.default_rng(seed), np.random.default_rng(seed + 1_000_003)
     for name, shape in shapes.items():
         values = _weights(name, shape, rng, spread)

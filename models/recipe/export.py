@@ -31,7 +31,7 @@ def write_model(path: Path, model: Llama, tokenizer: Tokenizer, name: str, about
     writer.add_head_count(shape.n_head)
     writer.add_head_count_kv(shape.n_head)
     writer.add_layer_norm_rms_eps(shape.norm_eps)
-    writer.add_rope_dimension_count(shape.n_rot)
+    writer.add_rope_dimension_count(shape.head_width)
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_vocab_size(shape.n_vocab)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)

@@ -42,7 +42,7 @@ def write_lora(path: Path, model: Llama, keys: Mapping[str, str]) -> None:
 
 def n_paired_heads(name: str, shape: Shape) -> int | None:
     """Heads of a projection whose rows llama.cpp has in pairs where torch has halves; None of any other."""
-    if shape.arch != "llama":
+    if not shape.traits.is_paired:
         return None
     return {"attn_q": shape.n_head, "attn_k": shape.n_head_kv or shape.n_head}.get(name.rpartition(".")[2])
 

@@ -1,29 +1,68 @@
-"""Transformers in torch that are trained here and run in llama.cpp: Llama, Qwen2, Qwen3 and Gemma 3."""
+"""Transformers in torch that are trained here and run in llama.cpp: Llama and its relatives, in `TRAITS`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 N_CTX = 512
-_LOCAL_ROPE_BASE = 10_000.0
-_LOCAL_LAYERS = 5
-"""Layers of Gemma 3 that see a window of the text, before each that sees all of it."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How an architecture computes.
+
+    is_paired: the two numbers of a head that a position turns stand side by side in llama.cpp, not half a head apart.
+    is_fused: one matrix makes queries, keys and values, and one makes the feed-forward part's gate and its input.
+    is_gemma: embeddings are scaled by √D, and the gate is GELU in place of SiLU.
+    norms: whether a layer normalises before attention and feed-forward part, behind them, or both.
+    query_norm: whether queries and keys are normalised, each head by itself or all heads as one.
+    period: of so many layers all but the last see a window of the text, where the file names one; 0 if none does.
+    """
+
+    is_paired: bool = False
+    is_fused: bool = False
+    is_gemma: bool = False
+    norms: Literal["before", "behind", "both"] = "before"
+    query_norm: Literal["head", "whole"] | None = None
+    period: int = 0
+
+
+TRAITS: Mapping[str, Traits] = {
+    "llama": Traits(is_paired=True),
+    "qwen2": Traits(),
+    "qwen3": Traits(query_norm="head"),
+    "gemma2": Traits(is_gemma=True, norms="both", period=2),
+    "gemma3": Traits(is_gemma=True, norms="both", query_norm="head", period=6),
+    "phi3": Traits(is_fused=True),
+    "granite": Traits(is_paired=True),
+    "olmo2": Traits(norms="behind", query_norm="whole", period=4),
+    "lfm2": Traits(query_norm="head"),
+}
+"""By llama.cpp's name of the architecture."""
 
 
 @dataclass(frozen=True)
 class Shape:
     """What distinguishes one model from another.
 
-    arch: llama.cpp's name, "llama", "qwen2", "qwen3" or "gemma3".
-    n_head_kv: as n_head where None. n_head_embd: width of a head; n_embd / n_head where None.
+    arch: one of `TRAITS`.
+    n_head_kv: as n_head where None. n_head_embd: width of a head; n_embd / n_head where None. n_rot: how many numbers
+    of a head positions turn; all where None.
+    rope_factor: what positions are divided by. rope_scale: what turned numbers are multiplied by. local_rope_base,
+    local_rope_factor: those of layers that see a window; as of others where None.
     has_bias: of queries, keys and values. is_tied: whether the embedding is the output's matrix too.
-    window: positions that most layers of Gemma 3 look back over.
+    window: positions that some layers look back over; 0 if all see the whole text.
+    convolved: layers of LFM2 that mix n_conv neighbouring positions, and have no attention.
+    attention_scale: of products of queries and keys; 1 / √width of a head where None. attention_cap, logit_cap: c of
+    c · tanh(x / c), which bounds those products, and the logits; 0 for none.
+    embedding_scale, residual_scale: of embeddings, and of what each part of a layer adds. logit_scale: divides logits.
     """
 
     n_vocab: int
@@ -33,31 +72,39 @@ class Shape:
     n_ff: int
     n_head_kv: int | None = None
     n_head_embd: int | None = None
+    n_rot: int | None = None
     arch: str = "llama"
     n_ctx: int = N_CTX
     rope_base: float = 10_000.0
+    rope_factor: float = 1.0
+    rope_scale: float = 1.0
+    local_rope_base: float | None = None
+    local_rope_factor: float | None = None
     norm_eps: float = 1e-5
     has_bias: bool = False
     is_tied: bool = True
     window: int = 0
+    convolved: tuple[int, ...] = ()
+    n_conv: int = 0
+    attention_scale: float | None = None
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
 
     @property
-    def n_rot(self) -> int:
-        """Width of a head."""
+    def traits(self) -> Traits:
+        return TRAITS[self.arch]
+
+    @property
+    def head_width(self) -> int:
         return self.n_head_embd or self.n_embd // self.n_head
-
-    @property
-    def has_head_norm(self) -> bool:
-        """Whether each head's queries and keys are normalised."""
-        return self.arch in ("qwen3", "gemma3")
-
-    @property
-    def is_gemma(self) -> bool:
-        return self.arch == "gemma3"
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees a window of the text."""
-        return self.is_gemma and (layer + 1) % (_LOCAL_LAYERS + 1) > 0
+        period = self.traits.period
+        return self.window > 0 and period > 0 and (layer + 1) % period > 0
 
 
 class Linear(nn.Linear):
@@ -86,10 +133,10 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    def __init__(self, n_embd: int, eps: float) -> None:
+    def __init__(self, shape: Shape, width: int | None = None) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.eps = shape.norm_eps
+        self.weight = nn.Parameter(torch.ones(width or shape.n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
@@ -97,56 +144,149 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: Shape, layer: int) -> None:
+    """A layer: the positions are mixed, then each goes through the feed-forward part."""
+
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        d, eps = shape.n_embd, shape.norm_eps
-        self.n_head, self.n_head_kv = shape.n_head, shape.n_head_kv or shape.n_head
-        self.window = shape.window if shape.is_local(layer) else 0
-        self.is_local, self.is_gemma = shape.is_local(layer), shape.is_gemma
-        n_q, n_kv = self.n_head * shape.n_rot, self.n_head_kv * shape.n_rot
-        self.attn_norm, self.ffn_norm = Norm(d, eps), Norm(d, eps)
-        self.attn_q, self.attn_k, self.attn_v = (Linear(d, n, bias=shape.has_bias) for n in (n_q, n_kv, n_kv))
-        self.attn_output = Linear(n_q, d)
-        self.attn_q_norm, self.attn_k_norm = (Norm(shape.n_rot, eps) if shape.has_head_norm else None for _ in "qk")
-        self.post_attention_norm, self.post_ffw_norm = (Norm(d, eps) if self.is_gemma else None for _ in range(2))
-        self.ffn_gate, self.ffn_up, self.ffn_down = Linear(d, shape.n_ff), Linear(d, shape.n_ff), Linear(shape.n_ff, d)
-        for last in (self.attn_output, self.ffn_down):
-            nn.init.zeros_(last.weight)
+        self.shape = shape
+        traits, d = shape.traits, shape.n_embd
+        if traits.norms != "behind":
+            self.attn_norm, self.ffn_norm = Norm(shape), Norm(shape)
+        if traits.norms != "before":
+            self.post_attention_norm, self.post_ffw_norm = Norm(shape), Norm(shape)
+        last = self.add_mixer()
+        if not traits.is_fused:
+            self.ffn_gate = Linear(d, shape.n_ff)
+        self.ffn_up, self.ffn_down = Linear(d, (1 + traits.is_fused) * shape.n_ff), Linear(shape.n_ff, d)
+        for linear in (last, self.ffn_down):
+            nn.init.zeros_(linear.weight)
+
+    def add_mixer(self) -> Linear:
+        """Add what mixes positions, and return its last matrix."""
+        raise NotImplementedError
+
+    def mix(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
+        mixed = self.mix(self.normed("attn_norm", x), cos, sin)
+        x = x + self._scaled(self.normed("post_attention_norm", mixed))
+        output = self._feed_forward(self.normed("ffn_norm", x))
+        return x + self._scaled(self.normed("post_ffw_norm", output))
+
+    def normed(self, name: str, x: Tensor) -> Tensor:
+        norm = self._modules.get(name)
+        return x if norm is None else norm(x)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.shape.residual_scale == 1.0 else self.shape.residual_scale * x
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        gate, up = self.ffn_up(x).chunk(2, -1) if self.shape.traits.is_fused else (self.ffn_gate(x), self.ffn_up(x))
+        gate = functional.gelu(gate, approximate="tanh") if self.shape.traits.is_gemma else functional.silu(gate)
+        output: Tensor = self.ffn_down(gate * up)
+        return output
+
+
+class Attention(Block):
+    """window: positions that it looks back over; 0 for all."""
+
+    def __init__(self, shape: Shape, window: int) -> None:
+        self.window = window
+        n_head_kv = shape.n_head_kv or shape.n_head
+        self.n_heads = (shape.n_head, n_head_kv, n_head_kv)
+        super().__init__(shape)
+
+    def add_mixer(self) -> Linear:
+        shape, d, width = self.shape, self.shape.n_embd, self.shape.head_width
+        self.widths = n_q, n_kv, _ = [n_head * width for n_head in self.n_heads]
+        if norm := shape.traits.query_norm:
+            self.attn_q_norm, self.attn_k_norm = (Norm(shape, width if norm == "head" else n) for n in (n_q, n_kv))
+        if shape.traits.is_fused:
+            self.attn_qkv = Linear(d, n_q + 2 * n_kv, bias=shape.has_bias)
+        else:
+            self.attn_q, self.attn_k, self.attn_v = (Linear(d, n, bias=shape.has_bias) for n in self.widths)
+        self.attn_output = Linear(n_q, d)
+        return self.attn_output
+
+    def mix(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, n, _ = x.shape
-        h = self.attn_norm(x)
+        shape, norm = self.shape, self.shape.traits.query_norm
+        if shape.traits.is_fused:
+            q, k, v = self.attn_qkv(x).split(self.widths, -1)
+        else:
+            q, k, v = self.attn_q(x), self.attn_k(x), self.attn_v(x)
+        if norm == "whole":
+            q, k = self.attn_q_norm(q), self.attn_k_norm(k)
         q, k, v = (
-            p(h).view(batch, n, n_head, -1).transpose(1, 2)
-            for p, n_head in ((self.attn_q, self.n_head), (self.attn_k, self.n_head_kv), (self.attn_v, self.n_head_kv))
+            part.view(batch, n, n_head, -1).transpose(1, 2)
+            for part, n_head in zip((q, k, v), self.n_heads, strict=True)
         )
-        q, k = _normed(self.attn_q_norm, q), _normed(self.attn_k_norm, k)
+        if norm == "head":
+            q, k = self.attn_q_norm(q), self.attn_k_norm(k)
         q, k = _rotate(q, cos[:n], sin[:n]), _rotate(k, cos[:n], sin[:n])
-        if self.n_head != self.n_head_kv:
-            k, v = (part.repeat_interleave(self.n_head // self.n_head_kv, 1) for part in (k, v))
+        n_head, n_head_kv, _ = self.n_heads
+        if n_head != n_head_kv:
+            k, v = (part.repeat_interleave(n_head // n_head_kv, 1) for part in (k, v))
         # On a CPU faster than the fused attention, which also splits badly over busy cores.
-        weights = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        weights = (q @ k.transpose(-1, -2)) * (shape.attention_scale or shape.head_width**-0.5)
         unseen = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)
         if self.window:
             unseen |= torch.ones_like(unseen).tril(-self.window)
-        mixed = weights.masked_fill(unseen, -torch.inf).softmax(-1).to(v.dtype) @ v
-        mixed = self.attn_output(mixed.transpose(1, 2).reshape(batch, n, -1))
-        x = x + _normed(self.post_attention_norm, mixed)
-        h = self.ffn_norm(x)
-        gate = self.ffn_gate(h)
-        gate = functional.gelu(gate, approximate="tanh") if self.is_gemma else functional.silu(gate)
-        return x + _normed(self.post_ffw_norm, self.ffn_down(gate * self.ffn_up(h)))
+        mixed = _capped(weights, shape.attention_cap).masked_fill(unseen, -torch.inf).softmax(-1).to(v.dtype) @ v
+        output: Tensor = self.attn_output(mixed.transpose(1, 2).reshape(batch, n, -1))
+        return output
 
 
-def _normed(norm: Norm | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)
+class Convolution(Block):
+    """LFM2's layer without attention: each channel is mixed with itself at the positions just before."""
+
+    def add_mixer(self) -> Linear:
+        self.shortconv = ShortConv(self.shape)
+        return self.shortconv.out_proj
+
+    def mix(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        mixed: Tensor = self.shortconv(x)
+        return mixed
+
+
+class ShortConv(nn.Module):
+    """x (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        d = shape.n_embd
+        self.in_proj, self.conv, self.out_proj = Linear(d, 3 * d), Taps(d, shape.n_conv), Linear(d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, output_gate, value = self.in_proj(x).chunk(3, -1)
+        output: Tensor = self.out_proj(output_gate * self.conv(gate * value))
+        return output
+
+
+class Taps(nn.Module):
+    """Weights of a position and of those before it, the farthest first, for each channel: (D, K)."""
+
+    def __init__(self, n_embd: int, n_conv: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_embd, n_conv))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_embd, n_conv = self.weight.shape
+        padded = functional.pad(x.transpose(1, 2), (n_conv - 1, 0))
+        return functional.conv1d(padded, self.weight.unsqueeze(1), groups=n_embd).transpose(1, 2)
+
+
+def _capped(x: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(x.float() / cap) if cap else x
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, first half against second half of each head; llama.cpp's "llama" has the pairs side by side."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    """Rotary positions, first half against second half of each head; llama.cpp may have the pairs side by side."""
+    n_rot = 2 * cos.shape[-1]
+    (a, b), rest = x[..., :n_rot].chunk(2, -1), x[..., n_rot:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1).to(x.dtype)
 
 
 class Llama(nn.Module):
@@ -165,36 +305,52 @@ class Llama(nn.Module):
         self.shape = shape
         self.token_embd = nn.Embedding(shape.n_vocab, shape.n_embd)
         nn.init.normal_(self.token_embd.weight, std=0.02)
-        self.blk = nn.ModuleList(Block(shape, layer) for layer in range(shape.n_layer))
-        self.output_norm = Norm(shape.n_embd, shape.norm_eps)
+        self.blk = nn.ModuleList(
+            Convolution(shape)
+            if layer in shape.convolved
+            else Attention(shape, shape.window if shape.is_local(layer) else 0)
+            for layer in range(shape.n_layer)
+        )
+        self.output_norm = Norm(shape)
         self.output = None if shape.is_tied else nn.Linear(shape.n_embd, shape.n_vocab, bias=False)
         self.set_angles()
 
-    def set_angles(self, factors: Tensor | None = None) -> None:
-        """Compute the cosines and sines of the rotary positions; factors divide their frequencies."""
-        half = self.shape.n_rot // 2
-        for prefix, rope_base in (("", self.shape.rope_base), ("local_", _LOCAL_ROPE_BASE)):
-            frequencies = rope_base ** (-torch.arange(half).float() / half)
-            frequencies = frequencies if factors is None else frequencies / factors
-            turns = torch.outer(torch.arange(self.shape.n_ctx).float(), frequencies)
-            self.register_buffer(f"{prefix}cos", turns.cos(), persistent=False)
-            self.register_buffer(f"{prefix}sin", turns.sin(), persistent=False)
+    def set_angles(self, divisors: Tensor | None = None) -> None:
+        """Compute the cosines and sines of the rotary positions; divisors of their frequencies, one for each."""
+        shape = self.shape
+        half = (shape.n_rot or shape.head_width) // 2
+        local = shape.local_rope_base or shape.rope_base, shape.local_rope_factor or shape.rope_factor
+        for prefix, (rope_base, factor) in {"": (shape.rope_base, shape.rope_factor), "local_": local}.items():
+            frequencies = rope_base ** (-torch.arange(half).float() / half) / factor
+            frequencies = frequencies if divisors is None else frequencies / divisors
+            turns = torch.outer(torch.arange(shape.n_ctx).float(), frequencies)
+            self.register_buffer(f"{prefix}cos", shape.rope_scale * turns.cos(), persistent=False)
+            self.register_buffer(f"{prefix}sin", shape.rope_scale * turns.sin(), persistent=False)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """What the output's matrix is applied to, (B, N, D)."""
         x = self.token_embd(tokens)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.shape.is_gemma:
-            x = x * self.shape.n_embd**0.5
+        shape = self.shape
+        scale = shape.n_embd**0.5 if shape.traits.is_gemma else shape.embedding_scale
+        x = x if scale == 1.0 else x * scale
         angles = {True: (self.local_cos, self.local_sin), False: (self.cos, self.sin)}
-        for block in self.blk:
-            cos, sin = angles[block.is_local]
+        for layer, block in enumerate(self.blk):
+            cos, sin = angles[shape.is_local(layer)]
             x = block(x, cos.to(x.dtype), sin.to(x.dtype))
-        return self.output_norm(x)
+        x = self.output_norm(x)
+        return x if shape.logit_scale == 1.0 else x / shape.logit_scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, (self.output or self.token_embd).weight)
+        """Logits of all tokens, (..., V)."""
+        return _capped(functional.linear(hidden, (self.output or self.token_embd).weight), self.shape.logit_cap)
+
+    def logits_of(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Logits of the tokens `ids` (R, K) in rows `hidden` (R, D), float32 (R, K)."""
+        rows = (self.output or self.token_embd).weight[ids].float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _capped(torch.bmm(rows, hidden.float().unsqueeze(-1)).squeeze(-1), self.shape.logit_cap)
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.logits(self.hidden(tokens))

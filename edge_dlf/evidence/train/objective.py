@@ -82,6 +82,4 @@ class Fused:
         hidden = model.hidden(batch.tokens).flatten(0, 1)[batch.places]
         if ids.shape[1] * _SCATTERED > model.shape.n_vocab:
             return model.logits(hidden).float().gather(1, ids)
-        matrix = (model.output or model.token_embd).weight
-        with torch.autocast(hidden.device.type, enabled=False):
-            return torch.bmm(matrix[ids].float(), hidden.float().unsqueeze(-1)).squeeze(-1)
+        return model.logits_of(hidden, ids)
