@@ -15,7 +15,8 @@ torch = pytest.importorskip("torch", reason="needs the extra recipe")
 
 from edge_dlf import FusedLlama  # noqa: E402
 from edge_dlf.evidence.train.adapter import write_lora  # noqa: E402
-from edge_dlf.evidence.train.model import Llama, Shape  # noqa: E402
+from edge_dlf.evidence.train.model import Llama  # noqa: E402
+from edge_dlf.evidence.train.shape import Shape  # noqa: E402
 from models.recipe import train as training  # noqa: E402
 from models.recipe.casual import casual_problems, foreign  # noqa: E402
 from models.recipe.corpus import BEYOND, coaching, documents, lessons  # noqa: E402

@@ -28,9 +28,9 @@ from edge_dlf.evidence.train import loop, memory  # noqa: E402
 from edge_dlf.evidence.train.adapter import write_lora  # noqa: E402
 from edge_dlf.evidence.train.base import base_shape, read_base  # noqa: E402
 from edge_dlf.evidence.train.batches import Batches, as_batch, split  # noqa: E402
-from edge_dlf.evidence.train.model import TRAITS  # noqa: E402
 from edge_dlf.evidence.train.objective import Fused, alone  # noqa: E402
 from edge_dlf.evidence.train.rows import constant_rows  # noqa: E402
+from edge_dlf.evidence.train.shape import TRAITS  # noqa: E402
 from edge_dlf.gguf.header import header_hash  # noqa: E402
 from edge_dlf.gguf.info import read_info  # noqa: E402
 from edge_dlf.llama import LlamaBackend, Model  # noqa: E402

@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 from edge_dlf import FusedLlama
-from edge_dlf.evidence.train.model import N_CTX
+from edge_dlf.evidence.train.shape import N_CTX
 
 from .default import write_default
 from .evaluate import answers, questions

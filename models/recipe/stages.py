@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from edge_dlf.evidence.train.model import Llama, Shape
+from edge_dlf.evidence.train.model import Llama
+from edge_dlf.evidence.train.shape import Shape
 
 from .corpus import Turn, coaching, documents
 from .data import lesson_rows, pretraining_rows

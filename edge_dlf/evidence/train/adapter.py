@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...system.durable import replacing
-from .model import Linear, Llama, Shape
+from .model import Linear, Llama
+from .shape import Shape
 
 
 def write_lora(path: Path, model: Llama, keys: Mapping[str, str]) -> None:

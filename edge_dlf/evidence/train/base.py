@@ -13,8 +13,8 @@ from torch import Tensor
 from ...errors import ModelFileError
 from ...gguf.info import read_info
 from .adapter import halved, n_paired_heads
-from .model import Llama, Shape
-from .shape import read_shape
+from .model import Llama
+from .shape import Shape, read_shape
 
 _ROPE_FREQS, _ROPE_SHORT = "rope_freqs.weight", "rope_factors_short.weight"
 _UNREAD = {_ROPE_FREQS, _ROPE_SHORT, "rope_factors_long.weight"}

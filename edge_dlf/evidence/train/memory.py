@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...errors import OutOfMemoryError
 from ...system.machine import this_machine
 from .batches import Batch
-from .model import Llama, Shape
+from .model import Llama
 from .objective import Objective
+from .shape import Shape
 
 _RUNTIME_BYTES = 400 << 20
 """What torch takes beside tensors."""

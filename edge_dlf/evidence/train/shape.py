@@ -1,15 +1,110 @@
-"""What a GGUF's header says of the model, as llama.cpp reads it."""
+"""What distinguishes the models that can be trained: their architecture, and what a GGUF's header says of each."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from ...errors import ModelFileError
 from ...gguf.header import Array, Scalar
 from ...gguf.info import GGUFInfo
-from .model import TRAITS, Shape
+
+N_CTX = 512
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How an architecture computes.
+
+    is_paired: the two numbers of a head that a position turns stand side by side in llama.cpp, not half a head apart.
+    is_fused: one matrix makes queries, keys and values, and one makes the feed-forward part's gate and its input.
+    is_gemma: embeddings are scaled by √D, and the gate is GELU in place of SiLU.
+    norms: whether a layer normalises before attention and feed-forward part, behind them, or both.
+    query_norm: whether queries and keys are normalised, each head by itself or all heads as one.
+    period: of so many layers all but the last see a window of the text, where the file names one; 0 if none does.
+    """
+
+    is_paired: bool = False
+    is_fused: bool = False
+    is_gemma: bool = False
+    norms: Literal["before", "behind", "both"] = "before"
+    query_norm: Literal["head", "whole"] | None = None
+    period: int = 0
+
+
+TRAITS: Mapping[str, Traits] = {
+    "llama": Traits(is_paired=True),
+    "qwen2": Traits(),
+    "qwen3": Traits(query_norm="head"),
+    "gemma2": Traits(is_gemma=True, norms="both", period=2),
+    "gemma3": Traits(is_gemma=True, norms="both", query_norm="head", period=6),
+    "phi3": Traits(is_fused=True),
+    "granite": Traits(is_paired=True),
+    "olmo2": Traits(norms="behind", query_norm="whole", period=4),
+    "lfm2": Traits(query_norm="head"),
+}
+"""By llama.cpp's name of the architecture."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What distinguishes one model from another.
+
+    arch: one of `TRAITS`.
+    n_head_kv: as n_head where None. n_head_embd: width of a head; n_embd / n_head where None. n_rot: how many numbers
+    of a head positions turn; all where None.
+    rope_factor: what positions are divided by. rope_scale: what turned numbers are multiplied by. local_rope_base,
+    local_rope_factor: those of layers that see a window; as of others where None.
+    has_bias: of queries, keys and values. is_tied: whether the embedding is the output's matrix too.
+    window: positions that some layers look back over; 0 if all see the whole text.
+    convolved: layers of LFM2 that mix n_conv neighbouring positions, and have no attention.
+    attention_scale: of products of queries and keys; 1 / √width of a head where None. attention_cap, logit_cap: c of
+    c · tanh(x / c), which bounds those products, and the logits; 0 for none.
+    embedding_scale, residual_scale: of embeddings, and of what each part of a layer adds. logit_scale: divides logits.
+    """
+
+    n_vocab: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_ff: int
+    n_head_kv: int | None = None
+    n_head_embd: int | None = None
+    n_rot: int | None = None
+    arch: str = "llama"
+    n_ctx: int = N_CTX
+    rope_base: float = 10_000.0
+    rope_factor: float = 1.0
+    rope_scale: float = 1.0
+    local_rope_base: float | None = None
+    local_rope_factor: float | None = None
+    norm_eps: float = 1e-5
+    has_bias: bool = False
+    is_tied: bool = True
+    window: int = 0
+    convolved: tuple[int, ...] = ()
+    n_conv: int = 0
+    attention_scale: float | None = None
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+
+    @property
+    def traits(self) -> Traits:
+        return TRAITS[self.arch]
+
+    @property
+    def head_width(self) -> int:
+        return self.n_head_embd or self.n_embd // self.n_head
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer sees a window of the text."""
+        period = self.traits.period
+        return self.window > 0 and period > 0 and (layer + 1) % period > 0
 
 
 def read_shape(info: GGUFInfo, n_ctx: int) -> Shape:
