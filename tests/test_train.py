@@ -132,7 +132,7 @@ class TestArchitectures:
         assert np.abs(before - plain).max() < 1e-2
         assert np.abs((ours - before) - (changed - plain)).max() < 1e-2
 
-    @pytest.mark.parametrize("arch", ["llama", "qwen3"])
+    @pytest.mark.parametrize("arch", ["llama", "qwen3", "phi3", "lfm2"])
     def test_an_expert_answers_what_it_was_taught_and_stops(self, tmp_path: Path, data: Path, arch: str) -> None:
         base, out = tiny_model(tmp_path / "base.gguf", arch=arch, seed=5), tmp_path / "colours.gguf"
         code, said = train(base, data, "-o", out, *QUICK, "--epochs", 60)

@@ -110,6 +110,7 @@ def transformer_shapes(arch: str, n_embd: int, n_kv: int, n_ff: int) -> dict[str
 
 OWN_KEYS: Mapping[str, Mapping[str, int | float | str]] = {
     "qwen3": {"attention.key_length": 16, "attention.value_length": 16},
+    "gemma": {"attention.key_length": 16, "attention.value_length": 16},
     "gemma2": {"attention.key_length": 16, "attention.value_length": 16, "attention.sliding_window": 64}
     | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3": {"attention.key_length": 16, "attention.value_length": 16, "attention.sliding_window": 64}
@@ -307,7 +308,7 @@ def tiny_model(
     for layer in range(n_layer):
         own = layer_shapes[layer % len(layer_shapes)]
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in own.items()}
-    if tied or arch == "gemma2":
+    if tied or arch in ("gemma", "gemma2"):
         del shapes["output.weight"]
     if arch == "phi3":
         shapes |= {"rope_factors_short.weight": (6,), "rope_factors_long.weight": (6,)}

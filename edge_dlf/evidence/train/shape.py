@@ -38,12 +38,15 @@ TRAITS: Mapping[str, Traits] = {
     "llama": Traits(is_paired=True),
     "qwen2": Traits(),
     "qwen3": Traits(query_norm="head"),
+    "gemma": Traits(is_gemma=True),
     "gemma2": Traits(is_gemma=True, norms="both", period=2),
     "gemma3": Traits(is_gemma=True, norms="both", query_norm="head", period=6),
     "phi3": Traits(is_fused=True),
     "granite": Traits(is_paired=True),
     "olmo2": Traits(norms="behind", query_norm="whole", period=4),
     "lfm2": Traits(query_norm="head"),
+    "ernie4_5": Traits(is_paired=True),
+    "internlm2": Traits(is_paired=True),
 }
 """By llama.cpp's name of the architecture."""
 
