@@ -512,21 +512,30 @@ class TestRefused:
             ({"token_embd.weight": None}, "has no matrix token_embd.weight"),
             ({"token_embd.weight": np.ones(32, np.float32)}, "has no matrix token_embd.weight"),
             ({"blk.0.attn_q.weight": gguf.GGMLQuantizationType.Q1_0}, "blk.0.attn_q.weight is Q1_0, over which no"),
+            ({"granite.rope.scaling.finetuned": False}, "has rotary positions of a kind"),
+            ({"gemma2.attention.sliding_window_pattern": 3}, "has layers that see a window in an order"),
+            ({"olmo2.attention.sliding_window_pattern": [True, False]}, "has layers that see a window in an order"),
+            ({"lfm2.attention.head_count_kv": [1, 2]}, "has layers of different heads"),
+            ({"lfm2.attention.head_count_kv": [0, 0]}, "has layers of different heads"),
+            ({"lfm2.shortconv.l_cache": 4}, "blk.0.shortconv.conv.weight is 32 × 3 here"),
         ],
     )
     def test_a_header_that_no_expert_can_be_trained_over(
-        self, tmp_path: Path, base: Path, changed: dict[str, Any], said: str
+        self, tmp_path: Path, changed: dict[str, Any], said: str
     ) -> None:
-        path, reader = tmp_path / "odd.gguf", gguf.GGUFReader(base)
-        writer = gguf.GGUFWriter(path, "llama")
+        prefix = next(iter(changed)).partition(".")[0]
+        arch = prefix if prefix in TRAITS else "llama"
+        path, reader = tmp_path / "odd.gguf", gguf.GGUFReader(tiny_model(tmp_path / "base.gguf", arch=arch))
+        writer = gguf.GGUFWriter(path, arch)
         for field in reader.fields.values():
-            if field.name.startswith(("llama.", "tokenizer.")):
+            if field.name.startswith((f"{arch}.", "tokenizer.")):
                 value, kind = changed.get(field.name, field.contents()), field.types[0]
                 writer.add_key_value(field.name, value, kind, field.types[-1] if len(field.types) > 1 else None)
         for name in changed.keys() - reader.fields.keys():
-            if isinstance(changed[name], str | float):
-                add = writer.add_string if isinstance(changed[name], str) else writer.add_float32
-                add(name, changed[name])
+            if name.startswith(f"{arch}."):
+                value = changed[name]
+                add = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool, int: writer.add_uint32}
+                add.get(type(value), writer.add_array)(name, value)
         for tensor in reader.tensors:
             value = changed.get(tensor.name, tensor.data)
             if isinstance(value, gguf.GGMLQuantizationType):
